@@ -1,0 +1,1 @@
+"""In-Place Test-Time Training on Megatron-core."""

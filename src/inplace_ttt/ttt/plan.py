@@ -1,0 +1,161 @@
+"""Which tokens form which chunk, and which chunk state crosses which slice edge: plain integers, on the host.
+
+Under context parallelism of size n a sequence is cut into 2n slices of equal length; rank r holds slices r and
+2n-1-r (Megatron's load-balanced zigzag), one after the other. A *sweep* walks over the slices in one direction
+and carries a running sum of chunk states along every document: the prefix sweep in reading order (the updates a
+token sees), the suffix sweep against it (their gradients). Reversed, the zigzag assigns every slice to the same
+rank, so both are one algorithm on mirrored indices.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+Span = tuple[int, int]  # first token, one past the last
+
+
+class LayoutError(ValueError):
+    """A sequence, its documents and the chunk size do not fit together; the message says what would."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of one document that lies in one slice."""
+
+    tokens: Span  # in the rank's local sequence
+    chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
+    receives: bool  # the sweep comes to this document's tokens in an earlier slice first
+    sends: bool  # the sweep goes on with this document in a later slice
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One slice on a sweep."""
+
+    segments: tuple[Segment, ...]  # in the order of the sweep
+    source: int | None  # context-parallel rank whose running sum this slice starts from
+    target: int | None  # context-parallel rank that goes on from this slice
+
+    @property
+    def passes(self) -> bool:
+        """One document fills the slice and more: what is received is part of what is sent."""
+        return len(self.segments) == 1 and self.segments[0].receives and self.segments[0].sends
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a rank needs to know about its share of a sequence."""
+
+    prefix: tuple[Stop, ...]  # this rank's slices in reading order
+    suffix: tuple[Stop, ...]  # the same slices in the opposite order
+    chunk_ids: tuple[int, ...]  # for each local token, a number that its chunk alone has
+    local_length: int
+
+
+def make_plan(
+    seq_length: int, chunk_size: int, documents: tuple[int, ...] | None = None, cp_size: int = 1, cp_rank: int = 0
+) -> Plan:
+    """Cut a sequence of ``seq_length`` tokens (of all ranks) into slices, documents and chunks.
+
+    ``documents`` are the bounds of the documents, from 0 to ``seq_length`` (None: one document).
+    Raises LayoutError where no exact plan exists.
+    """
+    if chunk_size < 1:
+        raise LayoutError(f"chunk_size={chunk_size}: a chunk has at least one token")
+    bounds = check_documents(documents, seq_length)
+    # an empty document holds no tokens: it changes nothing
+    return _make_plan(seq_length, chunk_size, tuple(sorted(set(bounds))), cp_size, cp_rank)
+
+
+def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple[int, ...]:
+    """The documents' bounds, checked: from 0 to ``seq_length``, never falling."""
+    if documents is None:
+        return (0, seq_length)
+    if len(documents) < 2 or documents[0] != 0 or documents[-1] != seq_length:
+        edges = f"{documents[0]} to {documents[-1]}" if documents else "nothing"
+        raise LayoutError(
+            f"cu_seqlens spans {edges}: it must start at 0 and end at the length of the whole sequence, {seq_length}"
+        )
+    for left, right in zip(documents[:-1], documents[1:], strict=True):
+        if right < left:
+            raise LayoutError(f"cu_seqlens falls from {left} to {right}: document starts must be in order")
+    return documents
+
+
+def slice_bounds(seq_length: int, cp_size: int) -> list[int]:
+    """Edges of the slices of the zigzag in reading order; one slice where nothing is split."""
+    if cp_size == 1:
+        return [0, seq_length]
+    if seq_length % (2 * cp_size):
+        raise LayoutError(
+            f"a sequence of {seq_length} tokens cannot be cut into 2 x context_parallel_size = {2 * cp_size} equal "
+            f"slices; use a multiple of {2 * cp_size}"
+        )
+    length = seq_length // (2 * cp_size)
+    return [i * length for i in range(2 * cp_size + 1)]
+
+
+def local_slices(cp_size: int, cp_rank: int) -> list[int]:
+    """The slices that a rank holds, in the order it holds them."""
+    return [0] if cp_size == 1 else [cp_rank, 2 * cp_size - 1 - cp_rank]
+
+
+def owner(index: int, cp_size: int) -> int:
+    """The context-parallel rank that holds a slice."""
+    return index if index < cp_size else 2 * cp_size - 1 - index
+
+
+@lru_cache(maxsize=256)
+def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_size: int, cp_rank: int) -> Plan:
+    edges = slice_bounds(seq_length, cp_size)
+    if cp_size > 1:
+        _check_alignment(edges, bounds, chunk_size)
+    prefix, chunk_ids, offset = [], [], 0
+    for index in local_slices(cp_size, cp_rank):
+        first, last = edges[index], edges[index + 1]
+        segments = []
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            left, right = max(start, first), min(end, last)
+            if left >= right:
+                continue
+            chunks = []
+            for begin in range(left, right, chunk_size):
+                stop = min(begin + chunk_size, right)
+                chunks.append((begin - first + offset, stop - first + offset))
+                chunk_ids += [begin] * (stop - begin)
+            tokens = (left - first + offset, right - first + offset)
+            segments.append(Segment(tokens, tuple(chunks), receives=start < first, sends=end > last))
+        prefix.append(
+            Stop(
+                tuple(segments),
+                source=owner(index - 1, cp_size) if segments[0].receives else None,
+                target=owner(index + 1, cp_size) if segments[-1].sends else None,
+            )
+        )
+        offset += last - first
+    suffix = tuple(_reverse(stop) for stop in reversed(prefix))
+    return Plan(tuple(prefix), suffix, tuple(chunk_ids), offset)
+
+
+def _reverse(stop: Stop) -> Stop:
+    segments = tuple(
+        Segment(segment.tokens, segment.chunks[::-1], receives=segment.sends, sends=segment.receives)
+        for segment in reversed(stop.segments)
+    )
+    return Stop(segments, source=stop.target, target=stop.source)
+
+
+def _check_alignment(edges: list[int], bounds: tuple[int, ...], chunk_size: int) -> None:
+    """No chunk may straddle two slices: the state that is passed on holds whole chunks."""
+    starts = set(bounds)
+    document = 0
+    for index, edge in enumerate(edges[1:-1], start=1):
+        while bounds[document + 1] <= edge:
+            document += 1
+        start = bounds[document]
+        if edge not in starts and (edge - start) % chunk_size:
+            raise LayoutError(
+                f"slice {index} of {len(edges) - 1} starts at token {edge}, inside a chunk of the document that starts "
+                f"at token {start} (chunk_size={chunk_size}): under context parallelism slices must start on chunk "
+                f"boundaries; use documents that start at multiples of chunk_size and a sequence length that is a "
+                f"multiple of {len(edges) - 1} x chunk_size = {(len(edges) - 1) * chunk_size}"
+            )

@@ -1,0 +1,108 @@
+"""Context parallelism: any number of ranks gives what one gives, documents and batches included."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from numerics.cases import operands, random_documents, relative_error
+from ranks import run_ranks
+
+from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
+from inplace_ttt.ttt.plan import local_slices, slice_bounds
+
+
+def zigzag(tensor, cp_size, rank):
+    edges = slice_bounds(tensor.shape[0], cp_size)
+    return torch.cat([tensor[edges[i] : edges[i + 1]] for i in local_slices(cp_size, rank)])
+
+
+def random_case(seed, cp_size):
+    rng = random.Random(seed)
+    chunk_size = rng.randint(1, 6)
+    s = 2 * cp_size * chunk_size * rng.randint(1, 4)
+    b, d, f = rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
+    return operands(seed, s, b, d, f), dict(
+        eta=rng.uniform(-1, 1), chunk_size=chunk_size, cu_seqlens=random_documents(rng, s, chunk_size)
+    )
+
+
+def worst_error_over_cases(seeds, comm_dtype=None):
+    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    for seed in seeds:
+        (z, v, weight, g), options = random_case(seed, size)
+        inputs = [t.clone().requires_grad_() for t in (z, v, weight)]
+        expected = naive.fast_weight_linear(*inputs, **options)
+        expected = expected, *torch.autograd.grad(expected, inputs, g, materialize_grads=True)
+
+        local = [zigzag(t, size, rank).requires_grad_() for t in (z, v)] + [weight.clone().requires_grad_()]
+        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, comm_dtype=comm_dtype, **options)
+        dz, dv, dweight = torch.autograd.grad(out, local, zigzag(g, size, rank))
+        dist.all_reduce(dweight)
+        for value, reference in zip((out, dz, dv), expected[:3], strict=True):
+            worst = max(worst, relative_error(value, zigzag(reference, size, rank)))
+        worst = max(worst, relative_error(dweight, expected[3]))
+    return worst
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
+def test_equals_definition(cp_size):
+    assert max(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
+
+
+def test_bf16_on_the_wire_costs_its_rounding_and_no_more():
+    worst = max(run_ranks(4, worst_error_over_cases, range(20), torch.bfloat16))
+    assert 1e-6 < worst < 0.03
+
+
+def count_messages(cu_seqlens):
+    sent = []
+    isend = dist.isend
+    dist.isend = lambda tensor, *args, **kwargs: (sent.append(tensor.numel()), isend(tensor, *args, **kwargs))[1]
+    try:
+        z, v, weight, g = operands(0, 16, 1, 4, 4)
+        options = dict(eta=1.0, chunk_size=4, cu_seqlens=cu_seqlens, cp_group=dist.group.WORLD)
+        out = fast_weight_linear(z.requires_grad_(), v, weight, **options)
+        forward = sum(sent)
+        out.backward(g)
+        return forward, sum(sent) - forward
+    finally:
+        dist.isend = isend
+
+
+def test_nothing_is_sent_where_documents_end():
+    one_document = run_ranks(2, count_messages, None)
+    assert one_document == [(16, 16), (16, 16)]  # slices 0 -> 1 up, 2 -> 3 down; 1 -> 2 stays on rank 1
+    each_its_own = run_ranks(2, count_messages, torch.tensor([0, 8, 16, 24, 32]))
+    assert each_its_own == [(0, 0), (0, 0)]
+    ends_in_slice_1 = run_ranks(2, count_messages, torch.tensor([0, 12, 32]))
+    assert ends_in_slice_1 == [(16, 16), (16, 16)]
+    ends_with_slice_0 = run_ranks(2, count_messages, torch.tensor([0, 8, 32]))
+    assert ends_with_slice_0 == [(0, 16), (16, 0)]
+
+
+def norms_of_each_rank():
+    z, v, weight, _ = operands(3, 32, 2, 4, 5)
+    size, rank = dist.get_world_size(), dist.get_rank()
+    options = dict(eta=0.3, chunk_size=2, cu_seqlens=torch.tensor([0, 6, 20, 32]), return_update_norms=True)
+    _, whole = fast_weight_linear(z, v, weight, **options)
+    _, part = fast_weight_linear(
+        zigzag(z, size, rank), zigzag(v, size, rank), weight, cp_group=dist.group.WORLD, **options
+    )
+    parts = [None] * size
+    dist.all_gather_object(parts, part)
+    return (torch.cat(parts).sort().values - whole.sort().values).abs().max().item()
+
+
+def test_update_norms_are_counted_once_where_documents_end():
+    assert max(run_ranks(2, norms_of_each_rank)) < 1e-12
+
+
+def refused():
+    z, v, weight, _ = operands(0, 12, 1, 4, 4)
+    with pytest.raises(LayoutError, match="slice 1 of 4"):
+        fast_weight_linear(z, v, weight, eta=1.0, chunk_size=4, cp_group=dist.group.WORLD)
+
+
+def test_unaligned_slices_are_refused_on_every_rank():
+    run_ranks(2, refused)

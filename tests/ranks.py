@@ -1,0 +1,57 @@
+"""Run a function on several gloo ranks, each a process forked from a server that has imported everything once."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "inplace_ttt.ttt", "inplace_ttt.megatron.runtime"])
+
+
+def run_ranks(size: int, function: Callable, *args, timeout: float = 300):
+    """``function(*args)`` on ``size`` ranks with a default process group; the list of what they return."""
+    with tempfile.TemporaryDirectory() as folder:
+        queue = _context.Queue()
+        processes = [
+            _context.Process(target=_rank, args=(rank, size, f"{folder}/store", queue, function, args), daemon=True)
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        results, failure = {}, None
+        try:
+            for _ in range(size):
+                rank, result, failure = queue.get(timeout=timeout)
+                if failure:
+                    break
+                results[rank] = result
+        finally:
+            for process in processes:
+                if failure:
+                    process.kill()
+                process.join(timeout=10)
+                process.kill()
+        if failure:
+            raise AssertionError(f"rank {rank} of {size} failed:\n{failure}")
+        return [results[rank] for rank in range(size)]
+
+
+def _rank(rank: int, size: int, store: str, queue, function: Callable, args: tuple) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        result = function(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        queue.put((rank, result, None))
+    except BaseException:
+        queue.put((rank, None, traceback.format_exc()))

@@ -1,0 +1,64 @@
+"""The cutting of sequences: every token in exactly one chunk, every edge crossed by whoever must cross it."""
+
+import random
+
+import pytest
+
+from inplace_ttt.ttt.plan import LayoutError, local_slices, make_plan, owner, slice_bounds
+
+
+def test_owner_is_the_inverse_of_local_slices():
+    for cp_size in (1, 2, 3, 4, 8):
+        for rank in range(cp_size):
+            assert all(owner(index, cp_size) == rank for index in local_slices(cp_size, rank))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_chunks_tile_the_sequence_and_hops_meet(seed):
+    rng = random.Random(seed)
+    chunk_size, cp_size = rng.randint(1, 5), rng.choice([1, 2, 3, 4])
+    length = 2 * cp_size * chunk_size * rng.randint(1, 4)
+    places = range(chunk_size, length, chunk_size)
+    documents = (0, *sorted(rng.sample(places, min(len(places), rng.randint(0, 5)))), length)
+    plans = [make_plan(length, chunk_size, documents, cp_size, rank) for rank in range(cp_size)]
+
+    edges = slice_bounds(length, cp_size)
+    ids = {}
+    for rank, plan in enumerate(plans):
+        local = [t for index in local_slices(cp_size, rank) for t in range(edges[index], edges[index + 1])]
+        ids.update(zip(local, plan.chunk_ids, strict=True))
+        for sweep in (plan.prefix, plan.suffix):
+            covered = [t for stop in sweep for segment in stop.segments for a, b in segment.chunks for t in range(a, b)]
+            assert sorted(covered) == list(range(plan.local_length))
+    for token in range(length):
+        start = max(edge for edge in documents if edge <= token)
+        assert ids[token] == start + (token - start) // chunk_size * chunk_size
+
+    stops = {
+        index: stop for rank, plan in enumerate(plans) for index, stop in zip(local_slices(cp_size, rank), plan.prefix)
+    }
+    for index, edge in enumerate(edges[1:-1]):
+        crossed = edge not in documents
+        assert stops[index].target == (owner(index + 1, cp_size) if crossed else None)
+        assert stops[index + 1].source == (owner(index, cp_size) if crossed else None)
+
+
+def test_suffix_mirrors_prefix():
+    plan = make_plan(32, 4, (0, 12, 32), 2, 0)
+    assert [stop.source for stop in plan.suffix] == [stop.target for stop in reversed(plan.prefix)]
+    assert plan.suffix[-1].segments[-1].chunks == plan.prefix[0].segments[0].chunks[::-1]
+
+
+def test_slices_inside_a_chunk_are_refused_by_name():
+    with pytest.raises(
+        LayoutError, match=r"slice 1 of 4 starts at token 6, inside a chunk .* token 0 \(chunk_size=4\)"
+    ):
+        make_plan(24, 4, None, 2, 0)
+    with pytest.raises(LayoutError, match=r"slice 2 of 4 starts at token 8, inside a chunk .* at token 6"):
+        make_plan(16, 4, (0, 6, 16), 2, 1)
+    make_plan(24, 4, (0, 6, 12, 18, 24), 2, 0)  # each slice starts a document: nothing straddles
+
+
+def test_unequal_slices_are_refused():
+    with pytest.raises(LayoutError, match="multiple of 8"):
+        make_plan(36, 1, None, 4, 0)
