@@ -35,7 +35,9 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
         assert ids[token] == start + (token - start) // chunk_size * chunk_size
 
     stops = {
-        index: stop for rank, plan in enumerate(plans) for index, stop in zip(local_slices(cp_size, rank), plan.prefix)
+        index: stop
+        for rank, plan in enumerate(plans)
+        for index, stop in zip(local_slices(cp_size, rank), plan.prefix, strict=True)
     }
     for index, edge in enumerate(edges[1:-1]):
         crossed = edge not in documents
@@ -50,9 +52,7 @@ def test_suffix_mirrors_prefix():
 
 
 def test_slices_inside_a_chunk_are_refused_by_name():
-    with pytest.raises(
-        LayoutError, match=r"slice 1 of 4 starts at token 6, inside a chunk .* token 0 \(chunk_size=4\)"
-    ):
+    with pytest.raises(LayoutError, match=r"slice 1 of 4 starts at token 6, .* token 0 \(chunk_size=4\)"):
         make_plan(24, 4, None, 2, 0)
     with pytest.raises(LayoutError, match=r"slice 2 of 4 starts at token 8, inside a chunk .* at token 6"):
         make_plan(16, 4, (0, 6, 16), 2, 1)

@@ -9,6 +9,7 @@ So the forward is a prefix sweep that writes eta * v; the backward repeats it to
 suffix sweep that writes g. No chunk's weight is kept: memory does not grow with the number of chunks.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -110,9 +111,7 @@ class _Block:
 def _blocks(batch: int, d: int, exchange: _Exchange) -> list[_Block]:
     parts = min(ROW_BLOCKS, d) if exchange.group is not None else 1
     edges = [d * part // parts for part in range(parts + 1)]
-    return [
-        _Block(row, slice(low, high)) for row in range(batch) for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [_Block(row, slice(low, high)) for row in range(batch) for low, high in itertools.pairwise(edges)]
 
 
 def _hand_in(ring: PrefixRing, stops: tuple[Stop, ...], blocks: list[_Block], a: Tensor, z: Tensor, scale: float):

@@ -7,6 +7,8 @@ Symbols as in the paper (Feng et al., arXiv 2604.06169, section 3):
     s  sequence    b  batch    d  hidden size    f  feed-forward size    C  chunk size
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def fast_weight_linear(
     rows = []
     for row in range(b):
         outputs = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             fast_weight = weight
             for first in range(start, end, chunk_size):
                 chunk = slice(first, min(first + chunk_size, end))
@@ -54,7 +56,7 @@ def target(
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
     kernel = conv_weight.shape[-1]
     outputs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         for first in range(start, end, chunk_size):
             chunk = u[first : min(first + chunk_size, end)]
             mixed = F.conv1d(chunk.permute(1, 2, 0), conv_weight, padding=kernel // 2, groups=d)

@@ -7,6 +7,7 @@ token sees), the suffix sweep against it (their gradients). Reversed, the zigzag
 rank, so both are one algorithm on mirrored indices.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -75,7 +76,7 @@ def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple
         raise LayoutError(
             f"cu_seqlens spans {edges}: it must start at 0 and end at the length of the whole sequence, {seq_length}"
         )
-    for left, right in zip(documents[:-1], documents[1:], strict=True):
+    for left, right in itertools.pairwise(documents):
         if right < left:
             raise LayoutError(f"cu_seqlens falls from {left} to {right}: document starts must be in order")
     return documents
@@ -113,7 +114,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
         segments = []
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             left, right = max(start, first), min(end, last)
             if left >= right:
                 continue
