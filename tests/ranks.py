@@ -50,8 +50,9 @@ def _rank(rank: int, size: int, store: str, queue, function: Callable, args: tup
             "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         result = function(*args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
         queue.put((rank, result, None))
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))

@@ -8,7 +8,7 @@ from numerics.cases import random_documents, relative_error
 
 from inplace_ttt.ttt import naive
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_conv
+from inplace_ttt.ttt.target import chunk_conv, chunk_ids
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -20,10 +20,10 @@ def test_matches_definition(seed):
     u = torch.randn(s, b, d, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(d, 1, rng.choice([1, 3, 5, 7]), dtype=torch.float64, requires_grad=True)
     g = torch.randn(s, b, d, dtype=torch.float64)
-    ids = make_plan(s, chunk_size, None if cu_seqlens is None else tuple(cu_seqlens.tolist())).chunk_ids
+    plan = make_plan(s, chunk_size, None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
 
     expected = naive.target(u, weight, None, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
-    value = chunk_conv(u, weight, torch.tensor(ids))
+    value = chunk_conv(u, weight, chunk_ids(plan.chunk_lengths))
     assert relative_error(value, expected) < 1e-13
     for gradient, reference in zip(
         torch.autograd.grad(value, (u, weight), g), torch.autograd.grad(expected, (u, weight), g), strict=True

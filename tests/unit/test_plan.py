@@ -1,5 +1,6 @@
 """The cutting of sequences: every token in exactly one chunk, every edge crossed by whoever must cross it."""
 
+import itertools
 import random
 
 import pytest
@@ -23,16 +24,17 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
     plans = [make_plan(length, chunk_size, documents, cp_size, rank) for rank in range(cp_size)]
 
     edges = slice_bounds(length, cp_size)
-    ids = {}
+    chunk_starts = set()
     for rank, plan in enumerate(plans):
         local = [t for index in local_slices(cp_size, rank) for t in range(edges[index], edges[index + 1])]
-        ids.update(zip(local, plan.chunk_ids, strict=True))
+        offsets = itertools.accumulate(plan.chunk_lengths, initial=0)
+        chunk_starts.update(local[offset] for offset in offsets if offset < len(local))
         for sweep in (plan.prefix, plan.suffix):
-            covered = [t for stop in sweep for segment in stop.segments for a, b in segment.chunks for t in range(a, b)]
-            assert sorted(covered) == list(range(plan.local_length))
-    for token in range(length):
-        start = max(edge for edge in documents if edge <= token)
-        assert ids[token] == start + (token - start) // chunk_size * chunk_size
+            chunks = [chunk for stop in sweep for segment in stop.segments for chunk in segment.chunks]
+            assert sorted(t for a, b in chunks for t in range(a, b)) == list(range(len(local)))
+            assert tuple(b - a for a, b in sorted(chunks)) == plan.chunk_lengths
+    expected = {t for a, b in itertools.pairwise(documents) for t in range(a, b, chunk_size)}
+    assert chunk_starts == expected
 
     stops = {
         index: stop

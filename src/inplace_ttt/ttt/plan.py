@@ -48,8 +48,7 @@ class Plan:
 
     prefix: tuple[Stop, ...]  # this rank's slices in reading order
     suffix: tuple[Stop, ...]  # the same slices in the opposite order
-    chunk_ids: tuple[int, ...]  # for each local token, a number that its chunk alone has
-    local_length: int
+    chunk_lengths: tuple[int, ...]  # of the local chunks in the order of their tokens
 
 
 def make_plan(
@@ -110,7 +109,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     edges = slice_bounds(seq_length, cp_size)
     if cp_size > 1:
         _check_alignment(edges, bounds, chunk_size)
-    prefix, chunk_ids, offset = [], [], 0
+    prefix, lengths, offset = [], [], 0
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
         segments = []
@@ -122,7 +121,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
             for begin in range(left, right, chunk_size):
                 stop = min(begin + chunk_size, right)
                 chunks.append((begin - first + offset, stop - first + offset))
-                chunk_ids += [begin] * (stop - begin)
+                lengths.append(stop - begin)
             tokens = (left - first + offset, right - first + offset)
             segments.append(Segment(tokens, tuple(chunks), receives=start < first, sends=end > last))
         prefix.append(
@@ -134,7 +133,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
         )
         offset += last - first
     suffix = tuple(_reverse(stop) for stop in reversed(prefix))
-    return Plan(tuple(prefix), suffix, tuple(chunk_ids), offset)
+    return Plan(tuple(prefix), suffix, tuple(lengths))
 
 
 def _reverse(stop: Stop) -> Stop:

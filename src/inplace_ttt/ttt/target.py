@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
+    """(s,) int32 on the CPU: for each token a number that its chunk alone has, from ``Plan.chunk_lengths``."""
+    lengths = torch.tensor(chunk_lengths)
+    return torch.repeat_interleave(torch.arange(len(chunk_lengths), dtype=torch.int32), lengths)
+
+
 def chunk_conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
     """Depthwise convolution that never leaves a chunk.
 

@@ -1,0 +1,88 @@
+"""Causal attention inside documents, on any device and under context parallelism, without Transformer Engine.
+
+Keys and values of all context-parallel ranks are gathered (their gradients reduce-scattered); queries stay.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, query_spans
+
+
+class DocumentAttention(MegatronModule):
+    """Core attention of a Megatron layer: softmax(q k^T) v over earlier tokens of the same document."""
+
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        softmax_scale=None,
+        cp_comm_type=None,
+        pg_collection=None,
+    ):
+        super().__init__(config=config)
+        self.cp_group = pg_collection.cp
+        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.window = None if config.window_size is None else config.window_size[0] + 1
+
+    def forward(
+        self,
+        query: Tensor,  # (s, b, heads, channels), s local
+        key: Tensor,  # (s, b, groups, channels)
+        value: Tensor,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias=None,
+        packed_seq_params: SequenceLayout | None = None,
+    ) -> Tensor:  # (s, b, heads * channels)
+        cp_size = self.cp_group.size()
+        if cp_size > 1:
+            key, value = (
+                in_sequence_order(gather_from_sequence_parallel_region(t, group=self.cp_group), cp_size)
+                for t in (key, value)
+            )
+        documents = packed_seq_params.documents if packed_seq_params is not None else None
+        repeats = query.shape[2] // key.shape[2]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (b, heads, s, channels)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        outputs = []
+        for span in query_spans(k.shape[2], documents, cp_size, self.cp_group.rank(), self.window):
+            queries, keys = span.local.stop - span.local.start, span.keys.stop - span.keys.start
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, span.local],
+                    k[:, :, span.keys],
+                    v[:, :, span.keys],
+                    scale=self.scale,
+                    **_mask(queries, keys, self.window, q.device),
+                )
+            )
+        out = torch.cat(outputs, dim=2)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return {}
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> dict:
+    """The last query sees the last key; each sees what is not after it and not out of its window."""
+    if window is not None and keys > 1:
+        return {"attn_mask": _window_mask(queries, keys, window, device)}
+    if queries == keys:
+        return {"is_causal": True}
+    return {"attn_mask": causal_lower_right(queries, keys)}
+
+
+@lru_cache(maxsize=16)
+def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window)

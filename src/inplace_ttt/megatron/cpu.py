@@ -1,0 +1,80 @@
+"""megatron-core on a machine without CUDA.
+
+On its training path megatron-core names CUDA in three ways: tensors made on device "cuda" or moved there, checks
+that a tensor's type is "torch.cuda.FloatTensor", and functions of ``torch.cuda`` for streams and random numbers.
+A mode that intercepts torch functions answers the first two, and stubs the third. Where CUDA exists this does nothing.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed: TorchFunctionMode | None = None
+
+
+def install() -> None:
+    """Let megatron-core run on the CPU, for the rest of the process; call it before building anything of its."""
+    global _installed
+    if _installed is not None or torch.cuda.is_available():
+        return
+    _stub_cuda()
+    _use_own_adam()
+    _installed = _CudaMeansCpu()
+    _installed.__enter__()
+
+
+def _is_cuda(device) -> bool:
+    return str(device).startswith("cuda") if isinstance(device, str | torch.device) else False
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):  # page-locked memory needs a driver
+            kwargs["pin_memory"] = False
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        out = function(*args, **kwargs)
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return out.replace("torch.", "torch.cuda.", 1)  # the optimizer compares names of types
+        return out
+
+
+class _NoStream:
+    """The CPU works in order: there is nothing to wait for."""
+
+    def wait_event(self, event) -> None: ...
+
+    def wait_stream(self, stream) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _stub_cuda() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: _NoStream()
+    # the CPU has one generator: Megatron's tracker and its recompute work on that
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed
+    megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _use_own_adam() -> None:
+    """Take the branches that Transformer Engine's and apex's Adam take; see ``adam.py`` for why."""
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from inplace_ttt.megatron.adam import Adam
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        optimizer.Adam = distrib_optimizer.Adam = Adam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_APEX_OPTIMIZER = False

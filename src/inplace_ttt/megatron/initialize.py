@@ -1,0 +1,69 @@
+"""Start values of a model, the same at every parallel layout and on every device.
+
+Each parameter is drawn whole, on the CPU, from a generator seeded with the run's seed and the parameter's name;
+every rank keeps its part. Megatron's own initialisation depends on how many ranks there are.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from inplace_ttt.config import Config
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: Config, pg_collection) -> None:
+    """Fill all parameters: N(0, init_method_std), projections into the residual stream by 1 / sqrt(2 layers) less,
+    norms 1, fast-weight convolutions 0 and projections diagonal with N(0, proj_init_std) entries."""
+    first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for local_name, param in model.named_parameters():
+        name = global_name(local_name, first_layer, config.model.tie_word_embeddings)
+        full = _full_shape(param, pg_collection.tp.size())
+        param.copy_(_shard(_values(name, full, config), param, pg_collection.tp))
+
+
+def global_name(name: str, first_layer: int, tied: bool) -> str:
+    """A parameter's name in the whole model: the layer's number counts from the first pipeline stage."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + first_layer)
+    name = ".".join(parts)
+    # the last stage has its own copy of tied embeddings
+    return "embedding.word_embeddings.weight" if tied and name == "output_layer.weight" else name
+
+
+def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
+    digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if name.endswith("ttt_conv.weight"):
+        return torch.zeros(shape)
+    if name.endswith("ttt_proj.weight"):
+        return torch.diag(torch.randn(shape[0], generator=generator) * config.ttt.proj_init_std)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    std = config.model.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= (2 * config.model.num_layers) ** 0.5
+    return torch.randn(shape, generator=generator) * std
+
+
+def _split(param: Tensor) -> tuple[int, int]:
+    """(dimension along which a parameter is split over tensor-parallel ranks, parts each rank holds); (-1, 1): not."""
+    if not getattr(param, "tensor_model_parallel", False):
+        return -1, 1
+    return param.partition_dim, getattr(param, "partition_stride", 1)
+
+
+def _full_shape(param: Tensor, tp_size: int) -> tuple[int, ...]:
+    dim, _ = _split(param)
+    return tuple(size * tp_size if axis == dim else size for axis, size in enumerate(param.shape))
+
+
+def _shard(full: Tensor, param: Tensor, tp_group) -> Tensor:
+    dim, stride = _split(param)
+    if dim < 0 or tp_group.size() == 1:
+        return full
+    # gate and up projection (stride 2) are one tensor: every rank holds its part of each
+    parts = full.chunk(stride * tp_group.size(), dim=dim)
+    return torch.cat(parts[tp_group.rank() :: tp_group.size()], dim=dim)

@@ -1,0 +1,135 @@
+"""The layer specs: which module stands where in a Megatron transformer layer, with and without fast weights."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from inplace_ttt.config import TTT
+from inplace_ttt.megatron.attention import DocumentAttention
+from inplace_ttt.megatron.mlp import TTTMLP
+from inplace_ttt.megatron.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules that layers are made of, from one implementation."""
+
+    column_linear: Any
+    row_linear: Any
+    norm: Any
+    norm_column_linear: Any | None  # a norm fused with the linear after it; None: they are two
+    core_attention: Any
+
+
+def make_parts(transformer_impl: str) -> Parts:
+    """``local``: plain torch, on any device. ``transformer_engine``: its modules."""
+    if transformer_impl == "local":
+        return Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    from inplace_ttt.megatron.te_attention import TEDocumentAttention
+
+    return Parts(
+        TEColumnParallelLinear, TERowParallelLinear, TENorm, TELayerNormColumnParallelLinear, TEDocumentAttention
+    )
+
+
+class TTTTransformerLayer(TransformerLayer):
+    """A layer whose MLP is also handed the embedding output and the sequence layout.
+
+    The embedding output arrives as ``context``: a decoder without cross-attention does not use it, and Megatron
+    carries it through every layer and, as a tracked argument, through full recompute.
+    """
+
+    def forward(self, *args, **kwargs):
+        hidden_states, context = self._forward_attention(*args, **kwargs)
+        normed = self._forward_pre_mlp_layernorm(hidden_states)
+        mlp = partial(self.mlp, layout=kwargs["packed_seq_params"])
+        if self.recompute_mlp:
+            out = tensor_parallel.checkpoint(mlp, False, normed, kwargs["context"])
+        else:
+            out = mlp(normed, kwargs["context"])
+        return self._forward_post_mlp(out, hidden_states), context
+
+
+# Checkpoints have the names of Transformer Engine's fused modules, whatever wrote them: both read each other's.
+NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def layer_spec(parts: Parts, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
+    """One transformer layer; ``ttt`` gives it a TTT-MLP.
+
+    The norm before a TTT-MLP stands alone also with Transformer Engine: ``target: hidden_states`` is its output,
+    which the fused norm-and-linear does not give out.
+    """
+    fused = parts.norm_column_linear is not None
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=parts.norm_column_linear if fused else parts.column_linear,
+            core_attention=parts.core_attention,
+            linear_proj=parts.row_linear,
+            q_layernorm=parts.norm if qk_layernorm else IdentityOp,
+            k_layernorm=parts.norm if qk_layernorm else IdentityOp,
+        ),
+    )
+    fc1_has_norm = fused and ttt is None
+    linears = MLPSubmodules(
+        linear_fc1=parts.norm_column_linear if fc1_has_norm else parts.column_linear, linear_fc2=parts.row_linear
+    )
+    return ModuleSpec(
+        module=TransformerLayer if ttt is None else TTTTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused else parts.norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=IdentityOp if fc1_has_norm else parts.norm,
+            mlp=_mlp_builder(linears, ttt),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=NORM_NAMES,
+        ),
+    )
+
+
+def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
+    if ttt is None:
+        return partial(MLP.as_mlp_submodule, submodules=linears)
+
+    def build(*, config, pg_collection, is_mtp_layer=False, name=None):
+        return TTTMLP(config, linears, ttt, pg_collection=pg_collection)
+
+    return build
+
+
+def block_spec(config, parts: Parts, qk_layernorm: bool, ttt: TTT, layers: list[int], pp_rank: int):
+    """The layers of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
+    first = get_transformer_layer_offset(config, pp_rank=pp_rank)
+    specs = [
+        layer_spec(parts, qk_layernorm, ttt if number in layers else None)
+        for number in range(first, first + get_num_layers_to_build(config, pp_rank=pp_rank))
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)

@@ -1,0 +1,107 @@
+"""The TTT-MLP: a gated MLP whose down-projection is a fast weight (Feng et al., arXiv 2604.06169, section 3).
+
+What is exchanged, and when:
+    tensor parallel     fc1 splits f, so the state is (d, f / TP) and every rank needs the whole targets v. The output
+                        is a partial sum over f, and so is dL/dv: both are summed over the group.
+    sequence parallel   each rank makes the targets of its own tokens; then they are gathered.
+    context parallel    chunk states, inside fast_weight_linear.
+"""
+
+import itertools
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor, nn
+
+from inplace_ttt.config import TTT
+from inplace_ttt.megatron.layout import SequenceLayout
+from inplace_ttt.ttt import fast_weight_linear
+from inplace_ttt.ttt.plan import make_plan
+from inplace_ttt.ttt.target import chunk_conv
+
+COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
+
+
+class _Weight(nn.Module):
+    """A parameter under a name of its own: ``ttt_conv.weight``, ``ttt_proj.weight``, as in the authors' checkpoints."""
+
+    def __init__(self, *shape: int, config):
+        super().__init__()
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        self.weight.is_ttt = True  # may have a learning rate and clipping of its own
+        # the same on all ranks of the group, each of which sees some of the tokens: Megatron sums such gradients
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class TTTMLP(MLP):
+    """Megatron's MLP with fast weights in ``linear_fc2``."""
+
+    def __init__(self, config, submodules: MLPSubmodules, ttt: TTT, *, pg_collection):
+        super().__init__(
+            config=config, submodules=submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size
+        )
+        self.ttt, self.cp_group = ttt, pg_collection.cp
+        self.ttt_conv = _Weight(config.hidden_size, 1, ttt.conv_kernel, config=config)
+        self.ttt_proj = _Weight(config.hidden_size, config.hidden_size, config=config) if ttt.project else None
+        # Squared, over tensor-parallel shards, since it was last read. A maximum, for recompute runs forward twice.
+        self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (s, b, d); with sequence parallelism this rank's s / TP tokens
+        input_embed: Tensor | None,  # likewise
+        layout: SequenceLayout,
+    ) -> tuple[Tensor, None]:
+        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
+        z = self.config.activation_func(gate) * up
+        u = input_embed if self.ttt.target == "input_embed" else hidden_states
+        out, norms = fast_weight_linear(
+            z,
+            self._target(u, z.shape[0], layout),
+            self.linear_fc2.weight,
+            eta=self.ttt.eta,
+            chunk_size=self.ttt.chunk_size,
+            cu_seqlens=layout.cu_seqlens,
+            cp_group=self.cp_group,
+            comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
+            return_update_norms=True,
+        )
+        if self.training:
+            self._note(norms)
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
+
+    def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> Tensor:
+        """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states."""
+        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
+        plan = make_plan(length * cp_size, self.ttt.chunk_size, layout.documents, cp_size, cp_rank)
+        ids, kernel = layout.chunk_ids(plan, u.device), self.ttt_conv.weight
+        if not self.config.sequence_parallel:
+            v = self._project(chunk_conv(u, kernel, ids))
+            return copy_to_tensor_model_parallel_region(v, group=self.tp_group)
+        size = u.shape[0]
+        shard = slice(self.tp_group.rank() * size, (self.tp_group.rank() + 1) * size)
+        starts = set(itertools.accumulate(plan.chunk_lengths, initial=0))
+        if starts.issuperset(range(0, length, size)):
+            c = chunk_conv(u, kernel, ids[shard])
+        else:  # a chunk lies on two ranks: the convolution needs its neighbours' tokens
+            c = chunk_conv(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, ids)[shard]
+        return gather_from_sequence_parallel_region(self._project(c), group=self.tp_group)
+
+    def _project(self, c: Tensor) -> Tensor:
+        return c if self.ttt_proj is None else c @ self.ttt_proj.weight
+
+    @torch.no_grad()
+    def _note(self, norms: Tensor) -> None:
+        if self.tp_group.size() > 1:
+            torch.distributed.all_reduce(norms, group=self.tp_group)
+        if norms.numel():
+            self.max_update_norm = torch.maximum(self.max_update_norm, norms.max().float())

@@ -1,0 +1,181 @@
+"""The model: Megatron's GPTModel with TTT layers, positions by document, and a loss that never holds all logits."""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from inplace_ttt.config import Config, ttt_layers
+from inplace_ttt.megatron.layer import block_spec, make_parts
+from inplace_ttt.megatron.layout import SequenceLayout
+from inplace_ttt.megatron.loss import linear_cross_entropy
+from inplace_ttt.megatron.mlp import TTTMLP
+from inplace_ttt.megatron.rope import RotaryEmbedding, rope_frequencies
+
+# Vocabularies are padded to a multiple of this at any tensor-parallel size, so that checkpoints fit every layout.
+VOCAB_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's description of the model and of how it runs."""
+    model, parallel, train = config.model, config.parallel, config.train
+    recompute = {}
+    if train.recompute == "full":
+        recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif train.recompute == "selective":
+        recompute = dict(recompute_granularity="selective", recompute_modules=list(train.recompute_modules))
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,  # the exact mean over all tokens of all data- and context-parallel ranks
+        hetereogenous_dist_checkpoint=True,  # (sic) layers differ: each has keys of its own in a checkpoint
+        perform_initialization=False,  # see initialize.py
+        use_cpu_initialization=not on_gpu,
+        # fusions that need CUDA extensions or a compiler
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+class TTTGPTModel(GPTModel):
+    """GPTModel that hands positions, layout and embedding output to whoever needs them.
+
+    With ``target: input_embed`` the embedding output X0 goes to every layer, and across pipeline stages beside the
+    hidden states, as (s, b, 2 h).
+    """
+
+    def __init__(
+        self, config: Config, megatron_config, block, *, vocab_size: int, pg_collection, pre_process, post_process
+    ):
+        super().__init__(
+            megatron_config,
+            block,
+            padded_vocab_size(vocab_size),
+            config.data.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=config.model.tie_word_embeddings,
+            position_embedding_type="none",  # ours, from position_ids
+            pg_collection=pg_collection,
+        )
+        self.true_vocab_size = vocab_size
+        inv_freq, attention_factor = rope_frequencies(
+            config.model, config.model.max_position_embeddings or config.data.seq_length
+        )
+        self.rope = RotaryEmbedding(inv_freq.to(next(self.parameters()).device))
+        for layer in self.decoder.layers:
+            layer.self_attention._yarn_concentration_factor = attention_factor
+        self.carries_input_embed = bool(ttt_layers(config.ttt, config.model.num_layers)) and (
+            config.ttt.target == "input_embed"
+        )
+        self._received_input_embed: Tensor | None = None
+
+    @property
+    def ttt_modules(self) -> dict[int, TTTMLP]:
+        """The TTT-MLPs of this pipeline stage by layer number, from 0 in the whole model."""
+        return {layer.layer_number - 1: layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, TTTMLP)}
+
+    def set_input_tensor(self, input_tensor):
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.carries_input_embed and tensor is not None:
+            tensor, self._received_input_embed = tensor.chunk(2, dim=-1)
+            tensor = tensor.contiguous()
+        super().set_input_tensor(tensor)
+
+    def _preprocess(self, input_ids, position_ids, *args, **kwargs):
+        hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return hidden, self.rope(position_ids), *rest
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (b, s) of this rank
+        position_ids: Tensor,  # (b, s)
+        layout: SequenceLayout,
+        labels: Tensor | None = None,  # (b, s)
+    ) -> Tensor:
+        """Loss of each token (b, s) fp32, or without labels logits (b, s, vocabulary / TP); on all but the last
+        pipeline stage hidden states (s, b, h)."""
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        context = None
+        if self.carries_input_embed:
+            context = embedded if self.pre_process else self._received_input_embed
+            self._received_input_embed = None
+        out = super().forward(
+            input_ids,
+            position_ids,
+            None,
+            embedded,
+            labels=labels,
+            packed_seq_params=layout,
+            extra_block_kwargs={"context": context},
+            output_processor=None if labels is None else self._loss,
+        )
+        if self.carries_input_embed and not self.post_process:
+            return torch.cat([out, context], dim=-1)
+        return out
+
+    def _loss(self, *, hidden_states, output_layer, output_weight, labels, config, **_) -> Tensor:
+        return linear_cross_entropy(
+            hidden_states,
+            output_layer.weight if output_weight is None else output_weight,
+            labels,
+            vocab_size=self.true_vocab_size,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=config.sequence_parallel,
+        )
+
+
+def build_model(
+    config: Config, dtype: torch.dtype, transformer_impl: str, vocab_size: int, pg_collection
+) -> TTTGPTModel:
+    """This rank's part of the model, its parameters not yet initialised."""
+    megatron_config = transformer_config(config, dtype)
+    pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
+    block = block_spec(
+        megatron_config,
+        make_parts(transformer_impl),
+        config.model.qk_layernorm,
+        config.ttt,
+        ttt_layers(config.ttt, config.model.num_layers),
+        pp_rank,
+    )
+    model = TTTGPTModel(
+        config,
+        megatron_config,
+        block,
+        vocab_size=vocab_size,
+        pg_collection=pg_collection,
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == pp_size - 1,
+    )
+    return model.cuda() if torch.cuda.is_available() else model

@@ -1,0 +1,81 @@
+"""AdamW over Megatron's (distributed) optimizer, with the options that the new parameters have."""
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import optimizer as megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from inplace_ttt.config import Config
+
+TTT_NORM_GROUP = "ttt"
+
+
+def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
+    """Gradients in fp32, reduced over data and context parallel ranks."""
+    parallel = config.parallel
+    return DistributedDataParallel(
+        megatron_config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,  # training/health.py says which layer
+        ),
+        model,
+    )
+
+
+def build_optimizer(model: DistributedDataParallel, megatron_config, config: Config):
+    """The optimizer and its schedule: linear warm-up, then cosine to min_lr_ratio."""
+    optim = config.optim
+    overrides = get_standard_config_overrides(OptimizerConfig(lr=optim.lr))
+    if config.ttt.enabled:
+        multiplier = config.ttt.lr_multiplier
+        overrides[ParamKey(attr="is_ttt")] = {
+            "max_lr": optim.lr * multiplier,
+            "min_lr": optim.lr * optim.min_lr_ratio * multiplier,
+        }
+        if config.ttt.clip_separately:
+            _clip_separately(model)
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.lr * optim.min_lr_ratio,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=megatron_config.bf16,
+        params_dtype=megatron_config.params_dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(optimizer_config, [model], config_overrides=overrides)
+    # the schedule counts steps
+    warmup = round(optim.warmup_fraction * config.train.steps)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.lr * optim.min_lr_ratio,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(round(optim.decay_fraction * config.train.steps), warmup + 1),
+        lr_decay_style="cosine",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=config.train.steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def _clip_separately(model) -> None:
+    """Give the new parameters a gradient norm of their own; Megatron clips each registered group by its norm."""
+    groups = megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS
+    if TTT_NORM_GROUP not in groups:
+        megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS = (*groups, TTT_NORM_GROUP)
+    for param in model.parameters():
+        if getattr(param, "is_ttt", False):
+            setattr(param, megatron_optimizer.GRAD_NORM_GROUP_ATTR, TTT_NORM_GROUP)
