@@ -26,8 +26,9 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        return cls(*(int(os.environ.get(key, default)) for key, default in
-                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        return cls(
+            *(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        )
 
 
 def device() -> torch.device:

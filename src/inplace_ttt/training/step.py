@@ -44,9 +44,7 @@ class Stepper:
     def __init__(self, config: Config, model, megatron_config, pg_collection):
         self.config, self.model, self.groups = config, model, pg_collection
         megatron_config.finalize_model_grads_func = finalize_model_grads
-        self.run = get_forward_backward_func(
-            pp_size=pg_collection.pp.size(), vp_size=None
-        )
+        self.run = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
 
     def forward(self, batches: Iterator[MicroBatch], count: int, backward: bool) -> Totals:
         """``count`` micro batches; with ``backward`` the gradients of the mean loss per token are left in place."""

@@ -1,0 +1,50 @@
+"""Synthetic key-value recall: pairs early in a sequence, their keys asked again late, noise all around.
+
+The distance between a pair and its question is more than sliding-window attention can reach, so only a memory that
+was written while reading can answer. Only the answers count in the loss. Chance is one in ``alphabet``.
+"""
+
+import numpy as np
+import torch
+
+from inplace_ttt.config import UserError
+from inplace_ttt.data.batch import Sample
+
+NOISE = 56  # tokens that mean nothing
+
+
+def recall_vocab_size(alphabet: int) -> int:
+    """Keys, values, noise."""
+    return 2 * alphabet + NOISE
+
+
+class KeyValueRecall:
+    """Samples without end, each from the seed and its number."""
+
+    def __init__(self, seq_length: int, pairs: int, alphabet: int, seed: int):
+        # pairs lie in the first 3/8 of a sequence, questions in the second half: 1/8 of it at least lies between
+        self.pair_slot = 3 * seq_length // 8 // pairs
+        self.question_slot = seq_length // 2 // pairs
+        if self.pair_slot < 2 or pairs > alphabet:
+            raise UserError(
+                f"data.recall_pairs={pairs} does not fit: data.seq_length={seq_length} has room for "
+                f"{3 * seq_length // 16} pairs and data.recall_alphabet={alphabet} for {alphabet}"
+            )
+        self.seq_length, self.pairs, self.alphabet, self.seed = seq_length, pairs, alphabet, seed
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng([self.seed, index])
+        keys = rng.choice(self.alphabet, self.pairs, replace=False)
+        values = self.alphabet + rng.integers(self.alphabet, size=self.pairs)
+        text = 2 * self.alphabet + rng.integers(NOISE, size=self.seq_length + 1)
+        mask = np.zeros(self.seq_length, np.float32)
+        told = np.arange(self.pairs) * self.pair_slot + rng.integers(self.pair_slot - 1, size=self.pairs)
+        asked = self.seq_length // 2 + np.arange(self.pairs) * self.question_slot
+        asked += rng.integers(self.question_slot - 1, size=self.pairs)
+        again = rng.permutation(self.pairs)
+        text[told], text[told + 1] = keys, values
+        text[asked], text[asked + 1] = keys[again], values[again]
+        mask[asked] = 1.0
+        return Sample(
+            torch.from_numpy(text[:-1].copy()), torch.from_numpy(text[1:].copy()), torch.from_numpy(mask), None
+        )

@@ -1,0 +1,191 @@
+"""Sharded checkpoints: written beside training, whole or not there, readable at any parallel layout.
+
+A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two files of ours:
+``run.json`` (step, samples seen) and ``manifest.json`` (size of every file). It is written under a name that starts
+with a dot and renamed when all ranks are done; a folder without that name, or whose files are not those of its
+manifest, is not a checkpoint.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from inplace_ttt.config import UserError
+
+NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass
+class Progress:
+    """Where a run stands: run.json."""
+
+    step: int
+    samples: int
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None if every file is there and as long as it was written."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return f"'{folder}' has no manifest.json: it is not a whole checkpoint"
+    try:
+        sizes = json.loads(manifest.read_text())
+    except ValueError:
+        return f"'{manifest}' is damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"'{path}' is missing"
+        if path.stat().st_size != size:
+            return f"'{path}' has {path.stat().st_size} bytes where {size} were written"
+    return None
+
+
+def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
+    """Whole checkpoints, the newest first, and what is wrong with the others."""
+    names = sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), reverse=True)
+    faults = {path: damage(path) for path in names}
+    return [path for path in names if faults[path] is None], [fault for fault in faults.values() if fault]
+
+
+def read_progress(folder: Path) -> Progress:
+    return Progress(**json.loads((folder / "run.json").read_text()))
+
+
+class Checkpointer:
+    """Saves and loads the state of a run."""
+
+    def __init__(
+        self, folder: Path, model, optimizer, pg_collection, *, keep: int, async_save: bool, save_optimizer: bool
+    ):
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.keep, self.async_save, self.save_optimizer = keep, async_save, save_optimizer
+        self.metadata = {
+            "dp_cp_group": pg_collection.dp_cp,
+            # optimizer state that any later layout can read
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": False,
+        }
+        self.strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), pg_collection.dp_cp)
+        self.queue = AsyncCallsQueue(persistent=False)
+        self.saving: int | None = None
+
+    def save(self, progress: Progress, *, wait: bool = False) -> None:
+        """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set."""
+        self.poll(blocking=True)  # one at a time
+        target, partial = self.folder / folder_name(progress.step), self.folder / f".{folder_name(progress.step)}"
+        if target.is_dir() and damage(target) is None:
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        request = dist_checkpointing.save(
+            self._state(loading=False),
+            str(partial),
+            self.strategy,
+            async_sharded_save=True,
+            async_strategy="mcore",
+            content_metadata={key: value for key, value in self.metadata.items() if key != "dp_cp_group"},
+        )
+        request.add_finalize_fn(lambda: self._finish(partial, target, progress))
+        if self.async_save and not wait:
+            self.saving = progress.step
+            self.queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def poll(self, blocking: bool = False) -> None:
+        """Give finished checkpoints their name. All ranks call it together."""
+        if self.queue.get_num_unfinalized_calls():
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.poll(blocking=True)
+        self.queue.close()
+
+    def _finish(self, partial: Path, target: Path, progress: Progress) -> None:
+        if dist.get_rank() == 0:
+            (partial / "run.json").write_text(json.dumps(vars(progress)))
+            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()}
+            (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
+            for path in partial.iterdir():
+                _flush(path)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+            _flush(self.folder)
+            whole, _ = whole_checkpoints(self.folder)
+            for old in whole[self.keep :]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def _state(self, loading: bool) -> dict:
+        state = {"model": self.model.sharded_state_dict(metadata=self.metadata)}
+        if self.optimizer is not None and self.save_optimizer:
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                state["model"], is_loading=loading, metadata=self.metadata
+            )
+        return state
+
+    def resume(self, folder: Path) -> Progress:
+        """Load model and optimizer as they were."""
+        loaded = dist_checkpointing.load(self._state(loading=True), str(folder))
+        self.model.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        return read_progress(folder)
+
+    def load_weights(self, folder: Path) -> list[str]:
+        """Start from a checkpoint's weights alone; the names of new parameters that it lacks, which stay as they are.
+
+        Raises UserError naming any other tensor that is missing or has another shape.
+        """
+        fault = damage(folder)
+        if fault:
+            raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")
+        state = {"model": self.model.sharded_state_dict(metadata=self.metadata)}
+        stored = dist_checkpointing.load_tensors_metadata(str(folder))
+        stored = {key.removeprefix("model."): value for key, value in stored.items()}
+        new = []
+        for name, entry in list(state["model"].items()):
+            if not hasattr(entry, "key"):
+                continue
+            if entry.key not in stored:
+                if ".ttt_" not in entry.key:
+                    raise UserError(f"checkpoint.load='{folder}' has no tensor '{entry.key}': is it of this model?")
+                new.append(entry.key)
+                del state["model"][name]
+            elif not isinstance(entry, ShardedTensorFactory) and hasattr(entry, "global_shape"):
+                there, here = tuple(stored[entry.key].global_shape), tuple(entry.global_shape)
+                if there != here:
+                    raise UserError(
+                        f"checkpoint.load='{folder}': '{entry.key}' is {there} there and {here} in this model"
+                    )
+        loaded = dist_checkpointing.load(state, str(folder))
+        self.model.load_state_dict(loaded["model"], strict=False)
+        self.optimizer.reload_model_params()
+        return new
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold it before its name says so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
