@@ -2,7 +2,7 @@
 
 python launch/prepare_data.py --output data/mine --tokenizer Qwen/Qwen3-4B-Base books/ code.jsonl.zst notes.parquet
 python launch/prepare_data.py --output data/web --tokenizer DIR --dataset HuggingFaceFW/fineweb-edu --split train
-python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 4096
+python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048
 """
 
 import argparse

@@ -197,7 +197,8 @@ def _batch(config: Config, world_size: int) -> None:
         unit = dp * train.micro_batch_size
         raise UserError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} x {dp} data-parallel ranks: use {math.ceil(train.global_batch_size / unit) * unit}"
+            f"{train.micro_batch_size} x {dp} data-parallel ranks: "
+            f"use {math.ceil(train.global_batch_size / unit) * unit}"
         )
 
 

@@ -25,17 +25,20 @@ def linear_cross_entropy(
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
     part_numel: int = PART_NUMEL,
-) -> Tensor:  # (b, s) fp32
-    """-log softmax(hidden W^T)[label] of each token; entries from ``vocab_size`` on are padding and take no part."""
+) -> Tensor:  # (2, b, s) fp32
+    """-log softmax(hidden W^T)[label] of each token, and 1 where no entry is likelier than the label, else 0.
+
+    Entries of the vocabulary from ``vocab_size`` on are padding and take no part.
+    """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     s, b, h = hidden.shape
-    loss = _LinearCrossEntropy.apply(
+    loss, correct = _LinearCrossEntropy.apply(
         hidden.reshape(s * b, h), weight, labels.t().reshape(s * b), vocab_size, tp_group, part_numel
     )
-    return loss.view(s, b).t()
+    return torch.stack([loss.view(s, b).t(), correct.view(s, b).t()])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -47,11 +50,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         column = torch.where(mine, labels - first, 0)
         rows = max(1, part_numel // weight.shape[0])
 
-        log_sum, picked = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        log_sum, picked, best = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for start in range(0, labels.shape[0], rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, here)
             log_sum[part] = torch.logsumexp(logits, dim=-1)
+            best[part] = logits.amax(dim=-1)
             picked[part] = logits.gather(1, column[part, None]).squeeze(1) if here > 0 else 0.0
         picked = torch.where(mine, picked, 0.0)
         if group.size() > 1:
@@ -60,13 +64,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = torch.exp(log_sum - top)
             dist.all_reduce(total, group=group)
             dist.all_reduce(picked, group=group)
+            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=group)
             log_sum = total.log_().add_(top)
         ctx.save_for_backward(hidden, weight, column, mine, log_sum)
         ctx.here, ctx.rows = here, rows
-        return log_sum - picked
+        correct = (picked >= best).float()
+        ctx.mark_non_differentiable(correct)
+        return log_sum - picked, correct
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         hidden, weight, column, mine, log_sum = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)

@@ -123,8 +123,8 @@ class TTTGPTModel(GPTModel):
         layout: SequenceLayout,
         labels: Tensor | None = None,  # (b, s)
     ) -> Tensor:
-        """Loss of each token (b, s) fp32, or without labels logits (b, s, vocabulary / TP); on all but the last
-        pipeline stage hidden states (s, b, h)."""
+        """Loss of each token and whether its label is the likeliest (2, b, s) fp32, or without labels logits
+        (b, s, vocabulary / TP); on all but the last pipeline stage hidden states (s, b, h)."""
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         context = None
         if self.carries_input_embed:

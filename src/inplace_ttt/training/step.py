@@ -13,29 +13,27 @@ from torch import Tensor
 
 from inplace_ttt.config import Config
 from inplace_ttt.data.batch import MicroBatch
+from inplace_ttt.megatron.model import TTTGPTModel
 
 
 @dataclass
 class Totals:
-    """Sums over the tokens of a step on all ranks."""
+    """Sums over tokens that count in the loss, of all micro batches and ranks."""
 
-    loss: float
-    tokens: float  # that count in the loss
-    correct: float  # of them predicted right; only evaluation counts them
+    loss: float = 0.0
+    tokens: float = 0.0
+    correct: float = 0.0  # predicted right; counted in evaluation only
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(self.loss + other.loss, self.tokens + other.tokens, self.correct + other.correct)
 
     @property
     def mean_loss(self) -> float:
-        return self.loss / self.tokens if self.tokens else float("nan")
+        return self.loss / self.tokens if self.tokens else 0.0
 
-
-def _loss_sums(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What Megatron wants of a loss: the sum over tokens, how many there were, and what to report.
-
-    Tokens that do not count are left out by selection, not by a product: their loss may be anything.
-    """
-    total = torch.where(mask > 0, losses * mask, 0.0).sum()
-    count = mask.sum()
-    return total, count.int(), {"sums": torch.stack([total.detach(), count])}
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.tokens if self.tokens else 0.0
 
 
 class Stepper:
@@ -46,29 +44,36 @@ class Stepper:
         megatron_config.finalize_model_grads_func = finalize_model_grads
         self.run = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
 
-    def forward(self, batches: Iterator[MicroBatch], count: int, backward: bool) -> Totals:
-        """``count`` micro batches; with ``backward`` the gradients of the mean loss per token are left in place."""
+    def train(self, batches: Iterator[MicroBatch], count: int) -> Totals:
+        """Leaves the gradients of the mean loss per token, over all ranks, in place."""
+        self.model.zero_grad_buffer()
+        return self._forward(batches, count, forward_only=False)
+
+    def evaluate(self, batches: Iterator[MicroBatch], count: int) -> Totals:
+        """Loss and right predictions, without gradients."""
+        self.model.eval()
+        with torch.no_grad():
+            totals = self._forward(batches, count, forward_only=True)
+        self.model.train()
+        return totals
+
+    def _forward(self, batches: Iterator[MicroBatch], count: int, forward_only: bool) -> Totals:
         reports = self.run(
             forward_step_func=_forward_step,
             data_iterator=batches,
             model=[self.model],
             num_microbatches=count,
-            forward_only=not backward,
+            forward_only=forward_only,
             **self._shapes(),
         )
-        return self.total(reports)
-
-    def total(self, reports: list[dict[str, Tensor]]) -> Totals:
-        """Sum over micro batches and over ranks; only the last pipeline stage knows a loss, and tells the others."""
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
         for report in reports:
-            sums += report["sums"].double().cpu()
-        sums = sums.to(next(self.model.parameters()).device)
+            sums += report["sums"]
+        # only the last pipeline stage has reports: it tells the others
         dist.all_reduce(sums, group=self.groups.dp_cp)
         if self.groups.pp.size() > 1:
             dist.broadcast(sums, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
-        loss, tokens = sums.tolist()
-        return Totals(loss, tokens, 0.0)
+        return Totals(*sums.tolist())
 
     def _shapes(self) -> dict:
         """What pipeline stages send each other: Megatron divides the length by the ranks that split it."""
@@ -76,23 +81,37 @@ class Stepper:
         shapes = dict(seq_length=data.seq_length, micro_batch_size=rows)
         if data.reset_at_documents:  # samples lie one after the other in one row
             shapes = dict(seq_length=data.seq_length * rows, micro_batch_size=1)
-        if self.groups.pp.size() > 1 and _unwrap(self.model).carries_input_embed:
+        if self.groups.pp.size() > 1 and unwrap(self.model).carries_input_embed:
             shapes["adjust_tensor_shapes_fn"] = _twice_as_wide
         return shapes
 
 
+def unwrap(model) -> TTTGPTModel:
+    """The model inside Megatron's wrappers for data parallelism and bf16."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def _forward_step(batches: Iterator[MicroBatch], model):
     batch = next(batches)
-    losses = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
-    return losses, partial(_loss_sums, batch.loss_mask)
+    out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
+    return out, partial(_sums, batch.loss_mask)
+
+
+def _sums(mask: Tensor, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What Megatron wants of a loss: the sum over tokens, how many there were, and what to report.
+
+    Tokens that do not count are left out by selection, not by a product: their loss may be anything.
+    """
+    losses, correct = out
+    counts = mask > 0
+    total = torch.where(counts, losses, 0.0).sum()
+    tokens = counts.sum()
+    right = torch.where(counts, correct, 0.0).sum()
+    return total, tokens.int(), {"sums": torch.stack([total.detach().double(), tokens.double(), right.double()])}
 
 
 def _twice_as_wide(receive, send):
     """Hidden states travel with the embedding output beside them."""
     return tuple([(s, b, 2 * h) for s, b, h in shapes] for shapes in (receive, send))
-
-
-def _unwrap(model):
-    while hasattr(model, "module"):
-        model = model.module
-    return model

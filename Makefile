@@ -1,0 +1,36 @@
+# `make train` and `make test` do all set-up. `make help` lists the rest.
+SHELL := bash
+VENV := .venv
+BIN := $(VENV)/bin
+NPROC ?= 2
+RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data train test lint proof clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## create .venv with everything in it
+
+$(VENV)/.ready: pyproject.toml constraints.txt launch/setup.sh
+	@bash launch/setup.sh $(VENV)
+
+data: setup ## make the default corpus: the sources of the installed Python packages
+	@$(BIN)/python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048 --if-missing
+
+train: data ## the main job: a model with fast weights on real long documents, over two context-parallel ranks
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) recipe=tiny_ttt
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: setup ## check the style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+proof: setup ## show that fast weights remember what attention cannot reach
+	@$(BIN)/python launch/proof.py
+
+clean: ## remove runs and data, keep .venv
+	rm -rf runs data

@@ -1,0 +1,96 @@
+"""Do the fast weights remember? Train `recall` twice in the same way, with them and without, and compare.
+
+Answers lie beyond the reach of sliding-window attention: without a memory nothing better than chance is possible.
+Writes runs/proof/proof.png; exits 0 if the fast weights recall and attention alone stays at chance.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from inplace_ttt.training.plots import COLORS, axes, save
+from inplace_ttt.training.records import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path("runs/proof")
+ALPHABET = 100
+CHANCE = 1 / ALPHABET
+RECALLS, AT_CHANCE = 0.9, 3 * CHANCE
+
+
+def main() -> int:
+    console = Console()
+    variants = {"with fast weights": "true", "attention alone": "false"}
+    runs = {name: FOLDER / f"ttt_{enabled}" for name, enabled in variants.items()}
+    started = time.monotonic()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(variants)))
+    processes = {}
+    for name, enabled in variants.items():
+        subprocess.run(["rm", "-rf", str(runs[name])], check=True)
+        log = (FOLDER / f"ttt_{enabled}.log").open("w")
+        processes[name] = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "launch/train.py"),
+                "recipe=recall",
+                f"ttt.enabled={enabled}",
+                f"run.dir={runs[name]}",
+                f"data.recall_alphabet={ALPHABET}",
+                "log.wandb=disabled",
+            ],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+    with console.status("") as status:
+        while any(process.poll() is None for process in processes.values()):
+            done = {name: len(read_metrics(run / "metrics.jsonl")) for name, run in runs.items()}
+            status.update("training: " + ", ".join(f"{name} {n} records" for name, n in done.items()))
+            time.sleep(1)
+    for name, process in processes.items():
+        if process.returncode:
+            log = FOLDER / f"ttt_{variants[name]}.log"
+            print(f"error: the run {name} ended with code {process.returncode}; see {log}", file=sys.stderr)
+            return 1
+    curves = {name: _curve(run) for name, run in runs.items()}
+    _plot(curves, FOLDER / "proof.png")
+    table = Table(title=f"recall of held-out pairs (chance {CHANCE:.0%})", title_justify="left")
+    table.add_column("step", justify="right")
+    for name in curves:
+        table.add_column(name, justify="right")
+    for rows in zip(*curves.values(), strict=True):
+        table.add_row(str(rows[0][0]), *(f"{accuracy:.1%}" for _, accuracy in rows))
+    console.print(table)
+    with_ttt, without = (curve[-1][1] for curve in curves.values())
+    worst_without = max(accuracy for _, accuracy in curves["attention alone"])
+    proven = with_ttt >= RECALLS and worst_without <= AT_CHANCE
+    console.print(
+        f"{'proven' if proven else 'NOT proven'}: {with_ttt:.1%} with fast weights, {without:.1%} without "
+        f"({time.monotonic() - started:.0f} s; picture: {FOLDER / 'proof.png'})"
+    )
+    return 0 if proven else 1
+
+
+def _curve(run: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["accuracy"]) for r in read_metrics(run / "metrics.jsonl") if r.get("eval")]
+
+
+def _plot(curves: dict[str, list[tuple[int, float]]], picture: Path) -> None:
+    figure, ax = axes("Recall beyond the reach of attention", "training step", "pairs recalled (%)")
+    for (name, curve), color in zip(curves.items(), COLORS, strict=False):
+        steps, accuracy = zip(*curve, strict=True)
+        ax.plot(steps, [100 * a for a in accuracy], "o-", color=color, linewidth=2, markersize=4, label=name)
+    ax.axhline(100 * CHANCE, color="#888888", linestyle="--", linewidth=1, label=f"chance ({CHANCE:.0%})")
+    ax.set_ylim(-3, 103)
+    ax.legend(frameon=False, loc="center right")
+    save(figure, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

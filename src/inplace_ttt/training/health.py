@@ -1,0 +1,64 @@
+"""Why a run must not go on: numbers that are not finite, fast weights that run away."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.megatron.model import TTTGPTModel
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on; the message says at which step, why, and what is saved."""
+
+
+NOWHERE = 1_000_000  # larger than any layer's number
+
+
+def first_broken_layer(model: TTTGPTModel, forward: Callable[[], None]) -> str:
+    """Run ``forward`` again and name the first module, in order of the model, whose output is not finite.
+
+    Every rank must call it.
+    """
+    broken = [NOWHERE]
+
+    def watch(number: int):
+        def look(module, inputs, output):
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not torch.isfinite(tensor).all():
+                broken[0] = min(broken[0], number)
+
+        return look
+
+    handles = [layer.register_forward_hook(watch(layer.layer_number)) for layer in model.decoder.layers]
+    if model.pre_process:
+        handles.append(model.embedding.register_forward_hook(watch(0)))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = torch.tensor(broken, device=next(model.parameters()).device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    return _name(int(first))
+
+
+def last_broken_gradient(model: TTTGPTModel) -> str:
+    """The module nearest to the loss with a gradient that is not finite: the backward pass came to it first."""
+    broken = -1
+    for name, param in model.named_parameters():
+        gradient = getattr(param, "main_grad", None)
+        if gradient is not None and not torch.isfinite(gradient).all():
+            parts = name.split(".")
+            inside = parts[:2] == ["decoder", "layers"]
+            broken = max(broken, model.decoder.layers[int(parts[2])].layer_number if inside else 0)
+    last = torch.tensor([broken], device=next(model.parameters()).device)
+    dist.all_reduce(last, op=dist.ReduceOp.MAX)
+    return _name(int(last) if int(last) >= 0 else NOWHERE)
+
+
+def _name(number: int) -> str:
+    if number == NOWHERE:
+        return "the output layer"
+    return "the embedding" if number == 0 else f"layer {number - 1}"

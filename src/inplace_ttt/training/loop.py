@@ -1,0 +1,239 @@
+"""The training loop: steps, evaluations, checkpoints, and every reason to stop."""
+
+import itertools
+import math
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.config import Config, ttt_layers
+from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.data.build import Sets, micro_batches, numbers_of_rank
+from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
+from inplace_ttt.megatron.runtime import device
+from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient
+from inplace_ttt.training.records import MetricsFile, Screen, WandB
+from inplace_ttt.training.run_folder import RunFolder
+from inplace_ttt.training.signals import StopRequest
+from inplace_ttt.training.step import Stepper, Totals, unwrap
+
+EVAL_GROUP = 8  # micro batches between two looks for a request to stop
+
+
+class Recorder:
+    """Rank 0's outputs; on other ranks every call does nothing."""
+
+    def __init__(self, config: Config, resolved: dict, folder: RunFolder, first_step: int):
+        self.outputs = []
+        if dist.get_rank() == 0:
+            self.metrics = MetricsFile(folder.metrics, first_step)
+            self.screen = Screen(config, first_step)
+            self.wandb = WandB(config, resolved, folder.path)
+            self.outputs = [self.metrics, self.screen, self.wandb]
+
+    def write(self, record: dict) -> None:
+        if self.outputs:
+            self.metrics.write(record)
+            self.wandb.write(record)
+            if not record.get("eval"):
+                self.screen.step(record)
+
+    def say(self, message: str) -> None:
+        if self.outputs:
+            self.screen.say(message)
+
+    def close(self) -> None:
+        for output in reversed(self.outputs):
+            output.close()
+
+
+class Loop:
+    """Everything a step needs, already built."""
+
+    def __init__(
+        self,
+        config: Config,
+        sets: Sets,
+        stepper: Stepper,
+        optimizer,
+        scheduler,
+        checkpointer: Checkpointer,
+        recorder: Recorder,
+        folder: RunFolder,
+        stop: StopRequest,
+        groups,
+    ):
+        self.config, self.sets, self.stepper, self.groups = config, sets, stepper, groups
+        self.optimizer, self.scheduler, self.checkpointer = optimizer, scheduler, checkpointer
+        self.recorder, self.folder, self.stop = recorder, folder, stop
+        self.layers = ttt_layers(config.ttt, config.model.num_layers)
+        self.device = device()
+
+    def run(self, step: int) -> bool:
+        """Train from after ``step`` to the end; False if asked to stop before it."""
+        train, checkpoint = self.config.train, self.config.checkpoint
+        per_rank = train.global_batch_size // self.groups.dp.size()
+        micro = per_rank // train.micro_batch_size
+        stream = self._training_stream(step)
+        while step < train.steps:
+            step += 1
+            batches = list(itertools.islice(stream, micro))
+            stopped = self._step(step, batches)
+            self.checkpointer.poll()
+            last = step == train.steps
+            if not stopped and (last or (train.eval_interval and step % train.eval_interval == 0)):
+                stopped = self._evaluate(step)
+            if stopped and not last:
+                self._save(step, wait=True)
+                self.recorder.say(f"asked to stop: saved step {step}; the same command goes on from here")
+                return False
+            if last or (checkpoint.interval and step % checkpoint.interval == 0):
+                self._save(step, wait=last)
+        self.checkpointer.close()
+        return True
+
+    def _training_stream(self, step: int) -> Iterator[MicroBatch]:
+        train = self.config.train
+        size, rank = self.groups.dp.size(), self.groups.dp.rank()
+        numbers = [
+            number
+            for later in range(step, train.steps)
+            for number in numbers_of_rank(later * train.global_batch_size, train.global_batch_size, size, rank)
+        ]
+        return self._micro_batches(self.sets.train, numbers)
+
+    def _micro_batches(self, samples, numbers: list[int]) -> Iterator[MicroBatch]:
+        return micro_batches(
+            samples,
+            numbers,
+            micro_batch_size=self.config.train.micro_batch_size,
+            num_workers=self.config.data.num_workers,
+            cp_size=self.groups.cp.size(),
+            cp_rank=self.groups.cp.rank(),
+            device=self.device,
+        )
+
+    def _step(self, step: int, batches: list[MicroBatch]) -> bool:
+        """One update of the parameters; True if any rank was asked to stop."""
+        started = time.perf_counter()
+        totals = self.stepper.train(iter(batches), len(batches))
+        if not math.isfinite(totals.loss):
+            where = first_broken_layer(
+                unwrap(self.stepper.model), lambda: self.stepper.evaluate(iter(batches), len(batches))
+            )
+            self._give_up(
+                f"loss is {totals.loss} at step {step}: the output of {where} is the first that is not finite"
+            )
+        self.scheduler.step(increment=1)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.clip_grad_norm(self.config.optim.clip_grad))
+        if not math.isfinite(norm):
+            where = last_broken_gradient(unwrap(self.stepper.model))
+            self._give_up(f"gradient norm is {norm} at step {step}: {where} is the first whose gradient is not finite")
+        stopped, ratios = self._agree()
+        self.optimizer.step_with_ready_grads()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+
+        train = self.config.train
+        tokens = train.global_batch_size * self.config.data.seq_length
+        record = dict(
+            step=step,
+            loss=totals.mean_loss,
+            grad_norm=norm,
+            lr=self._learning_rate(),
+            tokens=step * tokens,
+            loss_tokens=int(totals.tokens),
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            peak_memory_gib=self._peak_memory(),
+        )
+        record |= {f"grad_norm_{name}": float(value) for name, value in self.optimizer.grad_norms_by_group.items()}
+        record |= {f"update_ratio/layer_{layer}": ratio for layer, ratio in zip(self.layers, ratios, strict=True)}
+        self.recorder.write(record)
+        limit = self.config.ttt.max_update_ratio
+        for layer, ratio in zip(self.layers, ratios, strict=True):
+            if limit is not None and not ratio <= limit:
+                self._give_up(
+                    f"at step {step} the fast weights of layer {layer} grow to {ratio:.2f} times the norm of its "
+                    f"down-projection, over ttt.max_update_ratio={limit}: lower ttt.eta, optim.lr or ttt.lr_multiplier"
+                )
+        return stopped
+
+    def _learning_rate(self) -> float:
+        """Of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
+        return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
+
+    def _agree(self) -> tuple[bool, list[float]]:
+        """Whether any rank was asked to stop; each TTT layer's |sum of updates| / |W_down|, the largest of the step."""
+        report = torch.zeros(1 + len(self.layers), device=self.device)
+        report[0] = self.stop.received is not None
+        for layer, module in unwrap(self.stepper.model).ttt_modules.items():
+            weight = module.linear_fc2.weight.detach().float().square().sum()
+            if self.groups.tp.size() > 1:
+                dist.all_reduce(weight, group=self.groups.tp)
+            report[1 + self.layers.index(layer)] = (module.max_update_norm / weight).sqrt()
+            module.max_update_norm = torch.zeros_like(module.max_update_norm)
+        dist.all_reduce(report, op=dist.ReduceOp.MAX)
+        stopped, *ratios = report.tolist()
+        return bool(stopped), ratios
+
+    def _evaluate(self, step: int) -> bool:
+        """Loss on held-out samples, the same at any number of ranks; True if any rank was asked to stop meanwhile."""
+        count, micro = self.config.train.eval_samples, self.config.train.micro_batch_size
+        if self.sets.validation is None or not count:
+            return False
+        size, rank = self.groups.dp.size(), self.groups.dp.rank()
+        share = math.ceil(count / (size * micro)) * micro
+        batches = list(
+            self._micro_batches(_Padded(self.sets.validation, count), numbers_of_rank(0, share * size, size, rank))
+        )
+        totals = Totals()
+        for first in range(0, len(batches), EVAL_GROUP):
+            group = batches[first : first + EVAL_GROUP]
+            totals += self.stepper.evaluate(iter(group), len(group))
+            if self._any_asked_to_stop():
+                return True
+        self.recorder.write(dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy))
+        self.recorder.say(f"step {step}: held-out loss {totals.mean_loss:.4f}, accuracy {totals.accuracy:.1%}")
+        return False
+
+    def _any_asked_to_stop(self) -> bool:
+        asked = torch.tensor([float(self.stop.received is not None)], device=self.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def _save(self, step: int, wait: bool) -> None:
+        try:
+            self.checkpointer.save(Progress(step, step * self.config.train.global_batch_size), wait=wait)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            self._give_up(
+                f"the checkpoint of step {step} could not be written to '{self.folder.checkpoints}' ({reason})"
+            )
+
+    def _give_up(self, why: str) -> None:
+        whole, _ = whole_checkpoints(self.folder.checkpoints)
+        saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
+        raise TrainingStopped(f"{why}; {saved}")
+
+    def _peak_memory(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class _Padded:
+    """Samples beyond ``count`` exist to fill up ranks and do not count."""
+
+    def __init__(self, samples, count: int):
+        self.samples, self.count = samples, count
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[min(index, self.count - 1)]
+        if index >= self.count:
+            sample.loss_mask = torch.zeros_like(sample.loss_mask)
+        return sample

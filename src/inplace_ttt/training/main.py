@@ -1,0 +1,137 @@
+"""``launch/train.py``: from the command line to a trained model, and every error in one sentence."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from inplace_ttt.config import Config, UserError
+
+HELP = """\
+torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=value ...]
+
+  recipe=NAME   one of {recipes}
+  key=value     any key of the configuration, such as train.steps=100 or parallel.context_parallel_size=2
+  --cfg         print the configuration and stop
+
+Without torchrun it runs one process. A run goes on from the last checkpoint in its run.dir."""
+
+
+def main(arguments: list[str], recipes: Path) -> int:
+    """Returns the exit code: 0 trained or saved and stopped as asked, 2 the user must change something, 3 stopped."""
+    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.validation import validate
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP.format(recipes=", ".join(sorted(path.stem for path in (recipes / "recipe").glob("*.yaml")))))
+        return 0
+    show = "--cfg" in arguments
+    overrides = [argument for argument in arguments if argument not in ("--cfg", "job")]
+    try:
+        composed = compose_config(overrides, recipes)
+        config = to_config(composed)
+        if show:
+            print(OmegaConf.to_yaml(composed, resolve=True), end="")
+            return 0
+        validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+        return train(config)
+    except UserError as error:
+        return _fail(f"error: {error}", 2)
+
+
+def train(config: Config) -> int:
+    """Build everything, train, save. All ranks call it with the same configuration."""
+    from inplace_ttt.data.build import build_sets
+    from inplace_ttt.megatron import runtime
+    from inplace_ttt.training.health import TrainingStopped
+    from inplace_ttt.training.signals import StopRequest
+
+    with StopRequest() as stop:
+        sets = build_sets(config)
+        groups = runtime.start(config.parallel, config.train.seed)
+        try:
+            return _train(config, sets, groups, stop)
+        except TrainingStopped as stopped:
+            return _fail(f"stopped: {stopped}", 3)
+        finally:
+            if sys.exc_info()[0] is None:
+                runtime.stop()
+
+
+def _train(config: Config, sets, groups, stop) -> int:
+    from inplace_ttt.megatron.checkpoint import Checkpointer
+    from inplace_ttt.megatron.initialize import initialize
+    from inplace_ttt.megatron.model import build_model
+    from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from inplace_ttt.training.loop import Loop, Recorder
+    from inplace_ttt.training.plots import plot_loss
+    from inplace_ttt.training.run_folder import RunFolder
+    from inplace_ttt.training.step import Stepper
+    from inplace_ttt.validation import precision, transformer_impl
+
+    folder = RunFolder(config)
+    model = build_model(config, precision(config), transformer_impl(config), sets.vocab_size, groups)
+    initialize(model, config, groups)
+    megatron_config = model.config
+    wrapped = wrap_data_parallel(model, megatron_config, config)
+    optimizer, scheduler = build_optimizer(wrapped, megatron_config, config)
+    checkpointer = Checkpointer(
+        folder.checkpoints,
+        model,
+        optimizer,
+        groups,
+        keep=config.checkpoint.keep,
+        async_save=config.checkpoint.async_save,
+        save_optimizer=config.checkpoint.save_optimizer,
+    )
+    step, notes = 0, list(folder.notes)
+    if folder.resume_from is not None:
+        step = checkpointer.resume(folder.resume_from).step
+        scheduler.step(increment=step)
+        notes.append(f"going on from step {step} ('{folder.resume_from}')")
+    elif config.checkpoint.load is not None:
+        new = checkpointer.load_weights(Path(config.checkpoint.load))
+        notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))
+
+    recorder = Recorder(config, asdict(config), folder, step)
+    recorder.say(_describe(config, model, groups))
+    for note in notes:
+        recorder.say(note)
+    stepper = Stepper(config, wrapped, megatron_config, groups)
+    loop = Loop(config, sets, stepper, optimizer, scheduler, checkpointer, recorder, folder, stop, groups)
+    try:
+        finished = loop.run(step)
+    finally:
+        recorder.close()
+    if finished and recorder.outputs:
+        plot_loss(folder.metrics, folder.path / "loss.png", config.run.name)
+        print(f"done: '{folder.path}' holds metrics.jsonl, loss.png and checkpoints/", flush=True)
+    return 0
+
+
+def _describe(config: Config, model, groups) -> str:
+    import torch
+    import torch.distributed as dist
+
+    counts = torch.tensor([sum(p.numel() for p in model.parameters())], device=next(model.parameters()).device)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return (
+        f"{config.run.name}: {int(counts) / 1e6:.1f}M parameters on this rank, {dist.get_world_size()} x {where}, "
+        f"TP {groups.tp.size()} PP {groups.pp.size()} CP {groups.cp.size()} DP {groups.dp.size()}, "
+        f"{config.train.global_batch_size} x {config.data.seq_length} tokens a step, "
+        + (f"fast weights in layers {sorted(model.ttt_modules)}" if config.ttt.enabled else "no fast weights")
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    """Say it once a machine, and tell torchrun, whose summary then has it too."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    return code

@@ -1,0 +1,146 @@
+"""Where the numbers of a run go: metrics.jsonl, the terminal, W&B. Only rank 0 writes."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from inplace_ttt.config import Config
+
+
+class MetricsFile:
+    """One JSON object a line: a training step, or with the key ``eval`` an evaluation after it."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Goes on after ``last_step``: what an earlier run wrote beyond its last checkpoint is taken back."""
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Screen:
+    """A line that lives where there is a terminal, and one every so many steps where there is none."""
+
+    def __init__(self, config: Config, first_step: int):
+        self.config, self.first = config, first_step
+        self.console = Console(stderr=False)
+        self.started = time.monotonic()
+        self.live = self.bar = None
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(
+                config.run.name, total=config.train.steps, completed=first_step, numbers="starting"
+            )
+            self.live = Live(self.bar, console=self.console, refresh_per_second=4)
+            self.live.start()
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    def step(self, record: dict) -> None:
+        done = record["step"] - self.first
+        left = (time.monotonic() - self.started) / max(done, 1) * (self.config.train.steps - record["step"])
+        ratios = [value for key, value in record.items() if key.startswith("update_ratio/")]
+        numbers = (
+            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+            + (f"  update ratio {max(ratios):.3f}" if ratios else "")
+            + f"  ETA {_duration(left)}"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record["step"], numbers=numbers)
+        elif record["step"] % self.config.log.interval == 0 or record["step"] == self.config.train.steps:
+            self.say(f"step {record['step']:>6}/{self.config.train.steps}  {numbers}")
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class WandB:
+    """Weights & Biases; the same run goes on after a restart."""
+
+    def __init__(self, config: Config, resolved: dict, folder: Path):
+        mode = config.log.wandb
+        self.run = None
+        if mode == "disabled":
+            return
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
+        remembered = folder / "wandb_id"
+        if not remembered.is_file():
+            remembered.write_text(wandb.util.generate_id())
+        self.run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.run.name,
+            id=remembered.read_text().strip(),
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=resolved,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def write(self, record: dict) -> None:
+        if self.run is not None:
+            prefix = "eval/" if record.get("eval") else "train/"
+            numbers = {key if "/" in key else prefix + key: value for key, value in record.items() if key != "eval"}
+            self.run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+
+
+def _has_wandb_login() -> bool:
+    import netrc
+
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def warn(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""The folder of a run: what makes it this run, and what a restart may change."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from inplace_ttt.config import Config, UserError
+from inplace_ttt.megatron.checkpoint import whole_checkpoints
+
+# Another value of one of these is another run: a checkpoint would be continued into something it is not.
+IDENTITY = (
+    "model",
+    "ttt.enabled",
+    "ttt.layers",
+    "ttt.chunk_size",
+    "ttt.eta",
+    "ttt.target",
+    "ttt.conv_kernel",
+    "ttt.project",
+    "data.kind",
+    "data.sources",
+    "data.seq_length",
+    "data.reset_at_documents",
+    "data.validation_fraction",
+    "data.recall_pairs",
+    "data.recall_alphabet",
+    "train.seed",
+    "train.global_batch_size",
+)
+# These say how a run is carried out, not what it computes.
+FREE = ("parallel", "checkpoint", "log", "run", "data.num_workers", "train.micro_batch_size", "model.transformer_impl")
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank what went wrong on any, so that none waits for one that has stopped."""
+    message = None if error is None else str(error)
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for found in messages:
+        if found is not None:
+            raise UserError(found)
+
+
+class RunFolder:
+    """``run.dir``: config.yaml, metrics.jsonl, checkpoints/, loss.png, wandb/."""
+
+    def __init__(self, config: Config):
+        names = [config.run.dir]
+        dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: the first one's counts
+        self.path = Path(names[0])
+        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        self.notes: list[str] = []
+        self.resume_from: Path | None = None
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                self._open(config)
+            except UserError as caught:
+                error = caught
+            except OSError as caught:
+                error = UserError(
+                    f"run.dir='{self.path}' cannot be written ({caught.strerror}): "
+                    f"choose a folder that can, with room for checkpoints"
+                )
+        agree(error)
+        found = [self.resume_from, self.notes]
+        dist.broadcast_object_list(found, src=0)
+        self.resume_from, self.notes = found
+
+    def _open(self, config: Config) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        probe = self.path / ".writable"
+        probe.write_bytes(b"\0" * 65536)
+        probe.unlink()
+        whole, faults = whole_checkpoints(self.checkpoints)
+        self.notes += [f"not resumed from: {fault}" for fault in faults]
+        if faults and not whole:
+            raise UserError(
+                f"run.dir='{self.path}' holds no whole checkpoint ({faults[0]}): restore it, or remove "
+                f"'{self.checkpoints}' to begin anew"
+            )
+        record = self.path / "config.yaml"
+        if whole:
+            self.resume_from = whole[0]
+            if record.is_file():
+                self._compare(yaml.safe_load(record.read_text()), json.loads(json.dumps(asdict(config))))
+        partial = record.with_suffix(".partial")
+        partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        os.replace(partial, record)
+
+    def _compare(self, before: dict, now: dict) -> None:
+        was, here = _flat(before), _flat(now)
+        for key in sorted(set(was) | set(here)):
+            if was.get(key) == here.get(key) or _within(key, FREE):
+                continue
+            if _within(key, IDENTITY):
+                raise UserError(
+                    f"{key}={here.get(key)}, but the run in run.dir='{self.path}' was begun with {was.get(key)}: "
+                    f"use that value to go on, or another run.dir (checkpoint.load takes its weights along)"
+                )
+            self.notes.append(f"changed since the run began: {key} was {was.get(key)}, is {here.get(key)}")
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _flat(tree, prefix: str = "") -> dict:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+    return flat

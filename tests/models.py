@@ -1,0 +1,83 @@
+"""Small models and batches, made alike on any number of ranks."""
+
+import torch
+from omegaconf import OmegaConf
+
+from inplace_ttt.config import Config
+
+VOCAB = 200
+SEQ_LENGTH = 64
+TINY = dict(
+    model=dict(
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        init_method_std=0.1,
+    ),
+    ttt=dict(layers="every 2nd", chunk_size=8, proj_init_std=0.3),
+    data=dict(seq_length=SEQ_LENGTH),
+    optim=dict(lr=1e-3),
+    train=dict(steps=20, global_batch_size=4),
+    run=dict(name="test"),
+)
+
+
+def tiny_config(*changes: dict) -> Config:
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), TINY, *changes))
+
+
+class Training:
+    """A model in training on random samples; fast weights are switched on by random convolutions."""
+
+    def __init__(self, config: Config):
+        from inplace_ttt.megatron import runtime
+        from inplace_ttt.megatron.initialize import initialize
+        from inplace_ttt.megatron.model import build_model
+        from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+        from inplace_ttt.training.step import Stepper
+
+        self.config = config
+        self.groups = runtime.start(config.parallel, config.train.seed)
+        self.model = build_model(config, torch.float32, "local", VOCAB, self.groups)
+        initialize(self.model, config, self.groups)
+        for layer, module in self.model.ttt_modules.items():
+            generator = torch.Generator().manual_seed(layer)
+            weight = module.ttt_conv.weight
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+        wrapped = wrap_data_parallel(self.model, self.model.config, config)
+        self.optimizer, self.scheduler = build_optimizer(wrapped, self.model.config, config)
+        self.stepper = Stepper(config, wrapped, self.model.config, self.groups)
+
+    def batches(self, step: int):
+        """This rank's micro batches of a step: random tokens, some of which do not count, three documents or one."""
+        from inplace_ttt.data.batch import MicroBatch, Sample
+
+        generator = torch.Generator().manual_seed(step)
+        samples = []
+        for _ in range(self.config.train.global_batch_size):
+            text = torch.randint(0, VOCAB, (SEQ_LENGTH + 1,), generator=generator)
+            mask = (torch.rand(SEQ_LENGTH, generator=generator) > 0.2).float()
+            documents = (0, 24, 40, SEQ_LENGTH) if self.config.data.reset_at_documents else None
+            samples.append(Sample(text[:-1], text[1:], mask, documents))
+        share, rank = len(samples) // self.groups.dp.size(), self.groups.dp.rank()
+        mine, rows = samples[rank * share : (rank + 1) * share], self.config.train.micro_batch_size
+        return [
+            MicroBatch.collate(mine[i : i + rows], self.groups.cp.size(), self.groups.cp.rank(), torch.device("cpu"))
+            for i in range(0, share, rows)
+        ]
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Loss and gradient norm of a step."""
+        batches = self.batches(number)
+        totals = self.stepper.train(iter(batches), len(batches))
+        self.scheduler.step(increment=1)
+        _, norm, _ = self.optimizer.step()
+        return totals.mean_loss, float(norm)
+
+
+def train_losses(steps: int, *changes: dict) -> list[tuple[float, float]]:
+    training = Training(tiny_config(*changes))
+    return [training.step(number) for number in range(steps)]

@@ -1,0 +1,145 @@
+"""The model equals the plain one while fast weights are at their start; its parts equal their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Training, tiny_config, train_losses
+from ranks import run_ranks
+
+from inplace_ttt.megatron.layout import SequenceLayout
+
+
+def logits(*changes, start_values=False):
+    training = Training(tiny_config(*changes))
+    if start_values:
+        for module in training.model.ttt_modules.values():
+            module.ttt_conv.weight.data.zero_()
+    batch = training.batches(0)[0]
+    with torch.no_grad():
+        return training.model.eval()(batch.tokens, batch.position_ids, batch.layout).numpy()
+
+
+def test_fast_weights_at_their_start_are_the_plain_model():
+    plain = torch.from_numpy(run_ranks(1, logits, {"ttt": {"enabled": False}})[0])
+    start = torch.from_numpy(run_ranks(1, _at_start)[0])
+    switched_on = torch.from_numpy(run_ranks(1, logits)[0])
+    torch.testing.assert_close(start, plain, rtol=1e-5, atol=1e-5)
+    assert (switched_on - plain).abs().max() > 1e-2
+
+
+def _at_start():
+    return logits(start_values=True)
+
+
+def test_recompute_changes_nothing():
+    plain = run_ranks(1, train_losses, 2)[0]
+    assert run_ranks(1, train_losses, 2, {"train": {"recompute": "full"}})[0] == plain
+
+
+def attention_error(window, documents):
+    from types import SimpleNamespace
+
+    from inplace_ttt.megatron.attention import DocumentAttention
+
+    config = SimpleNamespace(kv_channels=8, window_size=None if window is None else (window - 1, 0))
+    alone = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    attention = DocumentAttention(config, 1, None, None, pg_collection=alone)
+    torch.manual_seed(0)
+    s = 48
+    q, k, v = torch.randn(s, 2, 4, 8), torch.randn(s, 2, 2, 8), torch.randn(s, 2, 2, 8)
+    out = attention(q, k, v, packed_seq_params=SequenceLayout(documents=documents))
+    place = torch.arange(s)
+    starts = torch.tensor(documents or (0, s))
+    document = torch.searchsorted(starts, place, right=True)
+    seen = (place[:, None] >= place) & (document[:, None] == document)
+    if window is not None:
+        seen &= place[:, None] - place < window
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k.repeat_interleave(2, dim=2)) * 8**-0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    expected = torch.einsum("bhst,tbhd->sbhd", weights, v.repeat_interleave(2, dim=2)).reshape(s, 2, -1)
+    return (out - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("documents", [None, (0, 16, 17, 48)])
+def test_attention_is_masked_softmax(window, documents):
+    assert attention_error(window, documents) < 1e-5
+
+
+def cross_entropy_errors(vocab_size: int, part_numel: int):
+    import torch.distributed as dist
+
+    from inplace_ttt.megatron import runtime
+    from inplace_ttt.megatron.loss import linear_cross_entropy
+
+    size = dist.get_world_size()
+    groups = runtime.start(tiny_config({"parallel": {"tensor_model_parallel_size": size}}).parallel, 0)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 2, 16), torch.randn(32 * 4, 16)
+    labels, scale = torch.randint(0, vocab_size, (2, 6)), torch.rand(2, 6)
+    reference = [t.clone().double().requires_grad_() for t in (hidden, weight)]
+    scores = (reference[0] @ reference[1][:vocab_size].T).permute(1, 0, 2)
+    expected = F.cross_entropy(scores.reshape(12, -1), labels.reshape(12), reduction="none").view(2, 6)
+    (expected * scale).sum().backward()
+
+    rows = 128 // size
+    shard = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+    hidden.requires_grad_()
+    mine = weight[shard].clone().requires_grad_()
+    loss, correct = linear_cross_entropy(
+        hidden, mine, labels, vocab_size=vocab_size, tp_group=groups.tp, sequence_parallel=False, part_numel=part_numel
+    )
+    (loss * scale).sum().backward()
+    runtime.stop()
+    assert torch.equal(correct.bool(), scores.argmax(dim=-1) == labels)
+    return [
+        (loss - expected).abs().max().item(),
+        (hidden.grad - reference[0].grad).abs().max().item(),
+        (mine.grad - reference[1].grad[shard]).abs().max().item(),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("vocab_size", [128, 101, 60])  # 60: two of four ranks hold padding alone, or nearly
+@pytest.mark.parametrize("part_numel", [1, 300, 2**20])
+def test_cross_entropy_of_a_split_and_padded_vocabulary(size, vocab_size, part_numel):
+    if size == 4 and part_numel != 300:
+        pytest.skip("the part size does not meet the number of ranks")
+    for errors in run_ranks(size, cross_entropy_errors, vocab_size, part_numel):
+        assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {},
+        dict(rope_type="linear", factor=4.0),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=1024, attention_factor=1.5, beta_fast=16.0),
+        dict(
+            rope_type="llama3",
+            factor=8.0,
+            original_max_position_embeddings=8192,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+        ),
+    ],
+)
+def test_rope_equals_transformers(scaling):
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    from inplace_ttt.megatron.rope import rope_frequencies
+
+    model = tiny_config({"model": {"rope_scaling": scaling, "rotary_base": 500000.0}}).model
+    config = Qwen3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_theta": 500000.0, "rope_type": "default", **scaling},
+    )
+    theirs = Qwen3RotaryEmbedding(config)
+    inv_freq, attention_factor = rope_frequencies(model, 4096)
+    assert torch.equal(inv_freq, theirs.inv_freq)
+    assert attention_factor == theirs.attention_scaling

@@ -1,0 +1,54 @@
+"""What a token may influence: nothing before it, and through the fast weights every later chunk of its document."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import SEQ_LENGTH, VOCAB, Training, tiny_config
+from ranks import run_ranks
+
+from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, take_local
+
+
+def changed_places(changes: list[dict], token: int, documents) -> list[bool]:
+    """Where in the sequence the logits change when one token does."""
+    training = Training(tiny_config(*changes))
+    model, groups = training.model.eval(), training.groups
+    cp, rank = groups.cp.size(), groups.cp.rank()
+    text = torch.randint(0, VOCAB, (1, SEQ_LENGTH), generator=torch.Generator().manual_seed(0))
+    other = text.clone()
+    other[0, token] = (text[0, token] + 1) % VOCAB
+    logits = []
+    for tokens in (text, other):
+        positions = take_local(torch.arange(SEQ_LENGTH)[None], cp, rank, 1)
+        with torch.no_grad():
+            local = model(take_local(tokens, cp, rank, 1), positions, SequenceLayout(documents=documents))[0]
+        parts = [torch.empty_like(local) for _ in range(cp)]
+        dist.all_gather(parts, local.contiguous(), group=groups.cp)
+        logits.append(in_sequence_order(torch.cat(parts), cp))
+    return ((logits[0] - logits[1]).abs().amax(dim=-1) > 0).tolist()
+
+
+# attention that sees itself alone: whatever crosses tokens crosses through fast weights
+ALONE = {"model": {"sliding_window": 1}, "ttt": {"layers": [2]}}
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, {}), (2, {"context_parallel_size": 2}), (4, {"context_parallel_size": 4})]
+)
+@pytest.mark.parametrize("target", ["hidden_states", "input_embed"])
+def test_fast_weights_reach_later_chunks_of_the_document_alone(size, layout, target):
+    changes = [ALONE, {"ttt": {"target": target}}, {"parallel": layout}]
+    documents = (0, 40, SEQ_LENGTH)
+    for token in (0, 13, 39):
+        changed = run_ranks(size, changed_places, changes, token, documents)[0]
+        chunk_end = (token // 8 + 1) * 8
+        assert not any(changed[:token]) and changed[token]
+        assert not any(changed[token + 1 : chunk_end]), "a chunk saw its own update"
+        assert all(changed[chunk_end:40]), "an update did not reach a later chunk"
+        assert not any(changed[40:]), "an update reached another document"
+
+
+def test_nothing_reaches_back():
+    for token in (20, SEQ_LENGTH - 1):
+        changed = run_ranks(4, changed_places, [{"parallel": {"context_parallel_size": 4}}], token, None)[0]
+        assert not any(changed[:token]) and all(changed[token:])
