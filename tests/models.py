@@ -17,7 +17,8 @@ TINY = dict(
         kv_channels=16,
         init_method_std=0.1,
     ),
-    ttt=dict(layers="every 2nd", chunk_size=8, proj_init_std=0.3),
+    # eta: fast weights that matter, in a model whose training does not blow up rounding errors
+    ttt=dict(layers="every 2nd", chunk_size=8, proj_init_std=0.3, eta=0.1),
     data=dict(seq_length=SEQ_LENGTH),
     optim=dict(lr=1e-3),
     train=dict(steps=20, global_batch_size=4),
@@ -75,6 +76,7 @@ class Training:
         totals = self.stepper.train(iter(batches), len(batches))
         self.scheduler.step(increment=1)
         _, norm, _ = self.optimizer.step()
+        self.optimizer.zero_grad()
         return totals.mean_loss, float(norm)
 
 

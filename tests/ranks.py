@@ -11,12 +11,14 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "inplace_ttt.ttt", "inplace_ttt.megatron.runtime"])
 
 
-def run_ranks(size: int, function: Callable, *args, timeout: float = 300):
+def run_ranks(size: int, function: Callable, *args, backend: str = "gloo", timeout: float = 300):
     """``function(*args)`` on ``size`` ranks with a default process group; the list of what they return."""
     with tempfile.TemporaryDirectory() as folder:
         queue = _context.Queue()
         processes = [
-            _context.Process(target=_rank, args=(rank, size, f"{folder}/store", queue, function, args), daemon=True)
+            _context.Process(
+                target=_rank, args=(rank, size, f"{folder}/store", backend, queue, function, args), daemon=True
+            )
             for rank in range(size)
         ]
         for process in processes:
@@ -39,15 +41,17 @@ def run_ranks(size: int, function: Callable, *args, timeout: float = 300):
         return [results[rank] for rank in range(size)]
 
 
-def _rank(rank: int, size: int, store: str, queue, function: Callable, args: tuple) -> None:
+def _rank(rank: int, size: int, store: str, backend: str, queue, function: Callable, args: tuple) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         result = function(*args)
         if dist.is_initialized():

@@ -142,8 +142,8 @@ def _parallel(config: Config, world_size: int) -> None:
         raise UserError(f"parallel.timeout_minutes={parallel.timeout_minutes}: use a number above 0")
     if world_size % (tp * pp * cp):
         raise UserError(
-            f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} x context_parallel_size={cp} "
-            f"needs a multiple of {tp * pp * cp} processes, but there are {world_size}: start torchrun with "
+            f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} x "
+            f"context_parallel_size={cp} needs a multiple of {tp * pp * cp} processes, but there are {world_size}: start torchrun with "
             f"--nproc-per-node {tp * pp * cp}, or choose smaller sizes"
         )
     for key in ("num_query_groups", "ffn_hidden_size"):

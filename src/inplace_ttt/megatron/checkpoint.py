@@ -146,7 +146,7 @@ class Checkpointer:
     def resume(self, folder: Path) -> Progress:
         """Load model and optimizer as they were."""
         loaded = dist_checkpointing.load(self._state(loading=True), str(folder))
-        self.model.load_state_dict(loaded["model"])
+        self._load_model(loaded["model"])
         self.optimizer.load_state_dict(loaded["optimizer"])
         return read_progress(folder)
 
@@ -177,9 +177,17 @@ class Checkpointer:
                         f"checkpoint.load='{folder}': '{entry.key}' is {there} there and {here} in this model"
                     )
         loaded = dist_checkpointing.load(state, str(folder))
-        self.model.load_state_dict(loaded["model"], strict=False)
+        self._load_model(loaded["model"], allowed=tuple(new))
         self.optimizer.reload_model_params()
         return new
+
+    def _load_model(self, state: dict, allowed: tuple[str, ...] = ()) -> None:
+        """Everything but new parameters and what Transformer Engine keeps for fp8 must be there."""
+        result = self.model.load_state_dict(state, strict=False)
+        missing = [name for name in result.missing_keys if "_extra_state" not in name]
+        unknown = [name for name in result.unexpected_keys if "_extra_state" not in name]
+        if len(missing) > len(allowed) or unknown:
+            raise RuntimeError(f"checkpoint and model differ: missing {missing}, unknown {unknown}")
 
 
 def _flush(path: Path) -> None:

@@ -19,8 +19,8 @@ def initialize(model: nn.Module, config: Config, pg_collection) -> None:
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     for local_name, param in model.named_parameters():
         name = global_name(local_name, first_layer, config.model.tie_word_embeddings)
-        full = _full_shape(param, pg_collection.tp.size())
-        param.copy_(_shard(_values(name, full, config), param, pg_collection.tp))
+        full = _values(name, _full_shape(name, param, pg_collection.tp.size()), config)
+        param.copy_(_shard(full, name, param, pg_collection.tp))
 
 
 def global_name(name: str, first_layer: int, tied: bool) -> str:
@@ -48,22 +48,24 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     return torch.randn(shape, generator=generator) * std
 
 
-def _split(param: Tensor) -> tuple[int, int]:
-    """(dimension along which a parameter is split over tensor-parallel ranks, parts each rank holds); (-1, 1): not."""
+def _split(name: str, param: Tensor) -> tuple[int, int]:
+    """(dimension along which a parameter is split over tensor-parallel ranks, parts each rank holds); (-1, 1): not.
+
+    Gate and up projection are one tensor, of which every rank holds a part of each.
+    """
     if not getattr(param, "tensor_model_parallel", False):
         return -1, 1
-    return param.partition_dim, getattr(param, "partition_stride", 1)
+    return param.partition_dim, 2 if name.endswith("linear_fc1.weight") else 1
 
 
-def _full_shape(param: Tensor, tp_size: int) -> tuple[int, ...]:
-    dim, _ = _split(param)
+def _full_shape(name: str, param: Tensor, tp_size: int) -> tuple[int, ...]:
+    dim, _ = _split(name, param)
     return tuple(size * tp_size if axis == dim else size for axis, size in enumerate(param.shape))
 
 
-def _shard(full: Tensor, param: Tensor, tp_group) -> Tensor:
-    dim, stride = _split(param)
+def _shard(full: Tensor, name: str, param: Tensor, tp_group) -> Tensor:
+    dim, parts_each = _split(name, param)
     if dim < 0 or tp_group.size() == 1:
         return full
-    # gate and up projection (stride 2) are one tensor: every rank holds its part of each
-    parts = full.chunk(stride * tp_group.size(), dim=dim)
+    parts = full.chunk(parts_each * tp_group.size(), dim=dim)
     return torch.cat(parts[tp_group.rank() :: tp_group.size()], dim=dim)

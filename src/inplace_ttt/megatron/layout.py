@@ -1,6 +1,7 @@
 """How the tokens of a micro batch lie: which documents, and which slices of the sequence this rank holds."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -29,11 +30,14 @@ class SequenceLayout(PackedSeqParams):
         return None if self.documents is None else torch.tensor(self.documents, dtype=torch.int32)
 
     def chunk_ids(self, plan: Plan, device: torch.device) -> Tensor:
-        """(s,) for each local token a number that its chunk alone has; one copy to the device for all layers."""
-        key = "chunk_ids", plan.chunk_lengths, device
-        if key not in self.cached:
-            self.cached[key] = chunk_ids(plan.chunk_lengths).to(device, non_blocking=True)
-        return self.cached[key]
+        """(s,) for each local token a number that its chunk alone has."""
+        return self.on_device(plan.chunk_lengths, lambda: chunk_ids(plan.chunk_lengths), device)
+
+    def on_device(self, key, make: Callable[[], Tensor], device: torch.device) -> Tensor:
+        """One copy on the device for all layers of what ``make`` makes on the CPU."""
+        if (key, device) not in self.cached:
+            self.cached[key, device] = make().to(device, non_blocking=True)
+        return self.cached[key, device]
 
 
 def take_local(tensor: Tensor, cp_size: int, cp_rank: int, dim: int) -> Tensor:

@@ -5,6 +5,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
 
 from inplace_ttt.config import Config
 
@@ -12,8 +13,10 @@ TTT_NORM_GROUP = "ttt"
 
 
 def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
-    """Gradients in fp32, reduced over data and context parallel ranks."""
+    """Gradients in fp32, reduced over data and context parallel ranks; in bf16 the model's weights and inputs too."""
     parallel = config.parallel
+    if megatron_config.bf16:
+        model = Float16Module(megatron_config, model)
     return DistributedDataParallel(
         megatron_config,
         DistributedDataParallelConfig(

@@ -44,6 +44,8 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         os.environ.setdefault("MASTER_PORT", "0")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # Megatron overlaps communication with arithmetic by the order in which kernels are queued
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(world.local_rank)
     else:
         _share_cores(world)
