@@ -13,10 +13,12 @@ _context.set_forkserver_preload(["torch", "inplace_ttt.ttt", "inplace_ttt.megatr
 
 def run_ranks(size: int, function: Callable, *args, backend: str = "gloo", timeout: float = 300):
     """``function(*args)`` on ``size`` ranks with a default process group; the list of what they return."""
+    # CUDA does not survive a fork, and the server has looked whether it is there
+    context = multiprocessing.get_context("spawn") if backend == "nccl" else _context
     with tempfile.TemporaryDirectory() as folder:
-        queue = _context.Queue()
+        queue = context.Queue()
         processes = [
-            _context.Process(
+            context.Process(
                 target=_rank, args=(rank, size, f"{folder}/store", backend, queue, function, args), daemon=True
             )
             for rank in range(size)

@@ -143,7 +143,8 @@ def _parallel(config: Config, world_size: int) -> None:
     if world_size % (tp * pp * cp):
         raise UserError(
             f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} x "
-            f"context_parallel_size={cp} needs a multiple of {tp * pp * cp} processes, but there are {world_size}: start torchrun with "
+            f"context_parallel_size={cp} needs a multiple of {tp * pp * cp} processes, but there are {world_size}: "
+            f"start torchrun with "
             f"--nproc-per-node {tp * pp * cp}, or choose smaller sizes"
         )
     for key in ("num_query_groups", "ffn_hidden_size"):
