@@ -18,9 +18,7 @@ def run_ranks(size: int, function: Callable, *args, backend: str = "gloo", timeo
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(
-                target=_rank, args=(rank, size, f"{folder}/store", backend, queue, function, args), daemon=True
-            )
+            context.Process(target=_rank, args=(rank, size, f"{folder}/store", backend, queue, function, args))
             for rank in range(size)
         ]
         for process in processes:

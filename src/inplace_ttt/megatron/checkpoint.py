@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +88,10 @@ class Checkpointer:
     def save(self, progress: Progress, *, wait: bool = False) -> None:
         """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set."""
         self.poll(blocking=True)  # one at a time
-        target, partial = self.folder / folder_name(progress.step), self.folder / f".{folder_name(progress.step)}"
-        if target.is_dir() and damage(target) is None:
+        target = self.folder / folder_name(progress.step)
+        partial = self._open_partial(target)
+        if partial is None:
             return
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
         request = dist_checkpointing.save(
             self._state(loading=False),
             str(partial),
@@ -108,6 +106,15 @@ class Checkpointer:
             self.queue.schedule_async_request(request)
         else:
             request.execute_sync()
+
+    def _open_partial(self, target: Path) -> Path | None:
+        """A new folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""
+        name = [None]
+        if dist.get_rank() == 0 and not (target.is_dir() and damage(target) is None):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = [tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder)]
+        dist.broadcast_object_list(name, src=0)
+        return None if name[0] is None else Path(name[0])
 
     def poll(self, blocking: bool = False) -> None:
         """Give finished checkpoints their name. All ranks call it together."""
@@ -128,6 +135,7 @@ class Checkpointer:
                 _flush(path)
             if target.exists():
                 shutil.rmtree(target)
+            partial.chmod(0o755)
             os.replace(partial, target)
             _flush(self.folder)
             whole, _ = whole_checkpoints(self.folder)
@@ -135,8 +143,13 @@ class Checkpointer:
                 shutil.rmtree(old)
         dist.barrier()
 
+    def _model_state(self) -> dict:
+        """Weights alone: what Transformer Engine keeps for fp8 is empty, and other layers do not have it."""
+        state = self.model.sharded_state_dict(metadata=self.metadata)
+        return {name: entry for name, entry in state.items() if "_extra_state" not in name}
+
     def _state(self, loading: bool) -> dict:
-        state = {"model": self.model.sharded_state_dict(metadata=self.metadata)}
+        state = {"model": self._model_state()}
         if self.optimizer is not None and self.save_optimizer:
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state["model"], is_loading=loading, metadata=self.metadata
@@ -158,13 +171,11 @@ class Checkpointer:
         fault = damage(folder)
         if fault:
             raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")
-        state = {"model": self.model.sharded_state_dict(metadata=self.metadata)}
+        state = {"model": self._model_state()}
         stored = dist_checkpointing.load_tensors_metadata(str(folder))
         stored = {key.removeprefix("model."): value for key, value in stored.items()}
         new = []
         for name, entry in list(state["model"].items()):
-            if not hasattr(entry, "key"):
-                continue
             if entry.key not in stored:
                 if ".ttt_" not in entry.key:
                     raise UserError(f"checkpoint.load='{folder}' has no tensor '{entry.key}': is it of this model?")

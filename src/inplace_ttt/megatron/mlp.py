@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
@@ -31,13 +32,24 @@ COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the s
 class _Weight(nn.Module):
     """A parameter under a name of its own: ``ttt_conv.weight``, ``ttt_proj.weight``, as in the authors' checkpoints."""
 
-    def __init__(self, *shape: int, config):
+    def __init__(self, *shape: int, config, tp_group):
         super().__init__()
+        self.tp_group = tp_group
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         self.weight.is_ttt = True  # may have a learning rate and clipping of its own
         # the same on all ranks of the group, each of which sees some of the tokens: Megatron sums such gradients
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {},  # whole on every tensor-parallel rank
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 class TTTMLP(MLP):
@@ -48,8 +60,9 @@ class TTTMLP(MLP):
             config=config, submodules=submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size
         )
         self.ttt, self.cp_group = ttt, pg_collection.cp
-        self.ttt_conv = _Weight(config.hidden_size, 1, ttt.conv_kernel, config=config)
-        self.ttt_proj = _Weight(config.hidden_size, config.hidden_size, config=config) if ttt.project else None
+        d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
+        self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
+        self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
         # Squared, over tensor-parallel shards, since it was last read. A maximum, for recompute runs forward twice.
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
 

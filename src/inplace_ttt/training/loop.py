@@ -1,5 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, and every reason to stop."""
 
+import contextlib
 import itertools
 import math
 import resource
@@ -216,6 +217,9 @@ class Loop:
             )
 
     def _give_up(self, why: str) -> None:
+        """End the run on every rank; a checkpoint of an earlier step that is still being written is finished."""
+        with contextlib.suppress(Exception):  # `why` is what the user must hear
+            self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
         saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
         raise TrainingStopped(f"{why}; {saved}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,6 +77,8 @@ class RunFolder:
         probe = self.path / ".writable"
         probe.write_bytes(b"\0" * 65536)
         probe.unlink()
+        for abandoned in self.checkpoints.glob(".step_*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         whole, faults = whole_checkpoints(self.checkpoints)
         self.notes += [f"not resumed from: {fault}" for fault in faults]
         if faults and not whole:

@@ -1,0 +1,175 @@
+"""Runs that are stopped, killed, moved and damaged end where an unbroken one does, or say why not."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import run_ranks
+
+from runs import SMALL, numbers, run_main, torchrun
+
+STEPS = 12
+TRAIN = [*SMALL, f"train.steps={STEPS}", "train.eval_interval=6", "checkpoint.interval=3"]
+CP2 = "parallel.context_parallel_size=2"
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def workers(process) -> list[psutil.Process]:
+    """The ranks under a torchrun."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if any("train.py" in word for word in child.cmdline())]
+
+
+def kill_all(process) -> None:
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        child.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A run of two context-parallel ranks from beginning to end."""
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    for code, text in run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}"):
+        assert code == 0, text
+    return run
+
+
+def test_run_leaves_everything_behind(unbroken):
+    records = numbers(unbroken)
+    steps = [record for record in records if not record.get("eval")]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert {"loss", "grad_norm", "lr", "tokens", "update_ratio/layer_0", "update_ratio/layer_1"} <= set(steps[0])
+    assert [record["step"] for record in records if record.get("eval")] == [6, 12]
+    assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (unbroken / "config.yaml").is_file()
+    assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
+
+
+def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
+    run, rng = tmp_path / "run", random.Random(0)
+    for _ in range(2):
+        process = torchrun(2, *TRAIN, CP2, f"run.dir={run}", log=tmp_path / "log")
+        seen = len(numbers(run))
+        wait_for(lambda seen=seen: len(numbers(run)) > seen + 3, process)
+        time.sleep(rng.uniform(0, 0.3))
+        kill_all(process)
+    process = torchrun(2, *TRAIN, CP2, f"run.dir={run}", log=tmp_path / "log")
+    assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert numbers(run) == numbers(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, *TRAIN, "checkpoint.interval=0", CP2, f"run.dir={run}", log=tmp_path / "log")
+    wait_for(lambda: len(numbers(run)) >= 2, process)
+    workers(process)[1].send_signal(number)  # one rank hears it, all follow
+    assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    assert "asked to stop: saved step" in (tmp_path / "log").read_text()
+    (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
+    assert code == 0 and "going on from step" in text
+    assert numbers(run) == numbers(unbroken)
+
+
+def test_a_rank_that_dies_ends_the_job(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(2, *TRAIN, "train.steps=100000", CP2, f"run.dir={run}", log=tmp_path / "log")
+    wait_for(lambda: len(numbers(run)) >= 1, process)
+    workers(process)[1].kill()
+    assert process.wait(timeout=40) != 0
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, []),
+        (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.pipeline_model_parallel_size=2"]),
+        (2, []),
+    ],
+)
+def test_resumes_at_another_layout(size, layout, unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    code, text = run_ranks(size, run_main, *TRAIN, *layout, f"run.dir={run}")[0]
+    assert code == 0 and "going on from step 9" in text
+    for record, expected in zip(numbers(run), numbers(unbroken), strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def damaged_copy(unbroken, folder: Path, *, both: bool, how: str) -> Path:
+    run = folder / "run"
+    shutil.copytree(unbroken, run)
+    for step in (12, 9) if both else (12,):
+        shard = sorted((run / f"checkpoints/step_{step:08d}").glob("*.distcp"))[0]
+        if how == "missing":
+            shard.unlink()
+        else:
+            os.truncate(shard, shard.stat().st_size // 2)
+    return run
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(how, unbroken, tmp_path):
+    run = damaged_copy(unbroken, tmp_path, both=False, how=how)
+    (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
+    assert code == 0 and "going on from step 9" in text
+    assert "step_00000012" in text and ("is missing" if how == "missing" else "bytes where") in text
+    assert numbers(run) == numbers(unbroken)
+
+
+def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(unbroken, tmp_path):
+    run = damaged_copy(unbroken, tmp_path, both=True, how="truncated")
+    assert [code for code, _ in run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")] == [2, 2]
+    assert numbers(run) == numbers(unbroken)
+
+
+def test_another_model_is_not_continued(unbroken):
+    code, text = run_ranks(1, run_main, *TRAIN, "ttt.eta=0.5", f"run.dir={unbroken}")[0]
+    assert code == 2 and "ttt.eta=0.5" in text and "begun with 1.0" in text
+
+
+def test_weights_go_into_a_new_run_and_fast_weights_start_at_zero(unbroken, tmp_path):
+    plain = tmp_path / "plain"
+    assert run_ranks(1, run_main, *TRAIN, "train.steps=2", "ttt.enabled=false", f"run.dir={plain}")[0][0] == 0
+    code, text = run_ranks(
+        1, run_main, *TRAIN, f"checkpoint.load={plain}/checkpoints/step_00000002", f"run.dir={tmp_path / 'ttt'}"
+    )[0]
+    assert code == 0 and "new: 4 tensors" in text
+    assert numbers(tmp_path / "ttt")[0]["update_ratio/layer_0"] == 0
+
+
+def test_numbers_that_are_not_finite_stop_the_run_by_name(tmp_path):
+    code, text = run_ranks(
+        1, run_main, *TRAIN, "optim.lr=1e30", "optim.warmup_fraction=0", f"run.dir={tmp_path / 'run'}"
+    )[0]
+    assert code == 3 and "at step 2" in text and "no checkpoint was written yet" in text
+    assert "is the first" in text
+
+
+def test_fast_weights_that_run_away_stop_the_run(tmp_path):
+    options = ["ttt.max_update_ratio=0.5", "ttt.eta=100", "optim.lr=1e-1", "checkpoint.interval=1"]
+    code, text = run_ranks(2, run_main, *TRAIN, *options, CP2, f"run.dir={tmp_path / 'run'}")[0]
+    assert code == 3 and "ttt.max_update_ratio=0.5" in text and "the last good checkpoint is" in text
+
+
+def test_separate_clipping_and_learning_rate(tmp_path):
+    options = ["ttt.clip_separately=true", "ttt.lr_multiplier=0"]
+    code, text = run_ranks(1, run_main, *TRAIN, *options, f"run.dir={tmp_path / 'run'}")[0]
+    assert code == 0, text
+    last = numbers(tmp_path / "run")[-2]
+    assert last["grad_norm_ttt"] > 0 and last["update_ratio/layer_0"] == 0  # the convolution never moved

@@ -1,0 +1,58 @@
+"""Run ``launch/train.py`` as a user does, or its main function in forked ranks, on a run of seconds."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from inplace_ttt.training.records import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+# synthetic data: nothing needs to be prepared
+SMALL = [
+    "recipe=recall",
+    "log.wandb=disabled",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.num_query_groups=2",
+    "model.kv_channels=8",
+    "data.recall_alphabet=36",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.eval_samples=4",
+]
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")
+
+
+def run_main(*arguments: str) -> tuple[int, str]:
+    """Exit code and all that was printed; for run_ranks."""
+    from inplace_ttt.training.main import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(list(arguments), ROOT / "recipes")
+    return code, printed.getvalue()
+
+
+def torchrun(ranks: int, *arguments: str, log: Path) -> subprocess.Popen:
+    """The command of the README, in the background."""
+    command = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        str(ROOT / "launch/train.py"),
+        *arguments,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("a") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+
+
+def numbers(run: Path) -> list[dict]:
+    """The records of a run without what depends on the machine's speed."""
+    return [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
