@@ -45,6 +45,7 @@ class Model:
     tie_word_embeddings: bool = True
     sliding_window: int | None = None  # tokens a query attends to, itself included; null: all before it
     init_method_std: float = 0.02
+    embedding_init_method_std: float | None = None  # null: init_method_std
     transformer_impl: str = "auto"  # auto, local, transformer_engine
 
 

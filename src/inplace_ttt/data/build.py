@@ -32,10 +32,10 @@ def build_sets(config: Config) -> Sets:
         )
     if not data.sources:
         raise UserError("data.sources is empty: name at least one, as in data.sources=[{path: data/python}]")
+    files = [open_indexed(source.path) for source in data.sources]
     vocab_size = _vocab_size(config)
     training, held_out = [], []
-    for number, source in enumerate(data.sources):
-        indexed = open_indexed(source.path)
+    for number, (source, indexed) in enumerate(zip(data.sources, files, strict=True)):
         common = dict(seq_length=data.seq_length, align=config.ttt.chunk_size, reset=data.reset_at_documents)
         kept, validation = split_documents(indexed, data.validation_fraction, source.path)
         training.append(PackedDocuments(indexed, kept, seed=train.seed + 7919 * number, **common))

@@ -43,6 +43,8 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape)
     std = config.model.init_method_std
+    if name.startswith("embedding."):
+        std = config.model.embedding_init_method_std or std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= (2 * config.model.num_layers) ** 0.5
     return torch.randn(shape, generator=generator) * std

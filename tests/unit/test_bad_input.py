@@ -1,0 +1,154 @@
+"""What a user gets wrong is answered in one sentence that names the key, the value and what would work."""
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+
+from inplace_ttt.config import UserError
+from inplace_ttt.data.build import build_sets
+from inplace_ttt.training.compose import compose_config, to_config
+from inplace_ttt.validation import validate
+from runs import ROOT, SMALL, run_main
+
+RECIPES = ROOT / "recipes"
+
+
+def refusal(*overrides, world_size=2) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(to_config(compose_config(list(overrides), RECIPES)), world_size)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.stepz=3", "did you mean train.steps"),
+        ("tt.eta=3", "did you mean ttt.eta"),
+        ("eta=3", "did you mean ttt.eta"),
+        ("+train.stepz=3", "settings are written key=value"),
+        ("~train.steps", "settings are written key=value"),
+        ("train.steps", "settings are written key=value, such as train.steps="),
+        ("train.steps=abc", "train.steps=abc"),
+        ("train.steps=1.5", "train.steps=1.5"),
+        ("train.steps=0", "use 1 or more"),
+        ("ttt.enabled=maybe", "ttt.enabled=maybe"),
+        ("ttt=3", "ttt=3"),
+        ("optim.lr=null", "optim.lr"),
+        ("optim.lr=-1", "use 0 or more"),
+        ("optim.lr=nan", "optim.lr=nan"),
+        ("optim.warmup_fraction=2", "from 0 to 1"),
+        ("data.sources=3", "data.sources=3"),
+        ("data.sources=[{path: a, wieght: 3}]", "wieght"),
+        ("data.sources=[{path: a, weight: 0}]", "above 0"),
+        ("model=huge", "model=huge does not exist"),
+        ("recipe=tinyttt", "recipe=tinyttt does not exist"),
+        ("ttt.layers=every", "every 6th"),
+        ("ttt.layers=[9]", "layer 9"),
+        ("ttt.layers=[]", "ttt.layers is empty"),
+        ("ttt.layers=[a]", "layer a"),
+        ("ttt.chunk_size=0", "ttt.chunk_size=0"),
+        ("ttt.chunk_size=200", "data.seq_length=4096 cannot be cut"),
+        ("ttt.conv_kernel=4", "ttt.conv_kernel=4 is even"),
+        ("ttt.target=tokens", "hidden_states, input_embed"),
+        ("ttt.comm_dtype=fp8", "fp32, bf16"),
+        ("ttt.max_update_ratio=0", "above 0, or null"),
+        ("parallel.tensor_model_parallel_size=3", "needs a multiple of 6 processes"),
+        ("parallel.context_parallel_size=4", "needs a multiple of 4 processes"),
+        ("parallel.sequence_parallel=true", "needs parallel.tensor_model_parallel_size above 1"),
+        ("parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"),
+        ("model.num_query_groups=3", "does not divide model.num_attention_heads=4"),
+        ("model.kv_channels=33", "is odd"),
+        ("model.rope_scaling.rope_type=yarn", "needs model.rope_scaling.factor"),
+        ("model.rope_scaling.rope_type=ntk", "yarn"),
+        ("model.transformer_impl=transformer_engine", "needs CUDA"),
+        ("data.seq_length=4100", "use a multiple of 1024, such as 5120"),
+        ("data.kind=files", "indexed, recall"),
+        ("data.validation_fraction=1", "below 1"),
+        ("train.global_batch_size=3", None),
+        ("train.micro_batch_size=4", "train.global_batch_size=2 is not a multiple"),
+        ("train.recompute=some", "none, selective, full"),
+        ("train.precision=fp8", "auto, bf16, fp32"),
+        ("checkpoint.load=/nowhere", "is not a folder"),
+        ("checkpoint.keep=0", "use 1 or more"),
+        ("log.wandb=on", "online, offline"),
+    ],
+)
+def test_refused_by_name(override, expected):
+    recipe = [] if override.startswith("recipe=") else ["recipe=tiny_ttt"]
+    if expected is None:
+        validate(to_config(compose_config([*recipe, override], RECIPES)), 2)
+    else:
+        assert expected in refusal(*recipe, override)
+
+
+def test_layouts_that_do_not_divide_the_model():
+    base = ["recipe=tiny_ttt", "parallel.context_parallel_size=1"]
+    assert "model.num_query_groups=2" in refusal(*base, "parallel.tensor_model_parallel_size=4", world_size=4)
+    assert "model.num_layers=4" in refusal(*base, "parallel.pipeline_model_parallel_size=3", world_size=3)
+    selective = ["train.recompute=selective", "train.recompute_modules=[layernorm]"]
+    assert "needs Transformer Engine" in refusal(*base, *selective)
+
+
+def test_without_a_recipe_the_first_missing_key_is_named():
+    assert "choose a recipe" in refusal("train.steps=4")
+
+
+def refused_data(*overrides) -> str:
+    with pytest.raises(UserError) as caught:
+        build_sets(to_config(compose_config(["recipe=tiny_ttt", *overrides], RECIPES)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    """A small indexed file of two documents."""
+    from inplace_ttt.megatron.indexed import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
+    for length in (300, 200):
+        builder.add_document(np.arange(length), [length])
+    builder.finalize(str(tmp_path / "data.idx"))
+    return tmp_path / "data"
+
+
+def test_data_that_is_missing_or_damaged(prefix):
+    source = f"data.sources=[{{path: {prefix}}}]"
+    assert "does not exist: make it with" in refused_data("data.sources=[{path: /nowhere/x}]")
+    assert "data.sources is empty" in refused_data("data.sources=[]")
+    assert "model.vocab_size is not known" in refused_data(source)
+    assert "nothing is left to train on" in refused_data(source, "model.vocab_size=300", "data.validation_fraction=0.9")
+    assert "no tokenizer could be loaded" in refused_data(source, "data.tokenizer=/nowhere/tokenizer")
+    with open(f"{prefix}.bin", "r+b") as file:
+        file.truncate(100)
+    assert "has 100 bytes where its index needs 1000" in refused_data(source, "model.vocab_size=300")
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.truncate(40)
+    assert "is not a whole Megatron index" in refused_data(source, "model.vocab_size=300")
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"not an index at all, but some text that is long enough")
+    assert "is not a whole Megatron index" in refused_data(source, "model.vocab_size=300")
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(prefix):
+    (prefix.parent / "data.json").write_text(
+        '{"documents": 2, "tokens": 500, "vocab_size": 300, "eos_token_id": 0, "tokenizer_fingerprint": "x"}'
+    )
+    source = f"data.sources=[{{path: {prefix}}}]"
+    assert "smaller than the tokenizer's 300 entries" in refused_data(source, "model.vocab_size=200")
+    (prefix.parent / "data.json").write_text("{")
+    assert "is damaged" in refused_data(source)
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert [code for code, _ in run_ranks(2, run_main, *SMALL, f"run.dir={tmp_path / 'file' / 'run'}")] == [2, 2]
+    _, text = run_ranks(1, run_main, *SMALL, f"run.dir={tmp_path / 'file' / 'run'}")[0]
+    assert text.count("\n") == 1 and "cannot be written" in text
+
+
+def test_errors_are_one_line_and_exit_2():
+    code, text = run_main("recipe=tiny_ttt", "train.stepz=3")
+    assert code == 2 and text == "error: train.stepz=3: there is no key 'train.stepz'; did you mean train.steps?\n"

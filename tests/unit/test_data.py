@@ -1,0 +1,206 @@
+"""From text to samples: every format read, every token used once an epoch, an order that the seed alone decides."""
+
+import gzip
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zstandard
+
+from inplace_ttt.config import UserError
+from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.data.documents import find_files, read_documents
+from inplace_ttt.data.packed import Blend, PackedDocuments
+from inplace_ttt.data.recall import KeyValueRecall
+from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
+from runs import ROOT
+
+
+class Indexed:
+    """Documents in memory; token values say which document and which place."""
+
+    def __init__(self, lengths):
+        self.sequence_lengths = np.array(lengths)
+        self.content = [1000 * (number + 1) + np.arange(length) for number, length in enumerate(lengths)]
+
+    def get(self, number, offset, length):
+        return self.content[number][offset : offset + length]
+
+
+def packed(lengths, **options):
+    settings = dict(seq_length=32, align=8, reset=True, seed=3) | options
+    return PackedDocuments(Indexed(lengths), np.arange(len(lengths)), **settings)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_an_epoch_uses_every_token_once(reset):
+    lengths = [5, 40, 17, 100, 9, 2]
+    data = packed(lengths, reset=reset)
+    samples = -(-data.epoch_tokens // 32)
+    inputs = Counter()
+    for number in range(samples):
+        sample = data[number]
+        counted = sample.loss_mask > 0
+        assert (sample.labels[counted] == sample.tokens[counted] + 1).all()
+        inputs.update(sample.tokens[counted].tolist())
+    expected = {1000 * (n + 1) + i for n, length in enumerate(lengths) for i in range(length - 1)}
+    assert expected <= set(inputs)
+    # the last sample may reach into the next epoch
+    assert sum(inputs.values()) - len(expected) < 32
+
+
+def test_documents_start_on_chunk_boundaries_and_do_not_mix():
+    data = packed([5, 40, 17, 100, 9, 2])
+    for number in range(20):
+        sample = data[number]
+        assert sample.documents[0] == 0 and sample.documents[-1] == 32
+        assert all(bound % 8 == 0 for bound in sample.documents)
+        for start, end in itertools.pairwise(sample.documents):
+            counted = sample.tokens[start:end][sample.loss_mask[start:end] > 0]
+            assert len({int(token) // 1000 for token in counted}) <= 1
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    assert torch.equal(packed([50] * 9)[7].tokens, packed([50] * 9)[7].tokens)
+    assert any(not torch.equal(packed([50] * 9)[i].tokens, packed([50] * 9, seed=4)[i].tokens) for i in range(5))
+    data = packed([33] * 16)
+    first, second = ([data[e * 16 + i].tokens.tolist() for i in range(16)] for e in range(2))
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_blend_keeps_shares_and_order():
+    parts = [[("a", i) for i in range(1000)], [("b", i) for i in range(1000)]]
+    blend = Blend(parts, [3.0, 1.0], 400)
+    drawn = [blend[i] for i in range(400)]
+    assert abs(sum(name == "a" for name, _ in drawn) - 300) <= 1
+    assert [number for name, number in drawn if name == "a"] == list(range(sum(name == "a" for name, _ in drawn)))
+    assert [Blend(parts, [3.0, 1.0], 800)[i] for i in range(400)] == drawn  # a longer run begins alike
+
+
+def test_collate_packs_rows_and_restarts_positions():
+    def sample(first):
+        tokens = torch.arange(first, first + 16)
+        return Sample(tokens, tokens + 1, torch.ones(16), (0, 8, 16))
+
+    whole = MicroBatch.collate([sample(0), sample(100)], 1, 0, torch.device("cpu"))
+    assert whole.tokens.shape == (1, 32) and whole.layout.documents == (0, 8, 16, 24, 32)
+    assert whole.position_ids[0].tolist() == list(range(8)) * 4
+    parts = [MicroBatch.collate([sample(0), sample(100)], 2, rank, torch.device("cpu")) for rank in range(2)]
+    assert parts[0].tokens[0].tolist() == [*range(8), *range(108, 116)]
+    assert parts[1].tokens[0].tolist() == [*range(8, 16), *range(100, 108)]
+    assert torch.equal(parts[1].labels, parts[1].tokens + 1)
+
+
+def test_recall_questions_lie_beyond_the_window():
+    sample = KeyValueRecall(256, 16, 100, seed=0)[5]
+    text, labels = sample.tokens.tolist(), sample.labels.tolist()
+    asked = sample.loss_mask.nonzero().flatten().tolist()
+    assert len(asked) == 16
+    for place in asked:
+        told = text.index(text[place])
+        assert place - told > 30 and text[told + 1] == labels[place]
+    with pytest.raises(UserError, match=r"data\.recall_pairs=100"):
+        KeyValueRecall(256, 100, 100, seed=0)
+
+
+TEXTS = ["one document\nof two lines", "another, with ünïcödé", "third"]
+
+
+def write_json_lines(stream):
+    for text in TEXTS:
+        stream.write((json.dumps({"text": text, "id": 1}) + "\n").encode())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "json", "parquet", "txt"])
+def test_every_format_is_read(kind, tmp_path):
+    path = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        with path.open("wb") as stream:
+            write_json_lines(stream)
+    elif kind == "jsonl.zst":
+        with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
+            write_json_lines(stream)
+    elif kind == "jsonl.gz":
+        with gzip.open(path, "wb") as stream:
+            write_json_lines(stream)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS, "id": [1, 2, 3]}), path)
+    else:
+        path.write_text(TEXTS[0])
+    expected = TEXTS[:1] if kind == "txt" else TEXTS
+    assert list(read_documents(find_files([str(tmp_path)]), "text")) == expected
+
+
+def test_unreadable_input_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2 is not JSON"):
+        list(read_documents([tmp_path / "a.jsonl"], "text"))
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(UserError, match=r"no text under 'text'.*body"):
+        list(read_documents([tmp_path / "a.jsonl"], "text"))
+    (tmp_path / "b.jsonl.zst").write_bytes(b"not zstandard")
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_documents([tmp_path / "b.jsonl.zst"], "text"))
+    (tmp_path / "c.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        list(read_documents([tmp_path / "c.parquet"], "text"))
+    with pytest.raises(UserError, match="does not exist"):
+        find_files([str(tmp_path / "nothing")])
+
+
+def prepare(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "launch/prepare_data.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_prepare_is_taken_up_where_it_stopped(tmp_path):
+    from inplace_ttt.data import prepare as module
+    from inplace_ttt.megatron.indexed import IndexedDataset
+
+    texts = [f"document {number} " * 50 for number in range(40)]
+    tokenizer = train_tokenizer(texts, 300)
+    part_bytes, module.PART_BYTES = module.PART_BYTES, 2000
+    try:
+
+        def run(prefix, documents):
+            seen = []
+            return module.prepare(
+                documents, tokenizer, str(tmp_path / prefix), settings={}, workers=2, progress=lambda *n: seen.append(n)
+            )
+
+        def breaks_off():
+            yield from texts[:25]
+            raise UserError("the disk was pulled")
+
+        with pytest.raises(UserError, match="pulled"):
+            run("a", breaks_off())
+        done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a.parts").glob("*.bin")}
+        assert done and not (tmp_path / "a.bin").exists()
+        whole = run("b", texts)
+        assert run("a", texts) == whole
+    finally:
+        module.PART_BYTES = part_bytes
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    assert not (tmp_path / "a.parts").exists()
+    indexed, again = IndexedDataset(str(tmp_path / "a")), load_tokenizer(str(tmp_path / "a.tokenizer"))
+    assert len(indexed) == 40 and indexed[7][-1] == again.eos_token_id
+    assert again.decode(indexed[7][:-1]) == texts[7]
+
+
+def test_prepare_command_refuses_in_one_line(tmp_path):
+    for arguments, expected in (
+        (["--output", "x", "--train-tokenizer", 300], "exactly one source"),
+        (["--output", "x", "--python-packages"], "exactly one of --tokenizer"),
+        (["--output", "x", "--tokenizer", "/nowhere", "nothing.txt"], "does not exist"),
+    ):
+        result = prepare(*arguments, cwd=tmp_path)
+        assert result.returncode == 2 and expected in result.stderr and "Traceback" not in result.stderr
