@@ -72,7 +72,8 @@ def main() -> int:
     proven = with_ttt >= RECALLS and worst_without <= AT_CHANCE
     console.print(
         f"{'proven' if proven else 'NOT proven'}: {with_ttt:.1%} with fast weights, {without:.1%} without "
-        f"({time.monotonic() - started:.0f} s; picture: {FOLDER / 'proof.png'})"
+        f"({time.monotonic() - started:.0f} s; picture: {FOLDER / 'proof.png'})",
+        soft_wrap=True,
     )
     return 0 if proven else 1
 

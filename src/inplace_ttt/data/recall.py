@@ -22,13 +22,13 @@ class KeyValueRecall:
     """Samples without end, each from the seed and its number."""
 
     def __init__(self, seq_length: int, pairs: int, alphabet: int, seed: int):
-        # pairs lie in the first 3/8 of a sequence, questions in the second half: 1/8 of it at least lies between
-        self.pair_slot = 3 * seq_length // 8 // pairs
+        # pairs lie in the first quarter of a sequence, questions in the second half: a quarter at least lies between
+        self.pair_slot = seq_length // 4 // pairs
         self.question_slot = seq_length // 2 // pairs
         if self.pair_slot < 2 or pairs > alphabet:
             raise UserError(
                 f"data.recall_pairs={pairs} does not fit: data.seq_length={seq_length} has room for "
-                f"{3 * seq_length // 16} pairs and data.recall_alphabet={alphabet} for {alphabet}"
+                f"{seq_length // 8} pairs and data.recall_alphabet={alphabet} for {alphabet}"
             )
         self.seq_length, self.pairs, self.alphabet, self.seed = seq_length, pairs, alphabet, seed
 
