@@ -173,3 +173,11 @@ def test_separate_clipping_and_learning_rate(tmp_path):
     assert code == 0, text
     last = numbers(tmp_path / "run")[-2]
     assert last["grad_norm_ttt"] > 0 and last["update_ratio/layer_0"] == 0  # the convolution never moved
+
+
+def test_wandb_offline_is_the_default_without_a_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = tmp_path / "run"
+    code, text = run_ranks(1, run_main, *TRAIN, "log.wandb=auto", "train.steps=3", f"run.dir={run}")[0]
+    assert code == 0, text
+    assert list((run / "wandb").glob("offline-run-*"))

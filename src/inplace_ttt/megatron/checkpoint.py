@@ -83,10 +83,12 @@ class Checkpointer:
         }
         self.strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), pg_collection.dp_cp)
         self.queue = AsyncCallsQueue(persistent=False)
-        self.saving: int | None = None
 
     def save(self, progress: Progress, *, wait: bool = False) -> None:
-        """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set."""
+        """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set.
+
+        Whatever keeps any rank from writing is raised on all, here or by a later ``poll``.
+        """
         self.poll(blocking=True)  # one at a time
         target = self.folder / folder_name(progress.step)
         partial = self._open_partial(target)
@@ -101,11 +103,10 @@ class Checkpointer:
             content_metadata={key: value for key, value in self.metadata.items() if key != "dp_cp_group"},
         )
         request.add_finalize_fn(lambda: self._finish(partial, target, progress))
-        if self.async_save and not wait:
-            self.saving = progress.step
-            self.queue.schedule_async_request(request)
-        else:
-            request.execute_sync()
+        # a process of its own writes, also where we wait for it: what fails on one rank is then raised on all
+        self.queue.schedule_async_request(request)
+        if wait or not self.async_save:
+            self.poll(blocking=True)
 
     def _open_partial(self, target: Path) -> Path | None:
         """A new folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""

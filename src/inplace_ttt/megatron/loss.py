@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits held at a time, in numbers of fp32: 256 MB
 PART_NUMEL = 2**26
@@ -73,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return log_sum - picked, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         hidden, weight, column, mine, log_sum = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)

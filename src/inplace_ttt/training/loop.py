@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import math
 import resource
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
@@ -83,7 +85,7 @@ class Loop:
             step += 1
             batches = list(itertools.islice(stream, micro))
             stopped = self._step(step, batches)
-            self.checkpointer.poll()
+            self._writing(self.checkpointer.poll)
             last = step == train.steps
             if not stopped and (last or (train.eval_interval and step % train.eval_interval == 0)):
                 stopped = self._evaluate(step)
@@ -93,7 +95,7 @@ class Loop:
                 return False
             if last or (checkpoint.interval and step % checkpoint.interval == 0):
                 self._save(step, wait=last)
-        self.checkpointer.close()
+        self._writing(self.checkpointer.close)
         return True
 
     def _training_stream(self, step: int) -> Iterator[MicroBatch]:
@@ -208,17 +210,23 @@ class Loop:
         return bool(asked.item())
 
     def _save(self, step: int, wait: bool) -> None:
+        progress = Progress(step, step * self.config.train.global_batch_size)
+        self._writing(lambda: self.checkpointer.save(progress, wait=wait))
+
+    def _writing(self, action: Callable[[], None]) -> None:
+        """Do something that writes checkpoints; a disk that is full or gone ends the run in one sentence."""
         try:
-            self.checkpointer.save(Progress(step, step * self.config.train.global_batch_size), wait=wait)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            action()
+        except (Exception, CheckpointException) as error:  # the latter is not an Exception
+            folder = self.folder.checkpoints
+            free = shutil.disk_usage(folder).free / 1e6
             self._give_up(
-                f"the checkpoint of step {step} could not be written to '{self.folder.checkpoints}' ({reason})"
+                f"a checkpoint could not be written to '{folder}', where {free:,.0f} MB are free ({_root_cause(error)})"
             )
 
     def _give_up(self, why: str) -> None:
         """End the run on every rank; a checkpoint of an earlier step that is still being written is finished."""
-        with contextlib.suppress(Exception):  # `why` is what the user must hear
+        with contextlib.suppress(Exception, CheckpointException):  # `why` is what the user must hear
             self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
         saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
@@ -228,6 +236,13 @@ class Loop:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _root_cause(error: BaseException) -> str:
+    """The line that says what went wrong, out of what writers on other processes and ranks wrapped around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line and not line.startswith("Traceback")]
+    return (telling or lines or [type(error).__name__])[-1][:300]
 
 
 class _Padded:

@@ -57,6 +57,8 @@ def train(config: Config) -> int:
             return _train(config, sets, groups, stop)
         except TrainingStopped as stopped:
             return _fail(f"stopped: {stopped}", 3)
+        except OSError as error:  # metrics, pictures: checkpoints say it themselves
+            return _fail(f"stopped: '{config.run.dir}' cannot be written any more: {error}", 3)
         finally:
             if sys.exc_info()[0] is None:
                 runtime.stop()

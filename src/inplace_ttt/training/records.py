@@ -2,8 +2,8 @@
 
 import json
 import os
-import sys
 import time
+import uuid
 from pathlib import Path
 
 from rich.console import Console
@@ -110,7 +110,7 @@ class WandB:
             mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
         remembered = folder / "wandb_id"
         if not remembered.is_file():
-            remembered.write_text(wandb.util.generate_id())
+            remembered.write_text(uuid.uuid4().hex[:12])
         self.run = wandb.init(
             project=config.log.wandb_project,
             name=config.run.name,
@@ -140,7 +140,3 @@ def _has_wandb_login() -> bool:
         return any("wandb" in host for host in netrc.netrc().hosts)
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def warn(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt.chunked import segment_sum, state_dtype, sweep
 from inplace_ttt.ttt.plan import Plan, Stop, make_plan
@@ -158,6 +159,7 @@ class _FastWeightLinear(torch.autograd.Function):
         return out, norms
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, _):
         z, v, weight, *carries = ctx.saved_tensors
         eta, plan, exchange = ctx.eta, ctx.plan, ctx.exchange

@@ -6,6 +6,7 @@ into another chunk would let the update of a chunk hold tokens from its future.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
@@ -53,6 +54,7 @@ class _ChunkConv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         u, weight, chunk_ids = ctx.saved_tensors
         du = torch.zeros_like(u)
