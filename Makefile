@@ -3,6 +3,8 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+# torchrun gives each process one thread unless told otherwise: divide the cores
+export OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ data: setup ## make the default corpus: the sources of the installed Python pack
 	@$(BIN)/python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048 --if-missing
 
 train: data ## the main job: a model with fast weights on real long documents, over two context-parallel ranks
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) recipe=tiny_ttt
+	@$(RUN) recipe=tiny_ttt
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q

@@ -43,17 +43,14 @@ def packed(lengths, **options):
 def test_an_epoch_uses_every_token_once(reset):
     lengths = [5, 40, 17, 100, 9, 2]
     data = packed(lengths, reset=reset)
-    samples = -(-data.epoch_tokens // 32)
     inputs = Counter()
-    for number in range(samples):
+    for number in range(data.samples):
         sample = data[number]
         counted = sample.loss_mask > 0
         assert (sample.labels[counted] == sample.tokens[counted] + 1).all()
         inputs.update(sample.tokens[counted].tolist())
     expected = {1000 * (n + 1) + i for n, length in enumerate(lengths) for i in range(length - 1)}
-    assert expected <= set(inputs)
-    # the last sample may reach into the next epoch
-    assert sum(inputs.values()) - len(expected) < 32
+    assert set(inputs) == expected and set(inputs.values()) == {1}
 
 
 def test_documents_start_on_chunk_boundaries_and_do_not_mix():
@@ -71,8 +68,16 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert torch.equal(packed([50] * 9)[7].tokens, packed([50] * 9)[7].tokens)
     assert any(not torch.equal(packed([50] * 9)[i].tokens, packed([50] * 9, seed=4)[i].tokens) for i in range(5))
     data = packed([33] * 16)
+    assert data.samples == 16
     first, second = ([data[e * 16 + i].tokens.tolist() for i in range(16)] for e in range(2))
     assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_long_document_does_not_fill_a_stretch_of_training():
+    data = packed([2000, 2000])
+    documents = [int(data[number].tokens[0]) // 1000 for number in range(data.samples)]
+    runs = [len(list(run)) for _, run in itertools.groupby(number > 2 for number in documents)]
+    assert max(runs) < 15  # of 63 samples each
 
 
 def test_blend_keeps_shares_and_order():

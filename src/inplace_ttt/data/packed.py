@@ -1,11 +1,13 @@
 """Documents packed into samples of fixed length, in an order that the seed alone decides.
 
-Documents lie one after the other in a stream, each padded to whole chunks so that it starts on a chunk boundary;
-sample i is the i-th stretch of ``seq_length`` tokens. A document that does not fit goes on in the next sample, as a
-document of its own. Every epoch of the stream shuffles the documents anew. Nothing is stored: where a sample lies
-follows from the documents' lengths, so any rank finds any sample, and a run resumes by its number alone.
+Documents lie one after the other in a stream, each padded to whole chunks so that it starts on a chunk boundary; a
+sample is a stretch of ``seq_length`` tokens of it. A document that does not fit goes on in another sample, as a
+document of its own. Every epoch shuffles the documents anew, and then the samples: those of one long document would
+otherwise come one after the other. Nothing is stored: where a sample lies follows from the documents' lengths, so any
+rank finds any sample, and a run resumes by its number alone.
 """
 
+import os
 from functools import lru_cache
 
 import numpy as np
@@ -27,37 +29,40 @@ class PackedDocuments:
         # the last token of a document is only ever a label
         self.lengths = indexed.sequence_lengths[documents].astype(np.int64) - 1
         self.padded = -(-self.lengths // align) * align if reset else self.lengths
-        self.epoch_tokens = int(self.padded.sum())
+        self.stream_length = int(self.padded.sum())
+        self.samples = -(-self.stream_length // seq_length)  # an epoch's; the last one is filled up with padding
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the documents in an epoch, and where each starts in it (with the end)."""
-        order = np.arange(len(self.documents))
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of an epoch: the documents in order, where each starts in the stream (with the end), the samples in order."""
+        documents, samples = np.arange(len(self.documents)), np.arange(self.samples)
         if self.shuffle:
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
-        return order, np.concatenate([[0], np.cumsum(self.padded[order])])
+            rng = np.random.default_rng([self.seed, epoch])
+            rng.shuffle(documents)
+            rng.shuffle(samples)
+        return documents, np.concatenate([[0], np.cumsum(self.padded[documents])]), samples
 
     def __getitem__(self, index: int) -> Sample:
         s = self.seq_length
-        tokens, labels = np.zeros(s, np.int64), np.zeros(s, np.int64)
-        mask = np.zeros(s, np.float32)
+        epoch, number = divmod(index, self.samples)
+        order, starts, samples = self._epoch(epoch)
+        first = int(samples[number]) * s
+        end = min(first + s, self.stream_length)
+        tokens, labels, mask = np.zeros(s, np.int64), np.zeros(s, np.int64), np.zeros(s, np.float32)
         bounds = []
-        filled = 0
-        while filled < s:
-            epoch, offset = divmod(index * s + filled, self.epoch_tokens)
-            order, starts = self._epoch(epoch)
-            place = int(np.searchsorted(starts, offset, side="right")) - 1
-            which = order[place]
-            inside = offset - int(starts[place])
-            size = min(int(self.padded[which]) - inside, s - filled)
-            real = min(int(self.lengths[which]) - inside, size)
+        place = int(np.searchsorted(starts, first, side="right")) - 1
+        while starts[place] < end:
+            left, right = max(int(starts[place]), first), min(int(starts[place + 1]), end)
+            which, inside = order[place], left - int(starts[place])
+            real = min(int(self.lengths[which]) - inside, right - left)  # the rest is padding
             if real > 0:
+                at = slice(left - first, left - first + real)
                 text = self.indexed.get(int(self.documents[which]), offset=inside, length=real + 1).astype(np.int64)
-                tokens[filled : filled + real] = text[:-1]
-                labels[filled : filled + real] = text[1:]
-                mask[filled : filled + real] = 1.0
-            bounds.append(filled)
-            filled += size
+                tokens[at], labels[at], mask[at] = text[:-1], text[1:], 1.0
+            bounds.append(left - first)
+            place += 1
+        if end - first < s:
+            bounds.append(end - first)
         documents = (*bounds, s) if self.reset else None
         return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask), documents)
 
@@ -86,8 +91,6 @@ class Blend:
 
 def open_indexed(prefix: str) -> IndexedDataset:
     """The file pair of a prefix, checked for being there and whole."""
-    import os
-
     for ending in ("bin", "idx"):
         if not os.path.isfile(f"{prefix}.{ending}"):
             raise UserError(

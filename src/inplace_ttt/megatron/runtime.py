@@ -47,8 +47,6 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         # Megatron overlaps communication with arithmetic by the order in which kernels are queued
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(world.local_rank)
-    else:
-        _share_cores(world)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -71,11 +69,3 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _share_cores(world: World) -> None:
-    """Ranks of one machine divide its cores, unless the user has decided."""
-    if "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
