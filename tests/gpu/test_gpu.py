@@ -7,13 +7,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 import torch.distributed as dist
+
+from inplace_ttt.ttt import fast_weight_linear, naive
+from inplace_ttt.validation import transformer_engine_available
 from models import SEQ_LENGTH, VOCAB, tiny_config
 from numerics.cases import operands, relative_error
 from parallel.test_prefix_ring import random_case, zigzag
 from ranks import run_ranks
-
-from inplace_ttt.ttt import fast_weight_linear, naive
-from inplace_ttt.validation import transformer_engine_available
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from numerics.cases import operands, random_documents, relative_error
 
 from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
+from numerics.cases import operands, random_documents, relative_error
 
 
 def with_gradients(function, z, v, weight, g, **options):

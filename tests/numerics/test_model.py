@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Training, tiny_config, train_losses
-from ranks import run_ranks
 
 from inplace_ttt.megatron.layout import SequenceLayout
+from models import Training, tiny_config, train_losses
+from ranks import run_ranks
 
 
 def logits(*changes, start_values=False):

@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from numerics.cases import random_documents, relative_error
 
 from inplace_ttt.ttt import naive
 from inplace_ttt.ttt.plan import make_plan
 from inplace_ttt.ttt.target import chunk_conv, chunk_ids
+from numerics.cases import random_documents, relative_error
 
 
 @pytest.mark.parametrize("seed", range(30))

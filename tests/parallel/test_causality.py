@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from models import SEQ_LENGTH, VOCAB, Training, tiny_config
-from ranks import run_ranks
 
 from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, take_local
+from models import SEQ_LENGTH, VOCAB, Training, tiny_config
+from ranks import run_ranks
 
 
 def changed_places(changes: list[dict], tokens: list[int], documents) -> list[list[bool]]:

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+
 from models import train_losses
 from ranks import run_ranks
 

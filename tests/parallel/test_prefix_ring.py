@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from numerics.cases import operands, random_documents, relative_error
-from ranks import run_ranks
 
 from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
 from inplace_ttt.ttt.plan import local_slices, slice_bounds
+from numerics.cases import operands, random_documents, relative_error
+from ranks import run_ranks
 
 
 def zigzag(tensor, cp_size, rank):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import run_ranks
 
-from runs import SMALL, numbers, run_main, torchrun
+from launching import SMALL, numbers, run_main, torchrun
+from ranks import run_ranks
 
 STEPS = 12
 TRAIN = [*SMALL, f"train.steps={STEPS}", "train.eval_interval=6", "checkpoint.interval=3"]

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from ranks import run_ranks
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.build import build_sets
 from inplace_ttt.training.compose import compose_config, to_config
 from inplace_ttt.validation import validate
-from runs import ROOT, SMALL, run_main
+from launching import ROOT, SMALL, run_main
+from ranks import run_ranks
 
 RECIPES = ROOT / "recipes"
 

@@ -20,7 +20,7 @@ from inplace_ttt.data.documents import find_files, read_documents
 from inplace_ttt.data.packed import Blend, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
 from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
-from runs import ROOT
+from launching import ROOT
 
 
 class Indexed:

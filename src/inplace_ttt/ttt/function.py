@@ -1,7 +1,7 @@
 """The fast-weight linear map as one differentiable operation: forward, hand-written backward, what is saved.
 
 With g_t = dL/do_t, W_i the weight that chunk i sees and G_i the sum of g_t z_t^T over later chunks of the same
-document (METHOD: out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):
+document (out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):
 
     dL/dz_t = W_i^T g_t + eta * G_i^T v_t        dL/dv_t = eta * G_i z_t        dL/dW = sum_t g_t z_t^T
 
