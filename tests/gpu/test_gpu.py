@@ -1,5 +1,7 @@
 """What the CPU has shown, on one and on two GPUs: the operation, the ring over NCCL, the model."""
 
+import functools
+
 import pytest
 import torch
 
@@ -98,15 +100,25 @@ def assert_close(results, expected, bound):
         assert abs(norm - norm_1) <= 5 * bound * norm_1
 
 
-ONE_DOCUMENT = {"data": {"reset_at_documents": False}}
+VARIANTS = {
+    "packed": [],
+    "one document": [{"data": {"reset_at_documents": False}}],
+    "input_embed": [{"ttt": {"target": "input_embed"}}],
+    "recompute": [{"train": {"recompute": "full"}}],
+}
 IMPLEMENTATIONS = ["local", "transformer_engine"] if transformer_engine_available() else ["local"]
 
 
+@functools.cache
+def exact(variant: str):
+    """One GPU, fp32, local layers."""
+    return run_ranks(1, model_losses, "local", "fp32", *VARIANTS[variant], backend="nccl")[0]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("changes", [[], [ONE_DOCUMENT], [{"train": {"recompute": "full"}}]])
-def test_bf16_follows_fp32(impl, changes):
-    exact = run_ranks(1, model_losses, "local", "fp32", *changes, backend="nccl")[0]
-    assert_close(run_ranks(1, model_losses, impl, "bf16", *changes, backend="nccl")[0], exact, 1e-2)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_follows_fp32(impl, variant):
+    assert_close(run_ranks(1, model_losses, impl, "bf16", *VARIANTS[variant], backend="nccl")[0], exact(variant), 1e-2)
 
 
 @two_gpus
@@ -118,11 +130,11 @@ def test_bf16_follows_fp32(impl, changes):
         dict(pipeline_model_parallel_size=2),
     ],
 )
-@pytest.mark.parametrize("changes", [[], [ONE_DOCUMENT], [{"ttt": {"target": "input_embed"}}]])
-def test_two_gpus_equal_one(sizes, changes):
-    exact = run_ranks(1, model_losses, "local", "fp32", *changes, backend="nccl")[0]
-    split = run_ranks(2, model_losses, "local", "fp32", *changes, {"parallel": sizes}, backend="nccl")[0]
-    assert_close(split, exact, 1e-4)
+@pytest.mark.parametrize("variant", ["packed", "one document", "input_embed"])
+def test_two_gpus_equal_one(sizes, variant):
+    changes = [*VARIANTS[variant], {"parallel": sizes}]
+    split = run_ranks(2, model_losses, "local", "fp32", *changes, backend="nccl")[0]
+    assert_close(split, exact(variant), 1e-4)
     if "transformer_engine" in IMPLEMENTATIONS:
-        split = run_ranks(2, model_losses, "transformer_engine", "bf16", *changes, {"parallel": sizes}, backend="nccl")
-        assert_close(split[0], exact, 1e-2)
+        split = run_ranks(2, model_losses, "transformer_engine", "bf16", *changes, backend="nccl")[0]
+        assert_close(split, exact(variant), 1e-2)
