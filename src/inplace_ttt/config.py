@@ -9,6 +9,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+# Vocabularies are padded to a multiple of this at any tensor-parallel size, so that checkpoints fit every layout.
+VOCAB_MULTIPLE = 128
+
 
 class UserError(Exception):
     """Something the user gave cannot work; the message is one sentence that says what would."""
@@ -129,7 +132,6 @@ class Checkpoint:
     interval: int = 100  # steps; 0: only at the end and when told to stop
     keep: int = 2
     async_save: bool = True
-    save_optimizer: bool = True
     load: str | None = None  # a checkpoint to start a new run's weights from (resuming needs no key)
 
 

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.config import VOCAB_MULTIPLE, Config, UserError, ttt_layers
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -149,10 +149,9 @@ def _parallel(config: Config, world_size: int) -> None:
         )
     for key in ("num_query_groups", "ffn_hidden_size"):
         _divides("parallel.tensor_model_parallel_size", tp, f"model.{key}", getattr(model, key))
-    if tp > 1 and 128 % tp:
+    if VOCAB_MULTIPLE % tp:
         raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the vocabulary: use a power of two")
-    if model.num_layers % pp:
-        _divides("parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers)
+    _divides("parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers)
     if parallel.sequence_parallel and tp == 1:
         raise UserError(
             "parallel.sequence_parallel=true splits what tensor parallelism leaves whole: it needs "

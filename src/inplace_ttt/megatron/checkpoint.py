@@ -70,11 +70,9 @@ def read_progress(folder: Path) -> Progress:
 class Checkpointer:
     """Saves and loads the state of a run."""
 
-    def __init__(
-        self, folder: Path, model, optimizer, pg_collection, *, keep: int, async_save: bool, save_optimizer: bool
-    ):
+    def __init__(self, folder: Path, model, optimizer, pg_collection, *, keep: int, async_save: bool):
         self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.keep, self.async_save, self.save_optimizer = keep, async_save, save_optimizer
+        self.keep, self.async_save = keep, async_save
         self.metadata = {
             "dp_cp_group": pg_collection.dp_cp,
             # optimizer state that any later layout can read
@@ -150,12 +148,9 @@ class Checkpointer:
         return {name: entry for name, entry in state.items() if "_extra_state" not in name}
 
     def _state(self, loading: bool) -> dict:
-        state = {"model": self._model_state()}
-        if self.optimizer is not None and self.save_optimizer:
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                state["model"], is_loading=loading, metadata=self.metadata
-            )
-        return state
+        model = self._model_state()
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=self.metadata)
+        return {"model": model, "optimizer": optimizer}
 
     def resume(self, folder: Path) -> Progress:
         """Load model and optimizer as they were."""

@@ -1,6 +1,5 @@
 """How the tokens of a micro batch lie: which documents, and which slices of the sequence this rank holds."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,7 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from inplace_ttt.ttt.plan import Plan, check_documents, local_slices, slice_bounds
+from inplace_ttt.ttt.plan import Plan, check_documents, document_parts, local_slices, slice_bounds
 from inplace_ttt.ttt.target import chunk_ids
 
 
@@ -64,7 +63,6 @@ class QuerySpan:
 
     local: slice
     keys: slice
-    offset: int  # place of the first query among these keys
 
 
 @lru_cache(maxsize=64)
@@ -76,13 +74,12 @@ def query_spans(
     spans, base = [], 0
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
-        for start, end in itertools.pairwise(bounds):
-            left, right = max(start, first), min(end, last)
-            step = max(right - left, 1) if window is None else max(window, 256)
+        for start, _, left, right in document_parts(bounds, first, last):
+            step = right - left if window is None else max(window, 256)
             for begin in range(left, right, step):
                 stop = min(begin + step, right)
                 oldest = start if window is None else max(start, begin - window + 1)
                 local = slice(begin - first + base, stop - first + base)
-                spans.append(QuerySpan(local, slice(oldest, stop), begin - oldest))
+                spans.append(QuerySpan(local, slice(oldest, stop)))
         base += last - first
     return tuple(spans)

@@ -7,8 +7,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from inplace_ttt.config import Model
 
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-
 
 def rope_frequencies(model: Model, max_position_embeddings: int) -> tuple[Tensor, float]:
     """Inverse frequencies (kv_channels / 2,) fp32 and the factor on cos and sin (YaRN's attention factor)."""

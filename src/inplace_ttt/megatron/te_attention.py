@@ -5,6 +5,8 @@ sequence, so that chunks stay whole: packed samples with context parallelism gat
 do sliding windows. fp32 has no fused kernel.
 """
 
+import itertools
+
 import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -43,7 +45,7 @@ class TEDocumentAttention(DocumentAttention):
 
 def _packed(layout: SequenceLayout, device: torch.device) -> PackedSeqParams:
     bounds = layout.on_device("cu_seqlens", lambda: layout.cu_seqlens, device)
-    longest = max(b - a for a, b in zip(layout.documents[:-1], layout.documents[1:], strict=True))
+    longest = max(b - a for a, b in itertools.pairwise(layout.documents))
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )

@@ -88,7 +88,6 @@ def _train(config: Config, sets, groups, stop) -> int:
         groups,
         keep=config.checkpoint.keep,
         async_save=config.checkpoint.async_save,
-        save_optimizer=config.checkpoint.save_optimizer,
     )
     step, notes = 0, list(folder.notes)
     if folder.resume_from is not None:

@@ -8,6 +8,7 @@ rank, so both are one algorithm on mirrored indices.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -104,6 +105,14 @@ def owner(index: int, cp_size: int) -> int:
     return index if index < cp_size else 2 * cp_size - 1 - index
 
 
+def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
+    """Of each document with tokens in [first, last): its own start and end, and those of its part that lies there."""
+    for start, end in itertools.pairwise(bounds):
+        left, right = max(start, first), min(end, last)
+        if left < right:
+            yield start, end, left, right
+
+
 @lru_cache(maxsize=256)
 def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_size: int, cp_rank: int) -> Plan:
     edges = slice_bounds(seq_length, cp_size)
@@ -113,10 +122,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
         segments = []
-        for start, end in itertools.pairwise(bounds):
-            left, right = max(start, first), min(end, last)
-            if left >= right:
-                continue
+        for start, end, left, right in document_parts(bounds, first, last):
             chunks = []
             for begin in range(left, right, chunk_size):
                 stop = min(begin + chunk_size, right)
