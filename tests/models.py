@@ -33,7 +33,7 @@ def tiny_config(*changes: dict) -> Config:
 class Training:
     """A model in training on random samples; fast weights are switched on by random convolutions."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, impl: str = "local", dtype: torch.dtype = torch.float32):
         from inplace_ttt.megatron import runtime
         from inplace_ttt.megatron.initialize import initialize
         from inplace_ttt.megatron.model import build_model
@@ -42,7 +42,7 @@ class Training:
 
         self.config = config
         self.groups = runtime.start(config.parallel, config.train.seed)
-        self.model = build_model(config, torch.float32, "local", VOCAB, self.groups)
+        self.model = build_model(config, dtype, impl, VOCAB, self.groups)
         initialize(self.model, config, self.groups)
         for layer, module in self.model.ttt_modules.items():
             generator = torch.Generator().manual_seed(layer)
@@ -55,6 +55,7 @@ class Training:
     def batches(self, step: int):
         """This rank's micro batches of a step: random tokens, some of which do not count, three documents or one."""
         from inplace_ttt.data.batch import MicroBatch, Sample
+        from inplace_ttt.megatron.runtime import device
 
         generator = torch.Generator().manual_seed(step)
         samples = []
@@ -66,7 +67,7 @@ class Training:
         share, rank = len(samples) // self.groups.dp.size(), self.groups.dp.rank()
         mine, rows = samples[rank * share : (rank + 1) * share], self.config.train.micro_batch_size
         return [
-            MicroBatch.collate(mine[i : i + rows], self.groups.cp.size(), self.groups.cp.rank(), torch.device("cpu"))
+            MicroBatch.collate(mine[i : i + rows], self.groups.cp.size(), self.groups.cp.rank(), device())
             for i in range(0, share, rows)
         ]
 
@@ -80,6 +81,6 @@ class Training:
         return totals.mean_loss, float(norm)
 
 
-def train_losses(steps: int, *changes: dict) -> list[tuple[float, float]]:
-    training = Training(tiny_config(*changes))
+def train_losses(steps: int, *changes: dict, **options) -> list[tuple[float, float]]:
+    training = Training(tiny_config(*changes), **options)
     return [training.step(number) for number in range(steps)]

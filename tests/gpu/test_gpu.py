@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from inplace_ttt.ttt import fast_weight_linear, naive
 from inplace_ttt.validation import transformer_engine_available
-from models import SEQ_LENGTH, VOCAB, tiny_config
+from models import train_losses
 from numerics.cases import operands, relative_error
 from parallel.test_prefix_ring import random_case, zigzag
 from ranks import run_ranks
@@ -56,85 +56,63 @@ def test_ring_over_nccl():
     assert max(run_ranks(2, ring_errors, range(40), backend="nccl")) < 1e-12
 
 
-def model_losses(impl: str, precision: str, *changes):
-    """Losses and gradient norms of a few steps; the model is wider than on the CPU, as fused kernels want it."""
-    from inplace_ttt.data.batch import MicroBatch, Sample
-    from inplace_ttt.megatron import runtime
-    from inplace_ttt.megatron.initialize import initialize
-    from inplace_ttt.megatron.model import build_model
-    from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
-    from inplace_ttt.training.step import Stepper
-
-    wide = {"model": {"hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 64, "init_method_std": 0.03}}
-    config = tiny_config(wide, *changes)
-    groups = runtime.start(config.parallel, 0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = build_model(config, dtype, impl, VOCAB, groups)
-    initialize(model, config, groups)
-    for layer, module in model.ttt_modules.items():
-        weight = module.ttt_conv.weight
-        weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)) * 0.3)
-    wrapped = wrap_data_parallel(model, model.config, config)
-    optimizer, scheduler = build_optimizer(wrapped, model.config, config)
-    stepper = Stepper(config, wrapped, model.config, groups)
-    results = []
-    for number in range(4):
-        generator = torch.Generator().manual_seed(number)
-        batches = []
-        for _ in range(4 // groups.dp.size()):
-            text = torch.randint(0, VOCAB, (SEQ_LENGTH + 1,), generator=generator)
-            documents = (0, 24, 40, SEQ_LENGTH) if config.data.reset_at_documents else None
-            sample = Sample(text[:-1], text[1:], torch.ones(SEQ_LENGTH), documents)
-            batches.append(MicroBatch.collate([sample], groups.cp.size(), groups.cp.rank(), runtime.device()))
-        totals = stepper.train(iter(batches), len(batches))
-        scheduler.step(increment=1)
-        _, norm, _ = optimizer.step()
-        optimizer.zero_grad()
-        results.append((totals.mean_loss, float(norm)))
-    return results
-
-
 def assert_close(results, expected, bound):
     for (loss, norm), (loss_1, norm_1) in zip(results, expected, strict=True):
         assert abs(loss - loss_1) <= bound * loss_1
         assert abs(norm - norm_1) <= 5 * bound * norm_1
 
 
+# wider than on the CPU, as fused kernels want it
+WIDE = {"model": {"hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 64, "init_method_std": 0.03}}
 VARIANTS = {
     "packed": [],
     "one document": [{"data": {"reset_at_documents": False}}],
     "input_embed": [{"ttt": {"target": "input_embed"}}],
     "recompute": [{"train": {"recompute": "full"}}],
 }
-IMPLEMENTATIONS = ["local", "transformer_engine"] if transformer_engine_available() else ["local"]
+SIZES = {
+    "CP2": dict(context_parallel_size=2),
+    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+    "PP2": dict(pipeline_model_parallel_size=2),
+}
+EXACT = "local", torch.float32
+BF16 = [(impl, torch.bfloat16) for impl in ("local", *["transformer_engine"] * transformer_engine_available())]
+
+
+def model_losses(parallel: dict, kinds: list) -> dict:
+    """Losses and gradient norms of a few steps, by variant, layers and dtype."""
+    from inplace_ttt.megatron import runtime
+
+    losses = {}
+    for variant, changes in VARIANTS.items():
+        for impl, dtype in kinds:
+            losses[variant, impl, dtype] = train_losses(
+                4, WIDE, *changes, {"parallel": parallel}, impl=impl, dtype=dtype
+            )
+            runtime.leave_groups()
+    return losses
 
 
 @functools.cache
-def exact(variant: str):
-    """One GPU, fp32, local layers."""
-    return run_ranks(1, model_losses, "local", "fp32", *VARIANTS[variant], backend="nccl")[0]
+def on_one_gpu():
+    return run_ranks(1, model_losses, {}, [EXACT, *BF16], backend="nccl")[0]
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@functools.cache
+def on_two_gpus(sizes: str):
+    return run_ranks(2, model_losses, SIZES[sizes], [EXACT, *BF16], backend="nccl")[0]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bf16_follows_fp32(impl, variant):
-    assert_close(run_ranks(1, model_losses, impl, "bf16", *VARIANTS[variant], backend="nccl")[0], exact(variant), 1e-2)
+def test_bf16_follows_fp32(variant):
+    for kind in BF16:
+        assert_close(on_one_gpu()[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
 
 
 @two_gpus
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        dict(context_parallel_size=2),
-        dict(tensor_model_parallel_size=2, sequence_parallel=True),
-        dict(pipeline_model_parallel_size=2),
-    ],
-)
-@pytest.mark.parametrize("variant", ["packed", "one document", "input_embed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", SIZES)
 def test_two_gpus_equal_one(sizes, variant):
-    changes = [*VARIANTS[variant], {"parallel": sizes}]
-    split = run_ranks(2, model_losses, "local", "fp32", *changes, backend="nccl")[0]
-    assert_close(split, exact(variant), 1e-4)
-    if "transformer_engine" in IMPLEMENTATIONS:
-        split = run_ranks(2, model_losses, "transformer_engine", "bf16", *changes, backend="nccl")[0]
-        assert_close(split, exact(variant), 1e-2)
+    assert_close(on_two_gpus(sizes)[variant, *EXACT], on_one_gpu()[variant, *EXACT], 1e-4)
+    for kind in BF16:
+        assert_close(on_two_gpus(sizes)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)

@@ -16,7 +16,7 @@ import zstandard
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.documents import find_files, read_documents
+from inplace_ttt.data.documents import find_files, read_documents, read_hub_dataset
 from inplace_ttt.data.packed import Blend, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
 from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
@@ -143,6 +143,21 @@ def test_every_format_is_read(kind, tmp_path):
         path.write_text(TEXTS[0])
     expected = TEXTS[:1] if kind == "txt" else TEXTS
     assert list(read_documents(find_files([str(tmp_path)]), "text")) == expected
+
+
+@pytest.mark.parametrize("kind", ["folder of files", "saved", "saved with splits"])
+def test_a_dataset_on_disk_is_read(kind, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"words": ["one", "two"]})
+    if kind == "folder of files":
+        rows.to_parquet(tmp_path / "part.parquet")
+    else:
+        saved = rows if kind == "saved" else datasets.DatasetDict(train=rows)
+        saved.save_to_disk(tmp_path)
+    assert list(read_hub_dataset(str(tmp_path), None, "train", "words")) == ["one", "two"]
+    with pytest.raises(UserError, match="--text-key names the field"):
+        list(read_hub_dataset(str(tmp_path), None, "train", "text"))
 
 
 def test_unreadable_input_is_named(tmp_path):

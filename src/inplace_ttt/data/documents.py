@@ -57,17 +57,24 @@ def read_documents(files: list[Path], text_key: str) -> Iterator[str]:
 
 
 def read_hub_dataset(name: str, config: str | None, split: str, text_key: str) -> Iterator[str]:
-    """The documents of a dataset that the ``datasets`` library knows by name or folder, streamed."""
+    """The documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a folder
+    that its ``save_to_disk`` wrote."""
     import datasets
 
+    folder = Path(name)
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if (folder / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(name)[split]
+        elif (folder / "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for row in rows:
             yield _text(row, text_key, f"dataset '{name}'")
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"dataset '{name}' (config {config}, split '{split}') cannot be read: {reason}") from error
 
 

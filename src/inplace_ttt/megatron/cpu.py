@@ -18,6 +18,7 @@ def install() -> None:
         return
     _stub_cuda()
     _use_own_adam()
+    _use_own_norm()
     _installed = _CudaMeansCpu()
     _installed.__enter__()
 
@@ -78,3 +79,16 @@ def _use_own_adam() -> None:
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = True
         distrib_optimizer.USING_APEX_OPTIMIZER = False
+
+
+def _use_own_norm() -> None:
+    """Gradient norms in fp64: torch sums squares one after the other here, and in fp32 loses the sixth digit."""
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    def l2_norm(chunk_size, overflow, tensor_lists, per_tensor, *_):
+        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensor_lists[0]]
+        return torch.linalg.vector_norm(torch.stack(norms)).float().view(1), None
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm

@@ -64,8 +64,13 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def leave_groups() -> None:
+    """Forget Megatron's groups; ``start`` may form others."""
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     """Leave all groups."""
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

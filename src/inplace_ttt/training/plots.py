@@ -42,9 +42,10 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
         return
     at = {r["step"]: r["tokens"] / 1e6 for r in steps}
     x, loss = list(at.values()), [r["loss"] for r in steps]
-    smooth = loss[:1]
-    for value in loss[1:]:
-        smooth.append(0.9 * smooth[-1] + 0.1 * value)
+    smooth, total, weight = [], 0.0, 0.0
+    for value in loss:
+        total, weight = 0.9 * total + 0.1 * value, 0.9 * weight + 0.1
+        smooth.append(total / weight)
     figure, ax = axes(name, "tokens (millions)", "loss (nats per token)")
     ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
     ax.plot(x, smooth, color=COLORS[0], linewidth=2, label="training, running mean")
