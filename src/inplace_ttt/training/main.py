@@ -134,5 +134,6 @@ def _fail(message: str, code: int) -> int:
         print(message, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
-        Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     return code
