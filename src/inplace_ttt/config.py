@@ -63,6 +63,7 @@ class TTT:
     project: bool = True
     proj_init_std: float = 0.02
     comm_dtype: str = "fp32"  # of the chunk states between context-parallel ranks: fp32, bf16
+    keep_chunk_weights: bool | None = None  # for the backward, rather than make them twice; null: where memory is free
     lr_multiplier: float = 1.0  # learning rate of the new parameters over optim.lr
     clip_separately: bool = False  # clip the new parameters' gradients by their own norm
     max_update_ratio: float | None = 1.0  # stop when |sum of updates| / |W_down| exceeds it; null: never

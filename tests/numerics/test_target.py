@@ -7,7 +7,7 @@ import torch
 
 from inplace_ttt.ttt import naive
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_conv, chunk_ids
+from inplace_ttt.ttt.target import chunk_ids, chunk_target
 from numerics.cases import random_documents, relative_error
 
 
@@ -19,13 +19,16 @@ def test_matches_definition(seed):
     chunk_size, cu_seqlens = rng.randint(1, 12), random_documents(rng, s)
     u = torch.randn(s, b, d, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(d, 1, rng.choice([1, 3, 5, 7]), dtype=torch.float64, requires_grad=True)
+    projection = torch.randn(d, d, dtype=torch.float64, requires_grad=True) if rng.random() < 0.7 else None
     g = torch.randn(s, b, d, dtype=torch.float64)
     plan = make_plan(s, chunk_size, None if cu_seqlens is None else tuple(cu_seqlens.tolist()))
 
-    expected = naive.target(u, weight, None, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
-    value = chunk_conv(u, weight, chunk_ids(plan.chunk_lengths))
+    inputs = [t for t in (u, weight, projection) if t is not None]
+
+    expected = naive.target(u, weight, projection, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+    value = chunk_target(u, weight, projection, chunk_ids(plan.chunk_lengths))
     assert relative_error(value, expected) < 1e-13
     for gradient, reference in zip(
-        torch.autograd.grad(value, (u, weight), g), torch.autograd.grad(expected, (u, weight), g), strict=True
+        torch.autograd.grad(value, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True
     ):
         assert relative_error(gradient, reference) < 1e-13

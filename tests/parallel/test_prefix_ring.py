@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
+from inplace_ttt.ttt import LayoutError, Received, fast_weight_linear, naive
 from inplace_ttt.ttt.plan import local_slices, slice_bounds
 from numerics.cases import operands, random_documents, relative_error
 from ranks import run_ranks
@@ -79,6 +79,26 @@ def test_nothing_is_sent_where_documents_end():
     assert ends_in_slice_1 == [(16, 16), (16, 16)]
     ends_with_slice_0 = run_ranks(2, count_messages, torch.tensor([0, 8, 32]))
     assert ends_with_slice_0 == [(0, 16), (16, 0)]
+
+
+def messages_of_a_repeated_forward():
+    """Values and gradients of a second forward that is given what the first received, and what it sent."""
+    (z, v, weight, g), options = random_case(3, dist.get_world_size())
+    options |= dict(cu_seqlens=None, cp_group=dist.group.WORLD)
+    z, v, g = (zigzag(t, dist.get_world_size(), dist.get_rank()) for t in (z, v, g))
+    inputs = [t.requires_grad_() for t in (z, v, weight)]
+    received = Received()
+    first = fast_weight_linear(*inputs, received=received, **options)
+    expected = torch.autograd.grad(first, inputs, g)
+    exchange, dist.isend, dist.irecv = (dist.isend, dist.irecv), None, None
+    second = fast_weight_linear(*inputs, received=received, **options)
+    dist.isend, dist.irecv = exchange
+    again = torch.autograd.grad(second, inputs, g)
+    return [torch.equal(x, y) for x, y in zip((first, *expected), (second, *again), strict=True)]
+
+
+def test_a_repeated_forward_communicates_nothing():
+    assert run_ranks(4, messages_of_a_repeated_forward) == [[True] * 4] * 4
 
 
 def norms_of_each_rank():

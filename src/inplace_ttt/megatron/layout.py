@@ -8,6 +8,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from inplace_ttt.ttt import Received
 from inplace_ttt.ttt.plan import Plan, check_documents, document_parts, local_slices, slice_bounds
 from inplace_ttt.ttt.target import chunk_ids
 
@@ -22,6 +23,9 @@ class SequenceLayout(PackedSeqParams):
 
     documents: tuple[int, ...] | None = None  # bounds in the whole sequence; None: each row is one document
     cached: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    # by module: what a forward that will be recomputed received from other context-parallel ranks
+    received: dict[object, Received] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def cu_seqlens(self) -> Tensor | None:

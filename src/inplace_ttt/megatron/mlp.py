@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.layout import SequenceLayout
-from inplace_ttt.ttt import fast_weight_linear
+from inplace_ttt.ttt import Received, fast_weight_linear
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_conv
+from inplace_ttt.ttt.target import chunk_target
 
 COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
 
@@ -63,7 +63,7 @@ class TTTMLP(MLP):
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
-        # Squared, over tensor-parallel shards, since it was last read. A maximum, for recompute runs forward twice.
+        # Squared, over tensor-parallel shards, since it was last read
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
 
     def forward(
@@ -75,7 +75,9 @@ class TTTMLP(MLP):
         gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
         z = self.config.activation_func(gate) * up
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
-        out, norms = fast_weight_linear(
+        received, recomputed = self._received(layout)
+        note_norms = self.training and not recomputed
+        out = fast_weight_linear(
             z,
             self._target(u, z.shape[0], layout),
             self.linear_fc2.weight,
@@ -84,33 +86,47 @@ class TTTMLP(MLP):
             cu_seqlens=layout.cu_seqlens,
             cp_group=self.cp_group,
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
-            return_update_norms=True,
+            keep_chunk_weights=self.ttt.keep_chunk_weights,
+            received=received,
+            return_update_norms=note_norms,
         )
-        if self.training:
+        if note_norms:
+            out, norms = out
             self._note(norms)
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
+
+    def _received(self, layout: SequenceLayout) -> tuple[Received | None, bool]:
+        """Where recompute finds what this forward receives from other ranks, and whether this is the recompute.
+
+        A forward that will be recomputed runs without gradients; its recompute, with the same layout, runs with them.
+        """
+        if not self.training:
+            return None, False
+        if torch.is_grad_enabled():
+            received = layout.received.pop(self, None)
+            return received, received is not None
+        return layout.received.setdefault(self, Received()), False
 
     def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> Tensor:
         """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states."""
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         plan = make_plan(length * cp_size, self.ttt.chunk_size, layout.documents, cp_size, cp_rank)
         ids, kernel = layout.chunk_ids(plan, u.device), self.ttt_conv.weight
+        projection = None if self.ttt_proj is None else self.ttt_proj.weight
         if not self.config.sequence_parallel:
-            v = self._project(chunk_conv(u, kernel, ids))
+            v = chunk_target(u, kernel, projection, ids)
             return copy_to_tensor_model_parallel_region(v, group=self.tp_group)
         size = u.shape[0]
         shard = slice(self.tp_group.rank() * size, (self.tp_group.rank() + 1) * size)
         starts = set(itertools.accumulate(plan.chunk_lengths, initial=0))
         if starts.issuperset(range(0, length, size)):
-            c = chunk_conv(u, kernel, ids[shard])
+            v = chunk_target(u, kernel, projection, ids[shard])
         else:  # a chunk lies on two ranks: the convolution needs its neighbours' tokens
-            c = chunk_conv(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, ids)[shard]
-        return gather_from_sequence_parallel_region(self._project(c), group=self.tp_group)
-
-    def _project(self, c: Tensor) -> Tensor:
-        return c if self.ttt_proj is None else c @ self.ttt_proj.weight
+            c = chunk_target(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, None, ids)[shard]
+            v = c if projection is None else c @ projection
+        return gather_from_sequence_parallel_region(v, group=self.tp_group)
 
     @torch.no_grad()
     def _note(self, norms: Tensor) -> None:

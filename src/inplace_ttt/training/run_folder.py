@@ -33,7 +33,16 @@ IDENTITY = (
     "train.global_batch_size",
 )
 # These say how a run is carried out, not what it computes.
-FREE = ("parallel", "checkpoint", "log", "run", "data.num_workers", "train.micro_batch_size", "model.transformer_impl")
+FREE = (
+    "parallel",
+    "checkpoint",
+    "log",
+    "run",
+    "data.num_workers",
+    "train.micro_batch_size",
+    "model.transformer_impl",
+    "ttt.keep_chunk_weights",
+)
 
 
 def agree(error: Exception | None) -> None:

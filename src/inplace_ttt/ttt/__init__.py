@@ -3,7 +3,7 @@
 Everything here knows torch only: no Megatron, no files, no configuration.
 """
 
-from inplace_ttt.ttt.function import fast_weight_linear
+from inplace_ttt.ttt.function import Received, fast_weight_linear
 from inplace_ttt.ttt.plan import LayoutError
 
-__all__ = ["LayoutError", "fast_weight_linear"]
+__all__ = ["LayoutError", "Received", "fast_weight_linear"]

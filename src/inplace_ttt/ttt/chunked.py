@@ -2,7 +2,8 @@
 
 Inside a chunk the fast weight is constant, so its tokens go through one matrix product; between chunks a single
 fp32 state is updated in place. Whatever the length of the sequence, a sweep holds three d x f matrices: the base,
-the state, and their sum rounded to the dtype of the operands.
+the state, and their sum rounded to the dtype of the operands. ``kernels/`` holds the sweep for Hopper, which makes
+the weights of many chunks at once; this one is its twin, for every device, dtype and shape.
 
     a  (t, rows)  what is written: eta * v in the prefix sweep, the gradient g in the suffix sweep
     z  (t, f)     where it is written
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from inplace_ttt.ttt.plan import Segment, Span
+
+# Consecutive chunks in the order of their tokens, and the weight (chunks, rows, f) that each of them sees
+Window = tuple[tuple[Span, ...], Tensor]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,37 +34,74 @@ def add_outer(state: Tensor, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor
     return state.addmm_(a.t().to(state.dtype), z.to(state.dtype), alpha=scale)
 
 
-def segment_sum(segment: Segment, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
-    """The sum over all tokens of a segment, ``scale * sum_t a_t z_t^T``: (rows, f) in the state's dtype."""
-    tokens = slice(*segment.tokens)
-    state = torch.zeros(a.shape[1], z.shape[1], dtype=state_dtype(z.dtype), device=z.device)
-    return add_outer(state, a[tokens], z[tokens], scale)
-
-
 def sweep(
-    segment: Segment, base: Tensor | None, a: Tensor, z: Tensor, scale: float, whole: Tensor | None = None
-) -> Iterator[tuple[Span, Tensor | None]]:
-    """For each chunk in the order of the segment, the sum of ``base`` and of what the chunks before it wrote.
+    segment: Segment,
+    base: Tensor | None,
+    carry: Tensor | None,
+    a: Tensor,
+    z: Tensor,
+    scale: float,
+    total: Tensor | None = None,
+) -> Iterator[Window]:
+    """For each chunk in the order of the segment, the weight it sees: ``base + carry +`` what chunks before it wrote.
 
-    Yields ``(tokens, weight)``, the weight (rows, f) in z's dtype and valid until the next step; None is zero.
-    ``whole`` (rows, f), if given, starts at zero and ends as what all the segment's chunks wrote; without it,
-    what the last chunk writes is not computed, for no chunk sees it.
+    Args:
+        base: (rows, f) in z's dtype. None: zero.
+        carry: (rows, f) in the state's dtype, what earlier segments of the document wrote. None: nothing.
+        total: (rows, f) in the state's dtype, filled with the carry and what all chunks of the segment wrote. Without
+            it, what the last chunk writes is not computed, for no chunk sees it.
+
+    Yields:
+        Chunks and their weights in z's dtype, valid until the next step. Chunks whose weight is zero are left out.
     """
-    state = whole
-    if state is None and len(segment.chunks) > 1:
-        state = torch.zeros(a.shape[1], z.shape[1], dtype=state_dtype(z.dtype), device=z.device)
-    written = False
+    state = total
+    if state is None:
+        state = torch.empty(a.shape[1], z.shape[1], dtype=state_dtype(z.dtype), device=z.device)
+    zero = carry is None
+    state.zero_() if zero else state.copy_(carry)
     for number, chunk in enumerate(segment.chunks, start=1):
-        tokens = slice(*chunk)
-        if not written:
-            weight = None if base is None else base.to(z.dtype)
-        elif base is None:
-            weight = state.to(z.dtype)
-        elif base.dtype == state.dtype == z.dtype:
-            weight = base + state
-        else:
-            weight = (base.to(state.dtype) + state).to(z.dtype)
-        yield chunk, weight
-        if number < len(segment.chunks) or whole is not None:
+        if not zero or base is not None:
+            yield (chunk,), _weight(base, None if zero else state, z.dtype)[None]
+        if number < len(segment.chunks) or total is not None:
+            tokens = slice(*chunk)
             add_outer(state, a[tokens], z[tokens], scale)
-            written = True
+            zero = False
+
+
+def _weight(base: Tensor | None, state: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Their sum, rounded once."""
+    if state is None:
+        return base
+    if base is None:
+        return state.to(dtype)
+    return (base + state).to(dtype)
+
+
+def by_length(window: Window) -> Iterator[tuple[slice, int, Tensor]]:
+    """Parts of a window whose chunks are equally long: their tokens, how many chunks, and the weights."""
+    chunks, weights = window
+    lengths = [stop - start for start, stop in chunks]
+    first = 0
+    while first < len(chunks):
+        last = first + 1
+        while last < len(chunks) and lengths[last] == lengths[first]:
+            last += 1
+        yield slice(chunks[first][0], chunks[last - 1][1]), last - first, weights[first:last]
+        first = last
+
+
+def apply(window: Window, x: Tensor, out: Tensor, *, transpose: bool, alpha: float = 1.0, add: bool = False) -> None:
+    """``out_t = alpha * x_t W_i`` (or with ``W_i^T``) for the tokens t of each chunk i; ``add``: on top of ``out``.
+
+    Args:
+        x: (s, k).
+        out: (s, n), written in place.
+        transpose: W_i is (n, k) rather than (k, n).
+    """
+    for tokens, count, weights in by_length(window):
+        factor = weights.transpose(1, 2) if transpose else weights
+        if count == 1:
+            out[tokens].addmm_(x[tokens], factor[0], beta=add, alpha=alpha)
+        else:
+            chunks = x[tokens].unflatten(0, (count, -1))
+            out[tokens].unflatten(0, (count, -1)).baddbmm_(chunks, factor, beta=add, alpha=alpha)

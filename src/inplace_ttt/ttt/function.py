@@ -5,11 +5,14 @@ document (out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):
 
     dL/dz_t = W_i^T g_t + eta * G_i^T v_t        dL/dv_t = eta * G_i z_t        dL/dW = sum_t g_t z_t^T
 
-So the forward is a prefix sweep that writes eta * v; the backward repeats it to meet each W_i again, and makes a
-suffix sweep that writes g. No chunk's weight is kept: memory does not grow with the number of chunks.
+So the forward is a prefix sweep that writes eta * v; the backward meets each W_i again, and makes a suffix sweep that
+writes g. The W_i are kept from the forward or swept again: the same numbers, for memory or for one product more.
 """
 
+import functools
 import itertools
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +20,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inplace_ttt.ttt.chunked import segment_sum, state_dtype, sweep
-from inplace_ttt.ttt.plan import Plan, Stop, make_plan
+from inplace_ttt.ttt import chunked
+from inplace_ttt.ttt.chunked import apply, state_dtype
+from inplace_ttt.ttt.plan import Plan, Segment, Stop, make_plan
 from inplace_ttt.ttt.prefix import PrefixRing
 
 # Rows travel in this many blocks: enough to hide most transfers, few enough to keep the products large.
 ROW_BLOCKS = 4
+# Chunk weights are kept for the backward where they take no more than this share of the free device memory
+KEPT_SHARE = 0.125
+
+
+@dataclass
+class Received:
+    """The sums that came from other slices in a forward; given to the same forward again, nothing is communicated."""
+
+    carries: list[Tensor] | None = None  # None: no forward has filled it
 
 
 def fast_weight_linear(
@@ -35,6 +48,8 @@ def fast_weight_linear(
     cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32
     cp_group: dist.ProcessGroup | None = None,
     comm_dtype: torch.dtype | None = None,
+    keep_chunk_weights: bool | None = None,
+    received: Received | None = None,
     return_update_norms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (s, b, d)
     """Down-projection with fast weights (Feng et al., arXiv 2604.06169, section 3): apply, then update.
@@ -42,6 +57,9 @@ def fast_weight_linear(
     ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, j over the chunks of ``chunk_size`` tokens
     that come before t's chunk in the same document. Differentiable in z, v and weight; sums over tokens are fp32
     (fp64 for fp64 operands).
+
+    On Hopper, bf16 operands with ``chunk_size``, d and f multiples of 64 go through the kernels; others fall back to
+    plain torch products, with a warning where there is CUDA.
 
     Args:
         z, v: inputs of the down-projection and targets, sequence first; s is the length on this rank.
@@ -52,6 +70,11 @@ def fast_weight_linear(
         cp_group: context-parallel group of n ranks; this one holds slices r and 2n-1-r of 2n, in that order. Slices
             must start on chunk boundaries.
         comm_dtype: dtype of the sums on the wire; None is the dtype they are summed in.
+        keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
+            rather than make it a second time there, which costs one product of s d f more. None: where kernels run and
+            what is to be kept is at most an eighth of the free device memory.
+        received: filled with the sums that come from other slices; filled by an earlier call with the same operands,
+            it takes the place of the exchange. So recompute does not communicate again.
         return_update_norms: also return the squared Frobenius norm of the summed updates at the end of each
             document that ends on this rank, (b * documents,), outside the graph.
 
@@ -64,8 +87,40 @@ def fast_weight_linear(
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     plan = make_plan(z.shape[0] * cp_size, chunk_size, documents, cp_size, cp_rank)
     exchange = _Exchange(cp_group if cp_size > 1 else None, comm_dtype or state_dtype(z.dtype))
-    out, norms = _FastWeightLinear.apply(z, v, weight, eta, plan, exchange, return_update_norms)
+    sweep = _choose_sweep(z, v, chunk_size, eta)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
+    keep = needs_grad and sweep is not chunked.sweep
+    if keep:
+        kept = 2 * weight.numel() * len(plan.chunk_lengths) * z.shape[1]
+        keep = keep_chunk_weights if keep_chunk_weights is not None else kept <= KEPT_SHARE * _free_bytes(z.device)
+    how = _How(eta, plan, exchange, sweep, keep, return_update_norms)
+    out, norms = _FastWeightLinear.apply(z, v, weight, how, received)
     return (out, norms) if return_update_norms else out
+
+
+def _choose_sweep(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> Callable:
+    """The kernels' sweep where it can do what is asked, else its twin."""
+    if not z.is_cuda or torch.cuda.get_device_capability(z.device) < (9, 0):
+        return chunked.sweep
+    from inplace_ttt.ttt.kernels import chunk_weights
+
+    reason = chunk_weights.why_unsupported(z, v, chunk_size, eta)
+    if reason is None:
+        return chunk_weights.sweep
+    _say_once(f"fast weights without their kernels, several times slower: {reason}")
+    return chunked.sweep
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Device memory that this process could still use: free, or in the allocator's hands and unused."""
+    return torch.cuda.mem_get_info(device)[0] + (
+        torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
 
 
 def _check_operands(z: Tensor, v: Tensor, weight: Tensor) -> None:
@@ -102,6 +157,18 @@ class _Exchange:
 
 
 @dataclass(frozen=True)
+class _How:
+    """What the operation depends on besides its operands."""
+
+    eta: float
+    plan: Plan
+    exchange: _Exchange
+    sweep: Callable
+    keep: bool
+    with_norms: bool
+
+
+@dataclass(frozen=True)
 class _Block:
     """An independent part of the operation: some rows of the state of one row of the batch."""
 
@@ -115,45 +182,66 @@ def _blocks(batch: int, d: int, exchange: _Exchange) -> list[_Block]:
     return [_Block(row, slice(low, high)) for row in range(batch) for low, high in itertools.pairwise(edges)]
 
 
-def _hand_in(ring: PrefixRing, stops: tuple[Stop, ...], blocks: list[_Block], a: Tensor, z: Tensor, scale: float):
-    """Sum up what each slice wrote to the document that goes on beyond it, and put it on the ring."""
+@dataclass(frozen=True)
+class _Visit:
+    """One segment of one block, in the order in which every rank walks."""
+
+    stop: int
+    index: int  # of the block
+    block: _Block
+    segment: Segment
+    place: int  # of the segment in its stop
+
+
+def _visits(stops: tuple[Stop, ...], blocks: list[_Block]) -> Iterator[_Visit]:
     for number, stop in enumerate(stops):
         for index, block in enumerate(blocks):
-            own = None
-            if stop.target is not None:
-                own = segment_sum(stop.segments[-1], a[:, block.batch, block.rows], z[:, block.batch], scale)
-            ring.put(number, index, own)
+            # what another rank waits for comes first
+            for place in sorted(range(len(stop.segments)), key=lambda at: not stop.segments[at].sends):
+                yield _Visit(number, index, block, stop.segments[place], place)
 
 
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, v, weight, eta: float, plan: Plan, exchange: _Exchange, with_norms: bool):
+    def forward(ctx, z, v, weight, how: _How, received: Received | None):
         out = torch.empty_like(v)
-        blocks = _blocks(v.shape[1], v.shape[2], exchange)
-        ring = exchange.ring(plan.prefix, blocks, z)
-        _hand_in(ring, plan.prefix, blocks, v, z, eta)
-        carries, norms = [], {}
-        for number, stop in enumerate(plan.prefix):
-            for index, block in enumerate(blocks):
-                carry = ring.get(number, index)
+        blocks = _blocks(v.shape[1], v.shape[2], how.exchange)
+        again = received is not None and received.carries is not None
+        known = iter(received.carries if again else ())
+        ring = None if again else how.exchange.ring(how.plan.prefix, blocks, z)
+        carries, kept, kept_chunks, norms = [], [], [], {}
+        opened = -1
+        for visit in _visits(how.plan.prefix, blocks):
+            segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
+            if ring and visit.stop > opened:
+                ring.open(opened := visit.stop)
+            carry = None
+            if segment.receives:
+                carry = ring.get(visit.stop, visit.index) if ring else next(known)
                 carries.append(carry)
-                z_row, v_row = z[:, block.batch], v[:, block.batch, block.rows]
-                for place, segment in enumerate(stop.segments):
-                    received = carry if segment.receives else None
-                    base = weight[block.rows] if received is None else weight[block.rows] + received
-                    whole = None
-                    if with_norms and not segment.sends:
-                        whole = z.new_zeros(v_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
-                    for chunk, chunk_weight in sweep(segment, base, v_row, z_row, eta, whole):
-                        tokens = slice(*chunk)
-                        out[tokens, block.batch, block.rows] = z_row[tokens] @ chunk_weight.t()
-                    if whole is not None:
-                        total = whole if received is None else whole + received
-                        key = number, place, block.batch
-                        norms[key] = norms.get(key, 0) + total.square().sum()
-        ring.finish()
-        ctx.save_for_backward(z, v, weight, *carries)
-        ctx.eta, ctx.plan, ctx.exchange = eta, plan, exchange
+            z_row, v_row, out_row = z[:, batch], v[:, batch, rows], out[:, batch, rows]
+            total = None
+            if (ring and segment.sends) or (how.with_norms and not segment.sends):
+                total = z.new_empty(v_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
+            options = {"keep": True} if how.keep else {}
+            windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total, **options)
+            if how.keep:
+                windows = list(windows)
+                kept += [weights for _, weights in windows]
+                kept_chunks.append([chunks for chunks, _ in windows])
+            for window in windows:
+                apply(window, z_row, out_row, transpose=True)
+            if ring and segment.sends:
+                ring.put(visit.stop, visit.index, total)
+            elif total is not None:
+                key = visit.stop, visit.place, batch
+                norms[key] = norms.get(key, 0) + total.square().sum()
+        if ring:
+            ring.finish()
+            if received is not None:
+                received.carries = carries
+        ctx.save_for_backward(z, v, weight, *carries, *kept)
+        ctx.how, ctx.n_carries, ctx.kept_chunks = how, len(carries), kept_chunks
         norms = torch.stack(list(norms.values())) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
@@ -161,39 +249,50 @@ class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        z, v, weight, *carries = ctx.saved_tensors
-        eta, plan, exchange = ctx.eta, ctx.plan, ctx.exchange
-        blocks = _blocks(v.shape[1], v.shape[2], exchange)
+        z, v, weight, *saved = ctx.saved_tensors
+        carries, kept = iter(saved[: ctx.n_carries]), iter(saved[ctx.n_carries :])
+        how, plan = ctx.how, ctx.how.plan
+        blocks = _blocks(v.shape[1], v.shape[2], how.exchange)
         g = g.contiguous()
-        ring = exchange.ring(plan.suffix, blocks, z)
-        _hand_in(ring, plan.suffix, blocks, g, z, 1.0)  # on its way while the prefix is swept again
-
-        dz, dv = torch.zeros_like(z), torch.zeros_like(v)
+        # Who starts the suffix sums makes theirs first, for others wait; who waits for them uses the time.
+        starts = how.exchange.group is not None and plan.suffix[0].source is None
+        dz = torch.zeros_like(z) if starts else torch.empty_like(z)
+        dv = torch.zeros_like(v)
         dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
-        carries = iter(carries)
-        for stop in plan.prefix:
-            for block in blocks:
-                carry = next(carries)
-                z_row, v_row = z[:, block.batch], v[:, block.batch, block.rows]
-                for segment in stop.segments:
-                    base = weight[block.rows] + carry if segment.receives else weight[block.rows]
-                    for chunk, chunk_weight in sweep(segment, base, v_row, z_row, eta):
-                        tokens = slice(*chunk)
-                        dz[tokens, block.batch].addmm_(g[tokens, block.batch, block.rows], chunk_weight)
 
-        for number, stop in enumerate(plan.suffix):
-            for index, block in enumerate(blocks):
-                carry = ring.get(number, index)
-                z_row, v_row, g_row = (t[:, block.batch] for t in (z, v[:, :, block.rows], g[:, :, block.rows]))
-                for segment in stop.segments:
-                    base = carry if segment.receives else None
-                    whole = torch.zeros(v_row.shape[1], z_row.shape[1], dtype=dweight.dtype, device=z.device)
-                    for chunk, later in sweep(segment, base, g_row, z_row, 1.0, whole):
-                        if later is None:
-                            continue
-                        tokens = slice(*chunk)
-                        dz[tokens, block.batch].addmm_(v_row[tokens], later, alpha=eta)
-                        dv[tokens, block.batch, block.rows] = (z_row[tokens] @ later.t()).mul_(eta)
-                    dweight[block.rows] += whole
+        def through_weights() -> None:
+            """dz (+)= W_i^T g, with the chunk weights of the forward."""
+            kept_chunks = iter(ctx.kept_chunks)
+            for visit in _visits(plan.prefix, blocks):
+                segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
+                carry = next(carries) if segment.receives else None
+                z_row, v_row = z[:, batch], v[:, batch, rows]
+                if how.keep:
+                    windows = ((chunks, next(kept)) for chunks in next(kept_chunks))
+                else:
+                    windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta)
+                for window in windows:
+                    apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=starts or rows.start > 0)
+
+        ring = how.exchange.ring(plan.suffix, blocks, z)
+        opened, waiting = -1, True
+        for visit in _visits(plan.suffix, blocks):
+            segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
+            if visit.stop > opened:
+                ring.open(opened := visit.stop)
+                if waiting and (opened > 0 or not starts):
+                    through_weights()
+                    waiting = False
+            carry = ring.get(visit.stop, visit.index) if segment.receives else None
+            z_row, v_row, g_row = z[:, batch], v[:, batch, rows], g[:, batch, rows]
+            total = torch.empty(g_row.shape[1], z_row.shape[1], dtype=dweight.dtype, device=z.device)
+            for window in how.sweep(segment, None, carry, g_row, z_row, 1.0, total):
+                apply(window, v_row, dz[:, batch], transpose=False, alpha=how.eta, add=True)
+                apply(window, z_row, dv[:, batch, rows], transpose=True, alpha=how.eta)
+            if segment.sends:
+                ring.put(visit.stop, visit.index, total)
+            dweight[rows] += total
+            if carry is not None:  # of tokens on other ranks and in this one's other slice
+                dweight[rows] -= carry
         ring.finish()
-        return dz, dv, dweight.to(weight.dtype), None, None, None, None
+        return dz, dv, dweight.to(weight.dtype), None, None

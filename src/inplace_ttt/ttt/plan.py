@@ -37,11 +37,6 @@ class Stop:
     source: int | None  # context-parallel rank whose running sum this slice starts from
     target: int | None  # context-parallel rank that goes on from this slice
 
-    @property
-    def passes(self) -> bool:
-        """One document fills the slice and more: what is received is part of what is sent."""
-        return len(self.segments) == 1 and self.segments[0].receives and self.segments[0].sends
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -4,9 +4,13 @@
 into another chunk would let the update of a chunk hold tokens from its future.
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from inplace_ttt.ttt.chunked import state_dtype
 
 
 def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
@@ -15,18 +19,70 @@ def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(chunk_lengths), dtype=torch.int32), lengths)
 
 
-def chunk_conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
-    """Depthwise convolution that never leaves a chunk.
+def chunk_target(u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids: Tensor) -> Tensor:
+    """Targets of all tokens: depthwise convolution that never leaves a chunk, then the projection.
+
+    Only u is kept for the backward, which the layer keeps anyway.
 
     Args:
         u: (s, b, d).
         weight: (d, 1, kernel), kernel odd.
+        projection: (d, d), applied from the right. None: none.
         chunk_ids: (s,) integers; neighbouring tokens are of one chunk where theirs are equal.
 
     Returns:
         (s, b, d)
     """
-    return _ChunkConv.apply(u, weight, chunk_ids)
+    return _ChunkTarget.apply(u, weight, projection, chunk_ids)
+
+
+class _ChunkTarget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, weight, projection, chunk_ids):
+        ctx.save_for_backward(u, weight, projection, chunk_ids)
+        c = _for(u).conv(u, weight, chunk_ids)
+        return c if projection is None else c @ projection
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        u, weight, projection, chunk_ids = ctx.saved_tensors
+        here, dprojection = _for(u), None
+        if projection is not None:
+            c = here.conv(u, weight, chunk_ids)
+            dprojection = c.flatten(0, 1).t() @ g.flatten(0, 1)
+            g = g @ projection.t()
+        du, dweight = here.conv_backward(g.contiguous(), u, weight, chunk_ids)
+        return du, dweight, dprojection, None
+
+
+def _for(u: Tensor):
+    """The module with ``conv`` and ``conv_backward`` for a tensor: the kernels', or this one."""
+    if u.is_cuda and u.dtype != torch.float64:
+        from inplace_ttt.ttt.kernels import chunk_conv
+
+        return chunk_conv
+    return sys.modules[__name__]
+
+
+def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
+    """The convolution alone; arguments as ``chunk_target``'s."""
+    out = torch.zeros_like(u)
+    for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
+        reached = u[there] if inside is None else u[there] * inside
+        out[here].addcmul_(reached, weight[:, 0, tap].expand_as(reached))
+    return out
+
+
+def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u and weight from the output's, g (s, b, d)."""
+    du = torch.zeros_like(u)
+    dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=u.device)
+    for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
+        reaching = g[here] if inside is None else g[here] * inside
+        du[there].addcmul_(reaching, weight[:, 0, tap].expand_as(reaching))
+        dweight[:, 0, tap] = (reaching * u[there]).sum(dim=(0, 1), dtype=dweight.dtype)
+    return du, dweight.to(weight.dtype)
 
 
 def _taps(length: int, kernel: int, chunk_ids: Tensor):
@@ -39,28 +95,3 @@ def _taps(length: int, kernel: int, chunk_ids: Tensor):
         there = slice(max(0, shift), length + min(0, shift))
         inside = None if shift == 0 else (chunk_ids[here] == chunk_ids[there]).view(-1, 1, 1)
         yield tap, here, there, inside
-
-
-class _ChunkConv(torch.autograd.Function):
-    """Written out so that only u is kept for the backward, which the layer keeps anyway."""
-
-    @staticmethod
-    def forward(ctx, u, weight, chunk_ids):
-        ctx.save_for_backward(u, weight, chunk_ids)
-        out = torch.zeros_like(u)
-        for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
-            reached = u[there] if inside is None else u[there] * inside
-            out[here].addcmul_(reached, weight[:, 0, tap].expand_as(reached))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        u, weight, chunk_ids = ctx.saved_tensors
-        du = torch.zeros_like(u)
-        dweight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=u.device)
-        for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
-            reaching = g[here] if inside is None else g[here] * inside
-            du[there].addcmul_(reaching, weight[:, 0, tap].expand_as(reaching))
-            dweight[:, 0, tap] = (reaching * u[there]).sum(dim=(0, 1), dtype=dweight.dtype)
-        return du, dweight.to(weight.dtype), None

@@ -1,0 +1,1 @@
+"""Triton kernels for Hopper; each has a twin in plain torch, which runs everywhere and says what it computes."""

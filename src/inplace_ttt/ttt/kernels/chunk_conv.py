@@ -1,0 +1,104 @@
+"""The chunk-local convolution of ``target.py`` in one pass over memory, and its backward in another."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inplace_ttt.ttt.chunked import state_dtype
+
+BLOCK_T, BLOCK_D = 32, 128
+
+
+@triton.jit
+def _reach(tensor, ids, own, token, column, shift, s, width, inside):
+    """(BLOCK_T, BLOCK_D) fp32: ``tensor`` at tokens ``shift`` away, zero where that is another chunk or none."""
+    there = token + shift
+    same = (there >= 0) & (there < s)
+    same &= tl.load(ids + there, mask=same, other=-1) == own
+    place = there[:, None].to(tl.int64) * width + column[None, :]
+    return tl.load(tensor + place, mask=same[:, None] & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _conv_kernel(
+    u,  # (s, width): width is the batch times d
+    weight,  # (d, taps)
+    ids,  # (s,)
+    out,  # (s, width)
+    s,
+    width,
+    d,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (token < s)[:, None] & (column < width)[None, :]
+    own = tl.load(ids + token, mask=token < s, other=-2)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for tap in tl.static_range(TAPS):
+        factor = tl.load(weight + (column % d) * TAPS + tap).to(tl.float32)
+        total += factor[None, :] * _reach(u, ids, own, token, column, tap - TAPS // 2, s, width, inside)
+    tl.store(out + token[:, None].to(tl.int64) * width + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _conv_backward_kernel(
+    g,  # (s, width)
+    u,  # (s, width)
+    weight,  # (d, taps)
+    ids,  # (s,)
+    du,  # (s, width)
+    dweight,  # (blocks of tokens, taps, width) fp32
+    s,
+    width,
+    d,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (token < s)[:, None] & (column < width)[None, :]
+    own = tl.load(ids + token, mask=token < s, other=-2)
+    place = token[:, None].to(tl.int64) * width + column[None, :]
+    gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for tap in tl.static_range(TAPS):
+        shift = tap - TAPS // 2
+        factor = tl.load(weight + (column % d) * TAPS + tap).to(tl.float32)
+        total += factor[None, :] * _reach(g, ids, own, token, column, -shift, s, width, inside)
+        products = gradient * _reach(u, ids, own, token, column, shift, s, width, inside)
+        sums = dweight + (tl.program_id(1).to(tl.int64) * TAPS + tap) * width + column
+        tl.store(sums, tl.sum(products, axis=0), mask=column < width)
+    tl.store(du + place, total.to(du.dtype.element_ty), mask=inside)
+
+
+def _grid(s: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(width, BLOCK_D), triton.cdiv(s, BLOCK_T)
+
+
+def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
+    """As ``target.conv``: u (s, b, d), weight (d, 1, taps), chunk_ids (s,) -> (s, b, d)."""
+    u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
+    (s, b, d), taps = u.shape, weight.shape[-1]
+    _conv_kernel[_grid(s, b * d)](
+        u, weight.contiguous(), chunk_ids, out, s, b * d, d, TAPS=taps, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D
+    )
+    return out
+
+
+def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``target.conv_backward``: gradients of u and weight from g (s, b, d)."""
+    g, u = g.contiguous(), u.contiguous()
+    (s, b, d), taps = u.shape, weight.shape[-1]
+    grid = _grid(s, b * d)
+    du = torch.empty_like(u)
+    sums = torch.empty(grid[1], taps, b, d, dtype=torch.float32, device=u.device)
+    _conv_backward_kernel[grid](
+        g, u, weight.contiguous(), chunk_ids, du, sums, s, b * d, d, TAPS=taps, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D
+    )
+    dweight = sums.sum(dim=(0, 2), dtype=state_dtype(u.dtype)).t().reshape(weight.shape)
+    return du, dweight.to(weight.dtype)
