@@ -10,6 +10,7 @@ What is exchanged, and when:
 import itertools
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -72,8 +73,7 @@ class TTTMLP(MLP):
         input_embed: Tensor | None,  # likewise
         layout: SequenceLayout,
     ) -> tuple[Tensor, None]:
-        gate, up = self.linear_fc1(hidden_states)[0].chunk(2, dim=-1)
-        z = self.config.activation_func(gate) * up
+        z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
         received, recomputed = self._received(layout)
         note_norms = self.training and not recomputed
@@ -96,6 +96,13 @@ class TTTMLP(MLP):
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
+
+    def _activate(self, gate_and_up: Tensor) -> Tensor:
+        """As Megatron's MLP does: in one kernel where it may."""
+        if self.config.bias_activation_fusion:
+            return bias_swiglu_impl(gate_and_up, None)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return self.config.activation_func(gate) * up
 
     def _received(self, layout: SequenceLayout) -> tuple[Received | None, bool]:
         """Where recompute finds what this forward receives from other ranks, and whether this is the recompute.

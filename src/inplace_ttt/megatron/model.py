@@ -17,7 +17,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str = "local") -> TransformerConfig:
     """Megatron's description of the model and of how it runs."""
     model, parallel, train = config.model, config.parallel, config.train
     recompute = {}
@@ -26,6 +26,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     elif train.recompute == "selective":
         recompute = dict(recompute_granularity="selective", recompute_modules=list(train.recompute_modules))
     on_gpu = torch.cuda.is_available()
+    fused = transformer_impl == "transformer_engine"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -53,12 +54,11 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         hetereogenous_dist_checkpoint=True,  # (sic) layers differ: each has keys of its own in a checkpoint
         perform_initialization=False,  # see initialize.py
         use_cpu_initialization=not on_gpu,
-        # fusions that need CUDA extensions or a compiler
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=on_gpu,  # compiled
+        gradient_accumulation_fusion=False,  # needs apex, or see build_model
+        apply_rope_fusion=fused and config.model.rope_scaling.rope_type != "yarn",  # which scales cos and sin
+        bias_dropout_fusion=False,  # there is neither
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
     )
@@ -152,11 +152,23 @@ class TTTGPTModel(GPTModel):
         )
 
 
+def _fuse_weight_gradients(model: TTTGPTModel) -> None:
+    """Have Transformer Engine's linears add to the fp32 gradients in their own products.
+
+    Megatron's switch for it would also switch Megatron's own linears, which need apex for that.
+    """
+    from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+    for module in model.modules():
+        if isinstance(module, TransformerEngineBaseModule) and hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 def build_model(
     config: Config, dtype: torch.dtype, transformer_impl: str, vocab_size: int, pg_collection
 ) -> TTTGPTModel:
     """This rank's part of the model, its parameters not yet initialised."""
-    megatron_config = transformer_config(config, dtype)
+    megatron_config = transformer_config(config, dtype, transformer_impl)
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(
         megatron_config,
@@ -175,4 +187,6 @@ def build_model(
         pre_process=pp_rank == 0,
         post_process=pp_rank == pp_size - 1,
     )
+    if transformer_impl == "transformer_engine":
+        _fuse_weight_gradients(model)
     return model.cuda() if torch.cuda.is_available() else model

@@ -42,6 +42,7 @@ def sweep(
     z: Tensor,
     scale: float,
     total: Tensor | None = None,
+    window_bytes: int | None = None,
 ) -> Iterator[Window]:
     """For each chunk in the order of the segment, the weight it sees: ``base + carry +`` what chunks before it wrote.
 
@@ -50,6 +51,7 @@ def sweep(
         carry: (rows, f) in the state's dtype, what earlier segments of the document wrote. None: nothing.
         total: (rows, f) in the state's dtype, filled with the carry and what all chunks of the segment wrote. Without
             it, what the last chunk writes is not computed, for no chunk sees it.
+        window_bytes: memory that a window's weights may take, one chunk's at least; here it is always one chunk's.
 
     Yields:
         Chunks and their weights in z's dtype, valid until the next step. Chunks whose weight is zero are left out.

@@ -11,6 +11,7 @@ writes g. The W_i are kept from the forward or swept again: the same numbers, fo
 
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ class _FastWeightLinear(torch.autograd.Function):
         again = received is not None and received.carries is not None
         known = iter(received.carries if again else ())
         ring = None if again else how.exchange.ring(how.plan.prefix, blocks, z)
-        carries, kept, kept_chunks, norms = [], [], [], {}
+        carries, kept, norms = [], [], {}
         opened = -1
         for visit in _visits(how.plan.prefix, blocks):
             segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
@@ -223,14 +224,15 @@ class _FastWeightLinear(torch.autograd.Function):
             total = None
             if (ring and segment.sends) or (how.with_norms and not segment.sends):
                 total = z.new_empty(v_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
-            options = {"keep": True} if how.keep else {}
-            windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total, **options)
             if how.keep:
-                windows = list(windows)
-                kept += [weights for _, weights in windows]
-                kept_chunks.append([chunks for chunks, _ in windows])
+                whole = dict(window_bytes=sys.maxsize)
+                windows = list(how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total, **whole))
+                kept.append(windows)
+            else:
+                windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total)
             for window in windows:
                 apply(window, z_row, out_row, transpose=True)
+                del window  # its memory is the next one's
             if ring and segment.sends:
                 ring.put(visit.stop, visit.index, total)
             elif total is not None:
@@ -240,8 +242,11 @@ class _FastWeightLinear(torch.autograd.Function):
             ring.finish()
             if received is not None:
                 received.carries = carries
-        ctx.save_for_backward(z, v, weight, *carries, *kept)
-        ctx.how, ctx.n_carries, ctx.kept_chunks = how, len(carries), kept_chunks
+        ctx.save_for_backward(z, v, weight, *carries)
+        ctx.how = how
+        ctx.kept = (
+            kept if how.keep else None
+        )  # not saved as tensors: the backward frees them as soon as it has used them
         norms = torch.stack(list(norms.values())) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
@@ -249,8 +254,7 @@ class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        z, v, weight, *saved = ctx.saved_tensors
-        carries, kept = iter(saved[: ctx.n_carries]), iter(saved[ctx.n_carries :])
+        z, v, weight, *carries = ctx.saved_tensors
         how, plan = ctx.how, ctx.how.plan
         blocks = _blocks(v.shape[1], v.shape[2], how.exchange)
         g = g.contiguous()
@@ -258,23 +262,27 @@ class _FastWeightLinear(torch.autograd.Function):
         starts = how.exchange.group is not None and plan.suffix[0].source is None
         dz = torch.zeros_like(z) if starts else torch.empty_like(z)
         dv = torch.zeros_like(v)
-        dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+        dweight: dict[int, Tensor] = {}  # by first row
+        kept, ctx.kept = ctx.kept, None
+        freed = sum(weights.nbytes for windows in kept or () for _, weights in windows)
 
         def through_weights() -> None:
             """dz (+)= W_i^T g, with the chunk weights of the forward."""
-            kept_chunks = iter(ctx.kept_chunks)
+            received = iter(carries)
             for visit in _visits(plan.prefix, blocks):
                 segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
-                carry = next(carries) if segment.receives else None
-                z_row, v_row = z[:, batch], v[:, batch, rows]
-                if how.keep:
-                    windows = ((chunks, next(kept)) for chunks in next(kept_chunks))
+                carry = next(received) if segment.receives else None
+                if kept:
+                    windows = kept.pop(0)
                 else:
-                    windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta)
+                    windows = how.sweep(segment, weight[rows], carry, v[:, batch, rows], z[:, batch], how.eta)
                 for window in windows:
                     apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=starts or rows.start > 0)
+                    del window
 
         ring = how.exchange.ring(plan.suffix, blocks, z)
+        # the suffix sums may take the memory that the kept weights have left
+        room = dict(window_bytes=freed) if freed and not starts else {}
         opened, waiting = -1, True
         for visit in _visits(plan.suffix, blocks):
             segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
@@ -285,14 +293,15 @@ class _FastWeightLinear(torch.autograd.Function):
                     waiting = False
             carry = ring.get(visit.stop, visit.index) if segment.receives else None
             z_row, v_row, g_row = z[:, batch], v[:, batch, rows], g[:, batch, rows]
-            total = torch.empty(g_row.shape[1], z_row.shape[1], dtype=dweight.dtype, device=z.device)
-            for window in how.sweep(segment, None, carry, g_row, z_row, 1.0, total):
+            total = z.new_empty(g_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
+            for window in how.sweep(segment, None, carry, g_row, z_row, 1.0, total, **room):
                 apply(window, v_row, dz[:, batch], transpose=False, alpha=how.eta, add=True)
                 apply(window, z_row, dv[:, batch, rows], transpose=True, alpha=how.eta)
+                del window
             if segment.sends:
                 ring.put(visit.stop, visit.index, total)
-            dweight[rows] += total
-            if carry is not None:  # of tokens on other ranks and in this one's other slice
-                dweight[rows] -= carry
+            own = total if carry is None else total - carry  # the carry is of tokens in other slices
+            dweight[rows.start] = dweight[rows.start] + own if rows.start in dweight else own
         ring.finish()
-        return dz, dv, dweight.to(weight.dtype), None, None
+        dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
+        return dz, dv, dweight, None, None

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from inplace_ttt.ttt.chunked import state_dtype
 
-BLOCK_T, BLOCK_D = 32, 128
+BLOCK_T, BLOCK_D = 32, 64
+STRETCH = 256
 
 
 @triton.jit
@@ -51,29 +52,38 @@ def _conv_backward_kernel(
     weight,  # (d, taps)
     ids,  # (s,)
     du,  # (s, width)
-    dweight,  # (blocks of tokens, taps, width) fp32
+    dweight,  # (stretches, TAPS, width) fp32
     s,
     width,
     d,
     TAPS: tl.constexpr,
+    STRETCH: tl.constexpr,  # tokens a program walks over, a multiple of BLOCK_T
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (token < s)[:, None] & (column < width)[None, :]
-    own = tl.load(ids + token, mask=token < s, other=-2)
-    place = token[:, None].to(tl.int64) * width + column[None, :]
-    gradient = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for tap in tl.static_range(TAPS):
+    stretch = tl.program_id(1)
+    for tap in tl.static_range(TAPS):  # one tap at a time: its sums stay in registers, its tokens in the cache
         shift = tap - TAPS // 2
-        factor = tl.load(weight + (column % d) * TAPS + tap).to(tl.float32)
-        total += factor[None, :] * _reach(g, ids, own, token, column, -shift, s, width, inside)
-        products = gradient * _reach(u, ids, own, token, column, shift, s, width, inside)
-        sums = dweight + (tl.program_id(1).to(tl.int64) * TAPS + tap) * width + column
+        products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for first in range(0, STRETCH, BLOCK_T):
+            token = stretch * STRETCH + first + tl.arange(0, BLOCK_T)
+            inside = (token < s)[:, None] & (column < width)[None, :]
+            own = tl.load(ids + token, mask=token < s, other=-2)
+            gradient = tl.load(g + token[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0.0)
+            products += gradient.to(tl.float32) * _reach(u, ids, own, token, column, shift, s, width, inside)
+        sums = dweight + (stretch.to(tl.int64) * TAPS + tap) * width + column
         tl.store(sums, tl.sum(products, axis=0), mask=column < width)
-    tl.store(du + place, total.to(du.dtype.element_ty), mask=inside)
+    for first in range(0, STRETCH, BLOCK_T):
+        token = stretch * STRETCH + first + tl.arange(0, BLOCK_T)
+        inside = (token < s)[:, None] & (column < width)[None, :]
+        own = tl.load(ids + token, mask=token < s, other=-2)
+        total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for tap in tl.static_range(TAPS):
+            factor = tl.load(weight + (column % d) * TAPS + tap).to(tl.float32)
+            shift = TAPS // 2 - tap
+            total += factor[None, :] * _reach(g, ids, own, token, column, shift, s, width, inside)
+        tl.store(du + token[:, None].to(tl.int64) * width + column[None, :], total.to(du.dtype.element_ty), mask=inside)
 
 
 def _grid(s: int, width: int) -> tuple[int, int]:
@@ -94,11 +104,23 @@ def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tu
     """As ``target.conv_backward``: gradients of u and weight from g (s, b, d)."""
     g, u = g.contiguous(), u.contiguous()
     (s, b, d), taps = u.shape, weight.shape[-1]
-    grid = _grid(s, b * d)
+    grid = triton.cdiv(b * d, BLOCK_D), triton.cdiv(s, STRETCH)
     du = torch.empty_like(u)
     sums = torch.empty(grid[1], taps, b, d, dtype=torch.float32, device=u.device)
     _conv_backward_kernel[grid](
-        g, u, weight.contiguous(), chunk_ids, du, sums, s, b * d, d, TAPS=taps, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D
+        g,
+        u,
+        weight.contiguous(),
+        chunk_ids,
+        du,
+        sums,
+        s,
+        b * d,
+        d,
+        TAPS=taps,
+        STRETCH=STRETCH,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
     )
     dweight = sums.sum(dim=(0, 2), dtype=state_dtype(u.dtype)).t().reshape(weight.shape)
     return du, dweight.to(weight.dtype)

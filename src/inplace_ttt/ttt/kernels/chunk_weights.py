@@ -10,20 +10,61 @@ from collections.abc import Iterator
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from inplace_ttt.ttt import chunked
 from inplace_ttt.ttt.chunked import Window, add_outer
 from inplace_ttt.ttt.plan import Segment
 
-BLOCK_ROWS, BLOCK_F, BLOCK_T = 128, 256, 64
+# A program's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile,
+# and in shared memory six steps on their way (144 KB) beside a tile of bf16 weights on its way out (64 KB).
+BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
+# Chunk sizes are multiples of this
+CHUNK_MULTIPLE = 64
 # Chunk weights held at a time where they are not kept, in bytes
-WINDOW_BYTES = 384 * 2**20
+WINDOW_BYTES = 768 * 2**20
 
 
-@triton.jit
+@gluon.jit
+def _load_step(
+    number,  # of the step, in the order of the sweep
+    total,  # steps there are
+    chunks,
+    steps,  # in a chunk
+    a_desc,
+    z_desc,
+    a_tiles,
+    z_tiles,
+    arrived,
+    row0,
+    col0,
+    REVERSED: gl.constexpr,
+    BLOCK_T: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Have the operands of a step on their way to its slot in shared memory."""
+    chunk = number // steps
+    if REVERSED:
+        chunk = chunks - 1 - chunk
+    token = (chunk * steps + number % steps) * BLOCK_T
+    slot = number % STAGES
+    there = number < total
+    mbarrier.expect(arrived.index(slot), a_desc.block_type.nbytes + z_desc.block_type.nbytes, pred=there)
+    tma.async_copy_global_to_shared(a_desc, [token, row0], arrived.index(slot), a_tiles.index(slot), pred=there)
+    tma.async_copy_global_to_shared(z_desc, [token, col0], arrived.index(slot), z_tiles.index(slot), pred=there)
+
+
+@gluon.jit
 def _chunk_weights_kernel(
     a_desc,  # (t, rows)
     z_desc,  # (t, f)
@@ -41,47 +82,85 @@ def _chunk_weights_kernel(
     steps,  # BLOCK_T tokens each, in a chunk
     scale,  # of everything written
     inverse,  # 1 / scale
-    REVERSED: tl.constexpr,  # from the last chunk to the first
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    REVERSED: gl.constexpr,  # from the last chunk to the first
+    BLOCK_ROWS: gl.constexpr,
+    BLOCK_F: gl.constexpr,
+    BLOCK_T: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """The accumulator holds the state over ``scale``, the base included: storing a chunk's weight reads nothing."""
-    program = tl.program_id(0)
-    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    """The accumulator holds the state over ``scale``, the base included: storing a chunk's weight reads nothing.
+
+    Loads run ahead of the products by STAGES - 1 steps, across chunk boundaries; a store drains while the next chunk
+    is added up.
+    """
+    tile: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_F, 16]
+    )
+    a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_T, BLOCK_ROWS], a_desc.layout)
+    z_tiles = gl.allocate_shared_memory(z_desc.dtype, [STAGES, BLOCK_T, BLOCK_F], z_desc.layout)
+    leaving = gl.allocate_shared_memory(weights_desc.dtype, [1, BLOCK_ROWS, BLOCK_F], weights_desc.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(arrived.index(slot), count=1)
+    fence_async_shared()
+
+    program = gl.program_id(0)
+    row_tiles = gl.cdiv(rows, BLOCK_ROWS)
     # neighbours in time share a column tile of z, which is the wider operand
     row0 = (program % row_tiles) * BLOCK_ROWS
     col0 = (program // row_tiles) * BLOCK_F
-    r = row0 + tl.arange(0, BLOCK_ROWS)
-    c = col0 + tl.arange(0, BLOCK_F)
-    inside = (r < rows)[:, None] & (c < f)[None, :]
-    r = r.to(tl.int64)
+    total = accumulated * steps
+    for number in gl.static_range(STAGES - 1):
+        _load_step(
+            number, total, chunks, steps, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
+            REVERSED, BLOCK_T, STAGES,
+        )  # fmt: skip
 
-    state = tl.zeros((BLOCK_ROWS, BLOCK_F), tl.float32)
+    r = row0 + gl.arange(0, BLOCK_ROWS, layout=gl.SliceLayout(1, tile))
+    c = col0 + gl.arange(0, BLOCK_F, layout=gl.SliceLayout(0, tile))
+    inside = (r < rows)[:, None] & (c < f)[None, :]
+    r = r.to(gl.int64)
+    state = gl.zeros([BLOCK_ROWS, BLOCK_F], gl.float32, layout=tile)
     if base is not None:
-        state += tl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+        state += gl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
     if before is not None:
-        state += tl.load(before + r[:, None] * before_stride + c[None, :], mask=inside, other=0.0)
+        state += gl.load(before + r[:, None] * before_stride + c[None, :], mask=inside, other=0.0)
     state *= inverse
 
-    for number in tl.range(0, chunks):
+    done = 0
+    for number in range(0, chunks):
+        weight = (state * scale).to(weights_desc.dtype)
+        tma.store_wait(pendings=0)  # the last chunk's has left
+        leaving.reshape([BLOCK_ROWS, BLOCK_F]).store(weight)
+        fence_async_shared()
         chunk = chunks - 1 - number if REVERSED else number
-        # in halves: half the shared memory, which the loads of the next chunk take
-        left, right = state.reshape(BLOCK_ROWS, 2, BLOCK_F // 2).permute(0, 2, 1).split()
-        weights_desc.store([chunk, row0, col0], (left * scale).to(weights_desc.dtype)[None])
-        weights_desc.store([chunk, row0, col0 + BLOCK_F // 2], (right * scale).to(weights_desc.dtype)[None])
-        if number < accumulated:
-            for step in tl.range(0, steps):
-                token = (chunk * steps + step) * BLOCK_T
-                a_tile = a_desc.load([token, row0])
-                z_tile = z_desc.load([token, col0])
-                state = tl.dot(a_tile.T, z_tile, state)
+        tma.async_copy_shared_to_global(weights_desc, [chunk, row0, col0], leaving)
+        for _ in range(0, steps if number < accumulated else 0):
+            here = done % STAGES
+            mbarrier.wait(arrived.index(here), (done // STAGES) & 1)
+            a_tile = a_tiles.index(here).permute((1, 0))
+            state = warpgroup_mma(a_tile, z_tiles.index(here), state, is_async=True)
+            state = warpgroup_mma_wait(num_outstanding=1, deps=(state,))  # the step before has left its slot
+            _load_step(
+                done + STAGES - 1, total, chunks, steps, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
+                REVERSED, BLOCK_T, STAGES,
+            )  # fmt: skip
+            done += 1
+        state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
 
+    tma.store_wait(pendings=0)
+    for slot in gl.static_range(STAGES):
+        mbarrier.invalidate(arrived.index(slot))
     if after is not None:
         state *= scale
         if base is not None:
-            state -= tl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(after + r[:, None] * after_stride + c[None, :], state, mask=inside)
+            state -= gl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
+        gl.store(after + r[:, None] * after_stride + c[None, :], state, mask=inside)
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
 
 
 def chunk_weights(
@@ -115,9 +194,9 @@ def chunk_weights(
     rows, f = a.shape[1], z.shape[1]
     weights = torch.empty(chunks, rows, f, dtype=z.dtype, device=z.device)
     _chunk_weights_kernel[(triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F),)](
-        TensorDescriptor(a, list(a.shape), list(a.stride()), [BLOCK_T, BLOCK_ROWS]),
-        TensorDescriptor(z, list(z.shape), list(z.stride()), [BLOCK_T, BLOCK_F]),
-        TensorDescriptor(weights, list(weights.shape), list(weights.stride()), [1, BLOCK_ROWS, BLOCK_F // 2]),
+        _descriptor(a, [BLOCK_T, BLOCK_ROWS]),
+        _descriptor(z, [BLOCK_T, BLOCK_F]),
+        _descriptor(weights, [1, BLOCK_ROWS, BLOCK_F]),
         base,
         before,
         after,
@@ -135,8 +214,8 @@ def chunk_weights(
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_F=BLOCK_F,
         BLOCK_T=BLOCK_T,
-        num_warps=8,
-        num_stages=4,
+        STAGES=STAGES,
+        num_warps=WARPS,
     )
     return weights
 
@@ -145,8 +224,8 @@ def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | 
     """What keeps the kernel from these operands; None: nothing."""
     if z.dtype != torch.bfloat16:
         return f"operands are {z.dtype}, not bfloat16"
-    if chunk_size % BLOCK_T:
-        return f"chunk_size={chunk_size} is not a multiple of {BLOCK_T}"
+    if chunk_size % CHUNK_MULTIPLE:
+        return f"chunk_size={chunk_size} is not a multiple of {CHUNK_MULTIPLE}"
     for name, size in (("f", z.shape[2]), ("d", v.shape[2])):
         if size % 64:
             return f"{name}={size} is not a multiple of 64"
@@ -163,15 +242,14 @@ def sweep(
     z: Tensor,
     scale: float,
     total: Tensor | None = None,
-    keep: bool = False,
+    window_bytes: int | None = None,
 ) -> Iterator[Window]:
-    """``chunked.sweep`` with many chunks a window.
-
-    A window holds as many chunks as fit in ``WINDOW_BYTES`` (at least one); with ``keep``, all of the segment.
-    """
+    """``chunked.sweep`` with as many chunks a window as fit in ``window_bytes`` (None: WINDOW_BYTES), at least one."""
+    if window_bytes is None:
+        window_bytes = WINDOW_BYTES
     chunks = list(segment.chunks)
     size = max(stop - start for start, stop in chunks)
-    if size % BLOCK_T:  # a document shorter than a chunk
+    if size % CHUNK_MULTIPLE:  # a document shorter than a chunk
         yield from chunked.sweep(segment, base, carry, a, z, scale, total)
         return
     reverse = len(chunks) > 1 and chunks[1] < chunks[0]
@@ -179,12 +257,12 @@ def sweep(
         # The first weight is zero. What its chunk writes, which alone may be shorter here, is where the next starts.
         first = slice(*chunks.pop(0))
         if total is not None or chunks:
-            carry = add_outer(torch.zeros(a.shape[1], z.shape[1], device=z.device), a[first], z[first], scale)
+            carry = torch.mm(a[first].t(), z[first], out_dtype=torch.float32).mul_(scale)
         if not chunks:
             if total is not None:
                 total.copy_(carry)
             return
-    most = len(chunks) if keep else max(1, WINDOW_BYTES // (2 * a.shape[1] * z.shape[1]))
+    most = max(1, window_bytes // (2 * a.shape[1] * z.shape[1]))
     running = total
     if running is None and len(chunks) > most:  # takes the sum from window to window
         running = torch.empty(a.shape[1], z.shape[1], device=z.device)

@@ -1,0 +1,182 @@
+"""Measure what the fast weights cost on this machine, side by side in one run.
+
+python launch/benchmark.py layer                                   # one MLP layer: plain, formula, chunk loop, ours
+torchrun --nproc-per-node 2 launch/benchmark.py prefix             # chunk states between context-parallel ranks
+python launch/benchmark.py model model.num_layers=12 ...           # a step at Qwen3-4B's shapes, on against off
+
+Prints a table, and writes the numbers (JSON) and a picture to --output.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("layer", "prefix"):
+        command = commands.add_parser(name)
+        command.add_argument("--tokens", type=int, default=32768, help="of one sequence; prefix: on each rank (32768)")
+        command.add_argument("--hidden", type=int, default=2560, help="d (2560, Qwen3-4B's)")
+        command.add_argument("--ffn", type=int, default=9728, help="f (9728)")
+        command.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
+        command.add_argument("--rounds", type=int, default=7)
+    layer, prefix = commands.choices["layer"], commands.choices["prefix"]
+    layer.add_argument("--documents", type=int, default=1, help="of equal length in the sequence (1)")
+    layer.add_argument(
+        "--variants",
+        nargs="+",
+        default=["materialised", "chunk loop", "kept", "recomputed"],
+        choices=["materialised", "chunk loop", "kept", "recomputed"],
+    )
+    prefix.add_argument("--keep", action="store_true", help="keep chunk weights for the backward")
+    prefix.add_argument("--comm-dtype", choices=["fp32", "bf16"], default="fp32")
+    model = commands.add_parser("model")
+    model.add_argument(
+        "overrides", nargs="*", help="configuration keys, such as model.num_layers=12 ttt.chunk_size=512"
+    )
+    model.add_argument("--rounds", type=int, default=2)
+    model.add_argument("--steps", type=int, default=3, help="timed in a round")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    import torch
+
+    from inplace_ttt.config import UserError
+
+    try:
+        if not torch.cuda.is_available():
+            raise UserError("benchmarks need a CUDA GPU, and torch sees none: run them on a GPU node")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        records, errors = {"layer": run_layer, "prefix": run_prefix, "model": run_model}[arguments.command](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if int(os.environ.get("RANK", 0)) == 0:
+        report(arguments, records, errors)
+    return 0
+
+
+def run_layer(arguments):
+    from inplace_ttt.benchmarks import layer
+
+    shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
+    records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
+    small = layer.Shape(min(arguments.tokens, 8192), arguments.hidden, arguments.ffn, arguments.documents)
+    return records, {size: layer.errors(small, size, arguments.variants) for size in arguments.chunks}
+
+
+def run_prefix(arguments):
+    import torch
+    import torch.distributed as dist
+
+    from inplace_ttt.benchmarks import layer, prefix
+    from inplace_ttt.config import UserError
+
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        raise UserError("prefix passes states between ranks: start it with torchrun --nproc-per-node 2 or more")
+    dist.init_process_group("nccl")
+    shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
+    comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]
+    records = prefix.measure(shape, arguments.chunks, arguments.keep, comm_dtype, arguments.rounds)
+    dist.destroy_process_group()
+    return records, {}
+
+
+def run_model(arguments):
+    import torch
+
+    from inplace_ttt.benchmarks import model
+    from inplace_ttt.config import UserError
+    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.validation import validate
+
+    defaults = [
+        "model=qwen3_4b",
+        "run.name=benchmark",
+        "data.kind=recall",
+        "data.seq_length=32768",
+        "data.reset_at_documents=false",
+        "optim.lr=1e-5",
+        "train.steps=1",
+        "train.global_batch_size=1",
+    ]
+    config = to_config(compose_config([*defaults, *arguments.overrides], ROOT / "recipes"))
+    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    try:
+        return model.measure(config, arguments.rounds, arguments.steps), {}
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length} does not fit in "
+            f"this GPU's memory: use fewer layers, or train.recompute=full"
+        ) from error
+
+
+def report(arguments, records: list[dict], errors: dict) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    machine = f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(title=f"{arguments.command}: {machine}", title_justify="left")
+    for key in records[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for record in records:
+        table.add_row(*(_shown(value) for value in record.values()))
+    console.print(table)
+    if errors:
+        table = Table(title="RMS error against float64, over the RMS of the value", title_justify="left")
+        for key in ("chunk size", "variant", "out", "dz", "dv", "dW"):
+            table.add_column(key, justify="right")
+        for size, variants in errors.items():
+            for variant, found in variants.items():
+                table.add_row(str(size), variant, *(f"{value:.2e}" for value in found.values()))
+        console.print(table)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    result = dict(machine=machine, settings=settings, records=records, errors=errors)
+    (arguments.output / f"{arguments.command}.json").write_text(json.dumps(result, indent=1))
+    picture = arguments.output / f"{arguments.command}.png"
+    draw(arguments.command, machine, records, picture)
+    console.print(f"written: {picture.with_suffix('.json')}, {picture}", highlight=False)
+
+
+def _shown(value) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+def draw(command: str, machine: str, records: list[dict], picture: Path) -> None:
+    """Bars: what each variant takes for what the reference takes."""
+    from inplace_ttt.training.plots import COLORS, axes, save
+
+    groups, series, key, title, label = {
+        "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),
+        "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
+        "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
+    }[command]
+    names = list(dict.fromkeys(record[series] for record in records))
+    places = list(dict.fromkeys(record[groups] for record in records))
+    figure, ax = axes(f"{title}\n{machine}", groups.replace("_", " "), label)
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        values = {record[groups]: record[key] for record in records if record[series] == name}
+        x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
+        bars = ax.bar(x, list(values.values()), width * 0.92, color=COLORS[number % len(COLORS)], label=str(name))
+        ax.bar_label(bars, fmt="%.3f" if command == "prefix" else "%.2f", fontsize=8)
+    ax.set_xticks(range(len(places)), [str(place) for place in places])
+    ax.legend(frameon=False, title=series.replace("_", " "), loc="upper right")
+    save(figure, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

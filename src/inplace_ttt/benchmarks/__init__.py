@@ -1,0 +1,1 @@
+"""What the fast weights cost, measured side by side in one run."""

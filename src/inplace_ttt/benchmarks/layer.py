@@ -1,0 +1,164 @@
+"""One MLP layer, plain and with fast weights: time, memory, and error against float64."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inplace_ttt.benchmarks.timing import milliseconds, peak_gib, ratio
+from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive
+from inplace_ttt.ttt.plan import make_plan
+from inplace_ttt.ttt.target import chunk_ids, chunk_target
+
+ETA = 0.01
+
+
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    hidden: int
+    ffn: int
+    documents: int = 1  # of equal length
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        return tuple(self.tokens * i // self.documents for i in range(self.documents + 1))
+
+    @property
+    def plain_flops(self) -> float:
+        """Forward and backward of the plain MLP."""
+        return 9 * 2.0 * self.tokens * self.hidden * self.ffn
+
+    @property
+    def ttt_flops(self) -> float:
+        """The same with fast weights: update and its gradients 3 of T d f, projection 3 of T d d, as 2 FLOPs each."""
+        return self.plain_flops + 6.0 * self.tokens * self.hidden * (self.ffn + self.hidden)
+
+
+def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size: int) -> Tensor:
+    """The formula as it is written: every chunk's update as a matrix, their cumulative sum, one batched product."""
+    z_chunks, v_chunks = (t.squeeze(1).unflatten(0, (-1, chunk_size)) for t in (z, v))
+    updates = eta * torch.einsum("ncd,ncf->ndf", v_chunks, z_chunks)
+    weights = weight + updates.cumsum(0) - updates
+    return torch.einsum("ncf,ndf->ncd", z_chunks, weights).flatten(0, 1)[:, None]
+
+
+class Layer:
+    """Parameters and input of one layer in bf16, and its variants."""
+
+    def __init__(self, shape: Shape):
+        d, f = shape.hidden, shape.ffn
+        generator = torch.Generator(device="cuda").manual_seed(0)
+
+        def normal(*size, std):
+            values = torch.randn(size, generator=generator, device="cuda") * std
+            return values.bfloat16().requires_grad_()
+
+        self.shape = shape
+        self.x = normal(shape.tokens, 1, d, std=1.0)
+        self.fc1, self.fc2 = normal(2 * f, d, std=d**-0.5), normal(d, f, std=f**-0.5)
+        self.conv, self.projection = normal(d, 1, 5, std=0.4), normal(d, d, std=d**-0.5)
+        self.g = normal(shape.tokens, 1, d, std=1.0).detach()
+
+    def z(self) -> Tensor:
+        gate, up = F.linear(self.x, self.fc1).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def target(self, chunk_size: int) -> Tensor:
+        lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds).chunk_lengths
+        return chunk_target(self.x, self.conv, self.projection, chunk_ids(lengths).cuda())
+
+    def plain(self) -> Tensor:
+        return F.linear(self.z(), self.fc2)
+
+    def fast(self, operation: Callable, chunk_size: int) -> Tensor:
+        return operation(self.z(), self.target(chunk_size), self.fc2, eta=ETA, chunk_size=chunk_size)
+
+    def forward_backward(self, forward: Callable[[], Tensor]) -> None:
+        for parameter in (self.x, self.fc1, self.fc2, self.conv, self.projection):
+            parameter.grad = None
+        forward().backward(self.g)
+
+    def variants(self, chunk_size: int, wanted: list[str]) -> dict[str, Callable[[], Tensor]]:
+        bounds = torch.tensor(self.shape.bounds, dtype=torch.int32)
+        ours = partial(fast_weight_linear, cu_seqlens=bounds)
+        operations = {
+            "materialised": materialised,
+            "chunk loop": partial(_without_kernels, ours),
+            "kept": partial(ours, keep_chunk_weights=True),
+            "recomputed": partial(ours, keep_chunk_weights=False),
+        }
+        return {name: partial(self.fast, operations[name], chunk_size) for name in wanted}
+
+
+def _without_kernels(operation: Callable, *args, **kwargs) -> Tensor:
+    with patch.object(function, "_choose_sweep", lambda *_: chunked.sweep):
+        return operation(*args, **kwargs)
+
+
+def measure(shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: int) -> list[dict]:
+    """A record for the plain layer and for each variant at each chunk size."""
+    layer = Layer(shape)
+    records = []
+    layer.forward_backward(layer.plain)  # the libraries' workspaces are not the layer's
+    plain_memory = peak_gib(lambda: layer.forward_backward(layer.plain))
+    for chunk_size in chunk_sizes:
+        wanted = [name for name in variants if name != "materialised" or _can_materialise(shape, chunk_size)]
+        forwards = {"plain": layer.plain, **layer.variants(chunk_size, wanted)}
+        memory = {name: peak_gib(partial(layer.forward_backward, forward)) for name, forward in forwards.items()}
+        with torch.no_grad():
+            forward_times = milliseconds(forwards, rounds)
+        times = milliseconds({name: partial(layer.forward_backward, run) for name, run in forwards.items()}, rounds)
+        for name in forwards:
+            median = statistics.median(times[name])
+            flops = shape.plain_flops if name == "plain" else shape.ttt_flops
+            records.append(
+                dict(
+                    chunk_size=chunk_size,
+                    variant=name,
+                    forward_ms=statistics.median(forward_times[name]),
+                    ms=median,
+                    ratio=ratio(times[name], times["plain"]),
+                    floor=flops / shape.plain_flops,
+                    extra_gib=memory[name] - plain_memory,
+                    tflops=flops / median / 1e9,
+                )
+            )
+    return records
+
+
+def _can_materialise(shape: Shape, chunk_size: int) -> bool:
+    weights = 2 * shape.hidden * shape.ffn * (shape.tokens // chunk_size)
+    return shape.documents == 1 and shape.tokens % chunk_size == 0 and 8 * weights < torch.cuda.mem_get_info()[0]
+
+
+def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict[str, float]]:
+    """RMS error of the output and of each gradient over the RMS of the float64 value, for the same bf16 operands."""
+    layer = Layer(shape)
+    with torch.no_grad():
+        operands = [layer.z(), layer.target(chunk_size), layer.fc2]
+    bounds = torch.tensor(shape.bounds, dtype=torch.int32)
+    exact = _values(partial(naive.fast_weight_linear, cu_seqlens=bounds), operands, layer.g, chunk_size, torch.float64)
+    found = {}
+    for name in variants:
+        if name == "materialised" and not _can_materialise(shape, chunk_size):
+            continue
+        operation = layer.variants(chunk_size, [name])[name].args[0]
+        values = _values(operation, operands, layer.g, chunk_size, torch.bfloat16)
+        found[name] = {
+            key: ((value - reference).norm() / reference.norm()).item()
+            for (key, value), reference in zip(values.items(), exact.values(), strict=True)
+        }
+    return found
+
+
+def _values(operation, operands, g, chunk_size, dtype) -> dict[str, Tensor]:
+    inputs = [t.detach().to(dtype).requires_grad_() for t in operands]
+    out = operation(*inputs, eta=ETA, chunk_size=chunk_size)
+    gradients = torch.autograd.grad(out, inputs, g.to(dtype))
+    return dict(zip(("out", "dz", "dv", "dW"), (t.double() for t in (out.detach(), *gradients)), strict=True))

@@ -1,0 +1,90 @@
+"""A training step of a whole model, fast weights on against off."""
+
+import gc
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from inplace_ttt.benchmarks.flops import peak_flops, training_flops_per_sequence
+from inplace_ttt.config import Config
+from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.megatron import runtime
+from inplace_ttt.megatron.model import build_model
+from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+from inplace_ttt.training.step import Stepper
+from inplace_ttt.validation import precision, transformer_impl
+
+
+class Step:
+    """A model with random weights and one step of random tokens."""
+
+    def __init__(self, config: Config, groups):
+        self.config = config
+        model = build_model(config, precision(config), transformer_impl(config), config.model.vocab_size, groups)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.002 if "ttt" in name else config.model.init_method_std)
+                else:
+                    parameter.fill_(1.0)
+        wrapped = wrap_data_parallel(model, model.config, config)
+        self.optimizer, _ = build_optimizer(wrapped, model.config, config)
+        self.optimizer.reload_model_params()
+        self.stepper = Stepper(config, wrapped, model.config, groups)
+        s, cp, device = config.data.seq_length, groups.cp, runtime.device()
+        text = torch.randint(0, config.model.vocab_size, (s + 1,))
+        sample = Sample(text[:-1], text[1:], torch.ones(s), None)
+        count = config.train.global_batch_size // groups.dp.size()
+        self.batches = [MicroBatch.collate([sample], cp.size(), cp.rank(), device) for _ in range(count)]
+
+    def run(self) -> float:
+        """Seconds of a step."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        totals = self.stepper.train(iter(self.batches), len(self.batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        assert totals.loss == totals.loss, "the loss of the benchmark is not a number"
+        return time.perf_counter() - started
+
+
+def measure(config: Config, rounds: int, steps: int) -> list[dict]:
+    """A record with fast weights and one without; models are built in turns, for two do not fit beside each other."""
+    groups = runtime.start(config.parallel, config.train.seed)
+    configs = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
+    times, peaks = {name: [] for name in configs}, {}
+    for _ in range(rounds):
+        for name, variant in configs.items():
+            step = Step(variant, groups)
+            step.run()
+            step.run()
+            torch.cuda.reset_peak_memory_stats()
+            times[name].append(statistics.median(step.run() for _ in range(steps)))
+            peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+    ranks = torch.distributed.get_world_size()
+    peak = peak_flops(torch.cuda.get_device_name())
+    records = []
+    for name, variant in configs.items():
+        seconds = statistics.median(times[name])
+        flops = training_flops_per_sequence(variant) * config.train.global_batch_size
+        records.append(
+            dict(
+                ttt=name,
+                layers=config.model.num_layers,
+                seconds=seconds,
+                tokens_per_second=config.train.global_batch_size * config.data.seq_length / seconds,
+                tflops_per_gpu=flops / seconds / ranks / 1e12,
+                mfu=flops / seconds / ranks / peak if peak else None,
+                peak_gib=peaks[name],
+                ratio=statistics.median(a / b for a, b in zip(times[name], times["off"], strict=True)),
+            )
+        )
+    runtime.stop()
+    return records

@@ -1,0 +1,98 @@
+"""The kernels against the definition in fp64, in outputs and gradients, with NaN wherever nothing may be read."""
+
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("needs a Hopper GPU", allow_module_level=True)
+
+from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive, target
+from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
+from numerics.cases import operands, relative_error
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Whatever is allocated and not yet written is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def amid_nan(tensor):
+    """The tensor as a view into a longer one with NaN before and after it."""
+    padded = torch.full((tensor.shape[0] + 256, *tensor.shape[1:]), torch.nan, dtype=tensor.dtype, device="cuda")
+    padded[128:-128] = tensor
+    return padded[128:-128]
+
+
+def random_case(seed):
+    rng = random.Random(seed)
+    chunk_size = rng.choice([64, 64, 128, 192, 256, 512])
+    s, b = rng.randint(1, 2500), rng.randint(1, 2)
+    d, f = 64 * rng.randint(1, 5), 64 * rng.randint(1, 9)
+    cu_seqlens = None
+    if rng.random() < 0.7:
+        unit = rng.choice([1, 64, chunk_size])
+        places = range(unit, s, unit)
+        cuts = sorted(rng.sample(places, min(len(places), rng.randint(0, 4))))
+        cu_seqlens = torch.tensor([0, *cuts, s], dtype=torch.int32)
+    tensors = [t.to(torch.bfloat16) for t in operands(seed, s, b, d, f)]
+    return tensors, dict(eta=rng.choice([0.003, -0.01, 0.25 / s]), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+
+
+def gradients(operation, tensors, options):
+    inputs = [t.detach().requires_grad_() for t in tensors[:3]]
+    out = operation(*inputs, **options)
+    return out, *torch.autograd.grad(out, inputs, tensors[3], materialize_grads=True)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_kernels_equal_the_definition(seed, monkeypatch):
+    rng = random.Random(seed)
+    tensors, options = random_case(seed)
+    exact = gradients(naive.fast_weight_linear, [t.double().cuda() for t in tensors], options)
+    monkeypatch.setattr(chunk_weights, "WINDOW_BYTES", rng.choice([0, 300_000, 2**30]))  # kernel windows of all sizes
+    cuda = [amid_nan(t) if at != 2 else t.cuda() for at, t in enumerate(tensors)]
+    values = gradients(fast_weight_linear, cuda, options | dict(keep_chunk_weights=rng.choice([True, False, None])))
+    monkeypatch.setattr(function, "_choose_sweep", lambda *_: chunked.sweep)
+    twin = gradients(fast_weight_linear, cuda, options)
+    for value, of_twin, reference in zip(values, twin, exact, strict=True):
+        error = relative_error(value.double(), reference)
+        assert error < 1e-2
+        assert error <= 1.1 * relative_error(of_twin.double(), reference) + 1e-6
+
+
+def test_kernels_are_what_runs():
+    z = torch.zeros(256, 1, 64, dtype=torch.bfloat16, device="cuda")
+    assert function._choose_sweep(z, z, 64, 0.1) is chunk_weights.sweep
+
+
+@pytest.mark.parametrize("options", [dict(chunk_size=96), dict(eta=0.0)])
+def test_what_the_kernels_cannot_do_falls_back_and_says_so_once(options):
+    tensors = [t.to(torch.bfloat16).cuda() for t in operands(0, 256, 1, 64, 64)]
+    options = dict(eta=0.01, chunk_size=64) | options
+    function._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="without their kernels"):
+        out = fast_weight_linear(*tensors[:3], **options)
+    exact = naive.fast_weight_linear(*[t.double() for t in tensors[:3]], **options)
+    assert relative_error(out.double(), exact) < 1e-2
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_convolution_kernel(seed, dtype):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    s, b, d, taps = rng.randint(1, 700), rng.randint(1, 3), rng.randint(1, 300), rng.choice([1, 3, 5])
+    u, g = (amid_nan(torch.randn(s, b, d).to(dtype)) for _ in range(2))
+    weight, ids = torch.randn(d, 1, taps).to(dtype).cuda(), torch.randint(0, 9, (s,)).sort()[0].int().cuda()
+    bound = 1e-5 if dtype == torch.float32 else 5e-3
+    exact = target.conv(u.double(), weight.double(), ids)
+    assert relative_error(chunk_conv.conv(u, weight, ids).double(), exact) < bound
+    exact = target.conv_backward(g.double(), u.double(), weight.double(), ids)
+    for value, reference in zip(chunk_conv.conv_backward(g, u, weight, ids), exact, strict=True):
+        assert relative_error(value.double(), reference) < bound
