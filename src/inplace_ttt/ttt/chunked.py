@@ -25,13 +25,19 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def outer(a: Tensor, z: Tensor) -> Tensor:
+    """``a^T z`` in the state's dtype."""
+    dtype = state_dtype(z.dtype)
+    if z.is_cuda and z.dtype != dtype:  # tensor cores take the low precision as it is and accumulate in fp32
+        return torch.mm(a.t(), z, out_dtype=dtype)
+    return a.t().to(dtype) @ z.to(dtype)
+
+
 def add_outer(state: Tensor, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
-    """``state += scale * a^T z`` in the state's dtype, in place; returns the state."""
+    """``state += scale * a^T z``, in place; returns the state."""
     if a.dtype == state.dtype:
         return state.addmm_(a.t(), z, alpha=scale)
-    if a.is_cuda:  # tensor cores take the low precision as it is and accumulate in fp32
-        return state.add_(torch.mm(a.t(), z, out_dtype=state.dtype), alpha=scale)
-    return state.addmm_(a.t().to(state.dtype), z.to(state.dtype), alpha=scale)
+    return state.add_(outer(a, z), alpha=scale)
 
 
 def sweep(
@@ -42,7 +48,7 @@ def sweep(
     z: Tensor,
     scale: float,
     total: Tensor | None = None,
-    window_bytes: int | None = None,
+    room: int | None = None,
 ) -> Iterator[Window]:
     """For each chunk in the order of the segment, the weight it sees: ``base + carry +`` what chunks before it wrote.
 
@@ -51,7 +57,7 @@ def sweep(
         carry: (rows, f) in the state's dtype, what earlier segments of the document wrote. None: nothing.
         total: (rows, f) in the state's dtype, filled with the carry and what all chunks of the segment wrote. Without
             it, what the last chunk writes is not computed, for no chunk sees it.
-        window_bytes: memory that a window's weights may take, one chunk's at least; here it is always one chunk's.
+        room: bytes that a window's weights may take, one chunk's at least; here it is always one chunk's.
 
     Yields:
         Chunks and their weights in z's dtype, valid until the next step. Chunks whose weight is zero are left out.

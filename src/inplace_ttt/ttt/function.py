@@ -10,7 +10,6 @@ writes g. The W_i are kept from the forward or swept again: the same numbers, fo
 """
 
 import functools
-import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,11 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt import chunked
 from inplace_ttt.ttt.chunked import apply, state_dtype
-from inplace_ttt.ttt.plan import Plan, Segment, Stop, make_plan
-from inplace_ttt.ttt.prefix import PrefixRing
+from inplace_ttt.ttt.plan import Plan, make_plan
+from inplace_ttt.ttt.walk import Exchange, Walk
 
-# Rows travel in this many blocks: enough to hide most transfers, few enough to keep the products large.
-ROW_BLOCKS = 4
 # Chunk weights are kept for the backward where they take no more than this share of the free device memory
 KEPT_SHARE = 0.125
 
@@ -87,7 +84,7 @@ def fast_weight_linear(
     cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     plan = make_plan(z.shape[0] * cp_size, chunk_size, documents, cp_size, cp_rank)
-    exchange = _Exchange(cp_group if cp_size > 1 else None, comm_dtype or state_dtype(z.dtype))
+    exchange = Exchange(cp_group if cp_size > 1 else None, comm_dtype or state_dtype(z.dtype))
     sweep = _choose_sweep(z, v, chunk_size, eta)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
     keep = needs_grad and sweep is not chunked.sweep
@@ -140,113 +137,46 @@ def _check_operands(z: Tensor, v: Tensor, weight: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Exchange:
-    """How sums travel: along which group (None: nowhere), in which dtype."""
-
-    group: dist.ProcessGroup | None
-    comm_dtype: torch.dtype
-
-    def ring(self, stops: tuple[Stop, ...], blocks: list["_Block"], z: Tensor) -> PrefixRing:
-        return PrefixRing(
-            stops,
-            [(block.rows.stop - block.rows.start, z.shape[2]) for block in blocks],
-            group=self.group,
-            dtype=state_dtype(z.dtype),
-            comm_dtype=self.comm_dtype,
-            device=z.device,
-        )
-
-
-@dataclass(frozen=True)
 class _How:
     """What the operation depends on besides its operands."""
 
     eta: float
     plan: Plan
-    exchange: _Exchange
+    exchange: Exchange
     sweep: Callable
     keep: bool
     with_norms: bool
 
+    def prefix(self, z, v, weight, **options) -> Walk:
+        """The walk on which chunks meet the weights they see."""
+        return Walk(self.plan.prefix, weight, v, z, self.eta, self.exchange, self.sweep, **options)
 
-@dataclass(frozen=True)
-class _Block:
-    """An independent part of the operation: some rows of the state of one row of the batch."""
-
-    batch: int
-    rows: slice
-
-
-def _blocks(batch: int, d: int, exchange: _Exchange) -> list[_Block]:
-    parts = min(ROW_BLOCKS, d) if exchange.group is not None else 1
-    edges = [d * part // parts for part in range(parts + 1)]
-    return [_Block(row, slice(low, high)) for row in range(batch) for low, high in itertools.pairwise(edges)]
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """One segment of one block, in the order in which every rank walks."""
-
-    stop: int
-    index: int  # of the block
-    block: _Block
-    segment: Segment
-    place: int  # of the segment in its stop
-
-
-def _visits(stops: tuple[Stop, ...], blocks: list[_Block]) -> Iterator[_Visit]:
-    for number, stop in enumerate(stops):
-        for index, block in enumerate(blocks):
-            # what another rank waits for comes first
-            for place in sorted(range(len(stop.segments)), key=lambda at: not stop.segments[at].sends):
-                yield _Visit(number, index, block, stop.segments[place], place)
+    def suffix(self, z, g, **options) -> Walk:
+        """The walk on which chunks meet the gradients of what they wrote."""
+        return Walk(self.plan.suffix, None, g, z, 1.0, self.exchange, self.sweep, **options)
 
 
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, v, weight, how: _How, received: Received | None):
-        out = torch.empty_like(v)
-        blocks = _blocks(v.shape[1], v.shape[2], how.exchange)
-        again = received is not None and received.carries is not None
-        known = iter(received.carries if again else ())
-        ring = None if again else how.exchange.ring(how.plan.prefix, blocks, z)
-        carries, kept, norms = [], [], {}
-        opened = -1
-        for visit in _visits(how.plan.prefix, blocks):
-            segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
-            if ring and visit.stop > opened:
-                ring.open(opened := visit.stop)
-            carry = None
-            if segment.receives:
-                carry = ring.get(visit.stop, visit.index) if ring else next(known)
-                carries.append(carry)
-            z_row, v_row, out_row = z[:, batch], v[:, batch, rows], out[:, batch, rows]
-            total = None
-            if (ring and segment.sends) or (how.with_norms and not segment.sends):
-                total = z.new_empty(v_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
+        out, norms, kept = torch.empty_like(v), {}, []
+        known = None if received is None else received.carries
+
+        def note_norm(stop, place, batch, rows, total, carry):
+            if not how.plan.prefix[stop].segments[place].sends:
+                norms[stop, place, batch] = norms.get((stop, place, batch), 0) + total.square().sum()
+
+        walk = how.prefix(z, v, weight, known=known, room=sys.maxsize if how.keep else None)
+        for batch, rows, window in walk.windows(note_norm if how.with_norms else None):
+            apply(window, z[:, batch], out[:, batch, rows], transpose=True)
             if how.keep:
-                whole = dict(window_bytes=sys.maxsize)
-                windows = list(how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total, **whole))
-                kept.append(windows)
-            else:
-                windows = how.sweep(segment, weight[rows], carry, v_row, z_row, how.eta, total)
-            for window in windows:
-                apply(window, z_row, out_row, transpose=True)
-                del window  # its memory is the next one's
-            if ring and segment.sends:
-                ring.put(visit.stop, visit.index, total)
-            elif total is not None:
-                key = visit.stop, visit.place, batch
-                norms[key] = norms.get(key, 0) + total.square().sum()
-        if ring:
-            ring.finish()
-            if received is not None:
-                received.carries = carries
-        ctx.save_for_backward(z, v, weight, *carries)
+                kept.append((batch, rows, window))
+            del window  # its memory is the next one's
+        if received is not None:
+            received.carries = walk.carries
+        ctx.save_for_backward(z, v, weight, *walk.carries)
         ctx.how = how
-        ctx.kept = (
-            kept if how.keep else None
-        )  # not saved as tensors: the backward frees them as soon as it has used them
+        ctx.kept = kept if how.keep else None  # not as saved tensors: the backward frees them once it has used them
         norms = torch.stack(list(norms.values())) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
@@ -255,53 +185,41 @@ class _FastWeightLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, _):
         z, v, weight, *carries = ctx.saved_tensors
-        how, plan = ctx.how, ctx.how.plan
-        blocks = _blocks(v.shape[1], v.shape[2], how.exchange)
+        how, kept, ctx.kept = ctx.how, ctx.kept, None
         g = g.contiguous()
-        # Who starts the suffix sums makes theirs first, for others wait; who waits for them uses the time.
-        starts = how.exchange.group is not None and plan.suffix[0].source is None
+        # Who starts the suffix sums makes those of its first slice first, for others wait for them; they use the time.
+        starts = how.exchange.group is not None and how.plan.suffix[0].source is None
         dz = torch.zeros_like(z) if starts else torch.empty_like(z)
         dv = torch.zeros_like(v)
         dweight: dict[int, Tensor] = {}  # by first row
-        kept, ctx.kept = ctx.kept, None
-        freed = sum(weights.nbytes for windows in kept or () for _, weights in windows)
 
-        def through_weights() -> None:
-            """dz (+)= W_i^T g, with the chunk weights of the forward."""
-            received = iter(carries)
-            for visit in _visits(plan.prefix, blocks):
-                segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
-                carry = next(received) if segment.receives else None
-                if kept:
-                    windows = kept.pop(0)
-                else:
-                    windows = how.sweep(segment, weight[rows], carry, v[:, batch, rows], z[:, batch], how.eta)
-                for window in windows:
-                    apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=starts or rows.start > 0)
-                    del window
-
-        ring = how.exchange.ring(plan.suffix, blocks, z)
-        # the suffix sums may take the memory that the kept weights have left
-        room = dict(window_bytes=freed) if freed and not starts else {}
-        opened, waiting = -1, True
-        for visit in _visits(plan.suffix, blocks):
-            segment, batch, rows = visit.segment, visit.block.batch, visit.block.rows
-            if visit.stop > opened:
-                ring.open(opened := visit.stop)
-                if waiting and (opened > 0 or not starts):
-                    through_weights()
-                    waiting = False
-            carry = ring.get(visit.stop, visit.index) if segment.receives else None
-            z_row, v_row, g_row = z[:, batch], v[:, batch, rows], g[:, batch, rows]
-            total = z.new_empty(g_row.shape[1], z_row.shape[1], dtype=state_dtype(z.dtype))
-            for window in how.sweep(segment, None, carry, g_row, z_row, 1.0, total, **room):
-                apply(window, v_row, dz[:, batch], transpose=False, alpha=how.eta, add=True)
-                apply(window, z_row, dv[:, batch, rows], transpose=True, alpha=how.eta)
+        def through_weights(stop: int) -> None:
+            """dz (+)= W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
+            if stop != int(starts):
+                return
+            if kept is None:
+                windows = how.prefix(z, v, weight, known=carries).windows()
+            else:
+                walk.room = sum(weights.nbytes for _, _, (_, weights) in kept)
+                windows = _emptied(kept)
+            for batch, rows, window in windows:
+                apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=starts or rows.start > 0)
                 del window
-            if segment.sends:
-                ring.put(visit.stop, visit.index, total)
+
+        def add_up(stop, place, batch, rows, total, carry):
             own = total if carry is None else total - carry  # the carry is of tokens in other slices
             dweight[rows.start] = dweight[rows.start] + own if rows.start in dweight else own
-        ring.finish()
+
+        walk = how.suffix(z, g, meanwhile=through_weights)
+        for batch, rows, window in walk.windows(add_up):
+            apply(window, v[:, batch, rows], dz[:, batch], transpose=False, alpha=how.eta, add=True)
+            apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
+            del window
         dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
         return dz, dv, dweight, None, None
+
+
+def _emptied(items: list) -> Iterator:
+    """The items one by one, none of which the list still holds when it is used."""
+    while items:
+        yield items.pop(0)

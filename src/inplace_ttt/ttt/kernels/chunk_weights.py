@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from inplace_ttt.ttt import chunked
-from inplace_ttt.ttt.chunked import Window, add_outer
+from inplace_ttt.ttt.chunked import Window, add_outer, outer
 from inplace_ttt.ttt.plan import Segment
 
 # A program's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile,
@@ -175,6 +175,7 @@ def chunk_weights(
     before: Tensor | None = None,
     after: Tensor | None = None,
     reverse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weight that each chunk sees: ``base + before + scale * sum a_t^T z_t`` over the chunks that come before it.
 
@@ -187,12 +188,13 @@ def chunk_weights(
         before: (rows, f) fp32.
         after: (rows, f) fp32, filled with ``before`` and what the accumulated chunks wrote; may be ``before`` itself.
         reverse: chunks come in the order from the last to the first.
+        out: (chunks or more, rows, f) bf16, where the weights go. None: into new memory.
 
     Returns:
         (chunks, rows, f) bf16, in the order of tokens.
     """
     rows, f = a.shape[1], z.shape[1]
-    weights = torch.empty(chunks, rows, f, dtype=z.dtype, device=z.device)
+    weights = torch.empty(chunks, rows, f, dtype=z.dtype, device=z.device) if out is None else out[:chunks]
     _chunk_weights_kernel[(triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F),)](
         _descriptor(a, [BLOCK_T, BLOCK_ROWS]),
         _descriptor(z, [BLOCK_T, BLOCK_F]),
@@ -234,6 +236,11 @@ def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | 
     return None
 
 
+def takes(segment: Segment) -> bool:
+    """Whether the kernel can sweep a segment; one that is shorter than a chunk may be too odd for it."""
+    return max(stop - start for start, stop in segment.chunks) % CHUNK_MULTIPLE == 0
+
+
 def sweep(
     segment: Segment,
     base: Tensor | None,
@@ -242,27 +249,31 @@ def sweep(
     z: Tensor,
     scale: float,
     total: Tensor | None = None,
-    window_bytes: int | None = None,
+    room: int | None = None,
+    out: Tensor | None = None,
 ) -> Iterator[Window]:
-    """``chunked.sweep`` with as many chunks a window as fit in ``window_bytes`` (None: WINDOW_BYTES), at least one."""
-    if window_bytes is None:
-        window_bytes = WINDOW_BYTES
-    chunks = list(segment.chunks)
-    size = max(stop - start for start, stop in chunks)
-    if size % CHUNK_MULTIPLE:  # a document shorter than a chunk
+    """``chunked.sweep`` with as many chunks a window as fit in ``room`` bytes (None: WINDOW_BYTES), at least one.
+
+    ``out`` (chunks or more, rows, f) takes the weights of all chunks, which are then one window.
+    """
+    if not takes(segment):
         yield from chunked.sweep(segment, base, carry, a, z, scale, total)
         return
+    chunks = list(segment.chunks)
+    size = max(stop - start for start, stop in chunks)
     reverse = len(chunks) > 1 and chunks[1] < chunks[0]
     if base is None and carry is None:
         # The first weight is zero. What its chunk writes, which alone may be shorter here, is where the next starts.
         first = slice(*chunks.pop(0))
         if total is not None or chunks:
-            carry = torch.mm(a[first].t(), z[first], out_dtype=torch.float32).mul_(scale)
+            carry = outer(a[first], z[first]).mul_(scale)
         if not chunks:
             if total is not None:
                 total.copy_(carry)
             return
-    most = max(1, window_bytes // (2 * a.shape[1] * z.shape[1]))
+    most = max(1, (WINDOW_BYTES if room is None else room) // (2 * a.shape[1] * z.shape[1]))
+    if out is not None:
+        most = len(chunks)
     running = total
     if running is None and len(chunks) > most:  # takes the sum from window to window
         running = torch.empty(a.shape[1], z.shape[1], device=z.device)
@@ -284,6 +295,7 @@ def sweep(
             before=carry,
             after=running,
             reverse=reverse,
+            out=out,
         )
         carry = running
         yield tuple(ordered), weights

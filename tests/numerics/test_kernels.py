@@ -1,0 +1,92 @@
+"""What can be known of the kernels without a GPU: they compile for Hopper, one of them runs in Triton's interpreter,
+and what surrounds the other is right with its product done by torch. tests/gpu/test_kernels.py runs them."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.ttt import fast_weight_linear, function, naive
+from numerics.cases import operands, random_documents, relative_error
+from ranks import run_ranks
+
+kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
+
+
+def run_script(name: str, **environment: str) -> str:
+    script = Path(__file__).parent / name
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_compile_for_hopper():
+    lines = run_script("compile_kernels.py").splitlines()
+    assert len(lines) == 4 and all(line.endswith("True") for line in lines)
+
+
+def test_convolution_kernel_in_the_interpreter():
+    assert float(run_script("interpret_conv.py", TRITON_INTERPRET="1")) < 1e-5
+
+
+def chunk_weights_in_torch(
+    a, z, *, chunk_size, chunks, accumulated, scale, base=None, before=None, after=None, reverse=False, out=None
+):
+    """What the kernel computes, and no more than it is given memory for."""
+    shape = a.shape[1], z.shape[1]
+    state = torch.zeros(shape) if before is None else before.clone()
+    weights = torch.full((chunks, *shape), torch.nan) if out is None else out[:chunks]
+    for number in range(chunks):
+        chunk = chunks - 1 - number if reverse else number
+        weights[chunk] = state if base is None else base + state
+        if number < accumulated:
+            tokens = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+            assert tokens.stop <= len(a)
+            state += scale * a[tokens].T @ z[tokens]
+    if after is not None:
+        after.copy_(state)
+    return weights
+
+
+def worst_error(seeds):
+    """Of values and gradients, over random layouts, windows and ways to keep weights."""
+    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    kernels.chunk_weights = chunk_weights_in_torch
+    function._choose_sweep = lambda *_: kernels.sweep
+    function._free_bytes = lambda device: 0
+    from parallel.test_prefix_ring import zigzag
+
+    for seed in seeds:
+        rng = random.Random(seed)
+        s = 128 * size * rng.randint(1, 4) if size > 1 else rng.randint(1, 600)
+        tensors = operands(seed, s, rng.randint(1, 2), rng.choice([4, 300]), 5)
+        z, v, weight, g = tensors
+        options = dict(
+            eta=0.01, chunk_size=64, cu_seqlens=random_documents(rng, s, 64 if size > 1 else rng.choice([1, 64]))
+        )
+        inputs = [t.clone().requires_grad_() for t in (z, v, weight)]
+        expected = naive.fast_weight_linear(*inputs, **options)
+        expected = expected, *torch.autograd.grad(expected, inputs, g, materialize_grads=True)
+        kernels.WINDOW_BYTES = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
+        keep = dict(keep_chunk_weights=rng.choice([True, False]))
+        group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
+        local = [zigzag(t, size, rank).float().requires_grad_() for t in (z, v)] + [weight.float().requires_grad_()]
+        out = fast_weight_linear(*local, **options, **keep, **group)
+        dz, dv, dweight = torch.autograd.grad(out, local, zigzag(g, size, rank).float())
+        dist.all_reduce(dweight)
+        for value, reference in zip((out, dz, dv), expected[:3], strict=True):
+            worst = max(worst, relative_error(value.double(), zigzag(reference, size, rank)))
+        worst = max(worst, relative_error(dweight.double(), expected[3]))
+    return worst
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_windows_and_row_blocks_around_the_kernel(size):
+    assert max(run_ranks(size, worst_error, range(40))) < 1e-5
