@@ -83,6 +83,7 @@ def run_prefix(arguments):
 
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         raise UserError("prefix passes states between ranks: start it with torchrun --nproc-per-node 2 or more")
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as Megatron's context-parallel group has it in training
     dist.init_process_group("nccl")
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
     comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]

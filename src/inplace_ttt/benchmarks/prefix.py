@@ -32,7 +32,7 @@ def measure(
             name: partial(layer.forward_backward, partial(layer.fast, operation, chunk_size))
             for name, operation in operations.items()
         }
-        times = {name: _slowest(found) for name, found in milliseconds(runs, rounds).items()}
+        times = {name: _slowest(found) for name, found in milliseconds(runs, rounds, dist.barrier).items()}
         exposed = [a - b for a, b in zip(times["over ranks"], times["alone"], strict=True)]
         records.append(
             dict(

@@ -6,12 +6,18 @@ from collections.abc import Callable
 import torch
 
 
-def milliseconds(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Device time of each variant in each round, after one round that does not count."""
+def milliseconds(
+    variants: dict[str, Callable[[], object]], rounds: int, together: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Device time of each variant in each round, after one round that does not count.
+
+    ``together`` is called before each run: a barrier, where ranks are to start at one time.
+    """
     times = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in variants.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            together()
             torch.cuda.synchronize()
             start.record()
             run()

@@ -59,6 +59,8 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
+        # what passes between context-parallel ranks goes before products that could also run later
+        high_priority_stream_groups=["cp"] if on_gpu else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -71,38 +71,49 @@ class Walk:
     def windows(self, finished: Finished | None = None) -> Iterator[tuple[int, slice, Window]]:
         """(batch row, rows of the state, chunks with the weights they see); weights are valid until the next step."""
         blocks = row_blocks(self.a.shape[2], self.exchange.size)
-        batch_size = self.a.shape[1]
         known = None if self.known is None else iter(self.known)
         ring = self._ring(blocks) if known is None else None
-        for number, stop in enumerate(self.stops):
-            if ring:
-                ring.open(number)
-            if self.meanwhile:
-                self.meanwhile(number)
-            for batch in range(batch_size):
-                together = self._together(stop) if len(blocks) > 1 else {}
+        for leg in self._legs():
+            for number in leg:
+                if ring:
+                    ring.open(number)
+                if self.meanwhile:
+                    self.meanwhile(number)
+            for batch in range(self.a.shape[1]):
+                together = self._together(leg) if len(blocks) > 1 else {}
                 for block, rows in enumerate(blocks):
-                    # what another rank waits for comes first
-                    for place in sorted(range(len(stop.segments)), key=lambda at: not stop.segments[at].sends):
-                        segment = stop.segments[place]
-                        carry = None
-                        if segment.receives:
-                            carry = ring.get(number, batch * len(blocks) + block) if ring else next(known)
-                            self.carries.append(carry)
-                        total = None
-                        if finished or (ring and segment.sends):
-                            total = self._empty_sum(rows)
-                        yield from self._segment(segment, batch, rows, carry, total, together.get(place))
-                        if ring and segment.sends:
-                            ring.put(number, batch * len(blocks) + block, total)
-                        if finished:
-                            finished(number, place, batch, rows, total, carry)
-                for place, weights in together.items():
-                    chunks = self._with_weights(stop.segments[place])
-                    if chunks:
-                        yield batch, slice(0, self.a.shape[2]), (chunks, weights[: len(chunks)])
+                    for number in leg:
+                        for place, segment in self._what_others_wait_for_first(number):
+                            index, carry, total = batch * len(blocks) + block, None, None
+                            if segment.receives:
+                                carry = ring.get(number, index) if ring else next(known)
+                                self.carries.append(carry)
+                            if finished or (ring and segment.sends):
+                                total = self._empty_sum(rows)
+                            yield from self._segment(segment, batch, rows, carry, total, together.get((number, place)))
+                            if ring and segment.sends:
+                                ring.put(number, index, total)
+                            if finished:
+                                finished(number, place, batch, rows, total, carry)
+                if ring:
+                    ring.let_go()
+                for (number, place), weights in together.items():
+                    chunks = self._with_weights(self.stops[number].segments[place])
+                    yield batch, slice(0, self.a.shape[2]), (chunks, weights[: len(chunks)])
         if ring:
             ring.finish()
+
+    def _legs(self) -> list[tuple[int, ...]]:
+        """The stops in the order of the walk. At the turn, where this rank hands the sums to itself, it makes both of
+        its stops block by block, for the next rank waits for the second."""
+        numbers = range(len(self.stops))
+        group = self.exchange.group
+        if group is not None and self.stops[0].target == group.rank():
+            return [tuple(numbers)]
+        return [(number,) for number in numbers]
+
+    def _what_others_wait_for_first(self, number: int) -> list[tuple[int, Segment]]:
+        return sorted(enumerate(self.stops[number].segments), key=lambda item: not item[1].sends)
 
     def _ring(self, blocks: list[slice]) -> PrefixRing:
         shapes = [(rows.stop - rows.start, self.z.shape[2]) for rows in blocks] * self.a.shape[1]
@@ -138,19 +149,23 @@ class Walk:
                 yield batch, rows, window
             del window  # its memory is the next one's
 
-    def _together(self, stop: Stop) -> dict[int, Tensor]:
-        """By segment, room for the weights of all its chunks and rows; nothing where they do not fit."""
+    def _together(self, leg: tuple[int, ...]) -> dict[tuple[int, int], Tensor]:
+        """By stop and segment, room for the weights of all its chunks and rows; nothing where they do not fit."""
         if self.sweep is chunked.sweep:
             return {}
         from inplace_ttt.ttt.kernels.chunk_weights import WINDOW_BYTES, takes
 
         d, f = self.a.shape[2], self.z.shape[2]
-        counts = {place: len(segment.chunks) for place, segment in enumerate(stop.segments) if takes(segment)}
-        needed = 2 * d * f * sum(counts.values())
-        if needed > (WINDOW_BYTES if self.room is None else self.room):
+        counts = {
+            (number, place): len(segment.chunks)
+            for number in leg
+            for place, segment in enumerate(self.stops[number].segments)
+            if takes(segment)
+        }
+        if 2 * d * f * sum(counts.values()) > (WINDOW_BYTES if self.room is None else self.room):
             return {}
         return {
-            place: torch.empty(count, d, f, dtype=self.z.dtype, device=self.z.device) for place, count in counts.items()
+            key: torch.empty(count, d, f, dtype=self.z.dtype, device=self.z.device) for key, count in counts.items()
         }
 
     def _with_weights(self, segment: Segment) -> tuple[tuple[int, int], ...]:
