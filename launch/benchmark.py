@@ -165,17 +165,20 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
     }[command]
+    ranks = series == "ranks"
     names = list(dict.fromkeys(record[series] for record in records))
     places = list(dict.fromkeys(record[groups] for record in records))
-    figure, ax = axes(f"{title}\n{machine}", groups.replace("_", " "), label)
+    figure, ax = axes(title, groups.replace("_", " "), label, machine)
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         values = {record[groups]: record[key] for record in records if record[series] == name}
         x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
-        bars = ax.bar(x, list(values.values()), width * 0.92, color=COLORS[number % len(COLORS)], label=str(name))
-        ax.bar_label(bars, fmt="%.3f" if command == "prefix" else "%.2f", fontsize=8)
+        color = "#9aa4af" if name in ("plain", "off") else COLORS[number % len(COLORS)]
+        bars = ax.bar(x, list(values.values()), width * 0.92, color=color, label=f"{name} ranks" if ranks else name)
+        ax.bar_label(bars, fmt="%.3f" if ranks else "%.2f", fontsize=8)
     ax.set_xticks(range(len(places)), [str(place) for place in places])
-    ax.legend(frameon=False, title=series.replace("_", " "), loc="upper right")
+    ax.margins(y=0.22)
+    ax.legend(frameon=False, ncols=len(names), loc="upper center")
     save(figure, picture)
 
 

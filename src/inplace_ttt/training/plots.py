@@ -5,10 +5,10 @@ from pathlib import Path
 from inplace_ttt.training.records import read_metrics
 
 INK, GRID = "#333333", "#dddddd"
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df")
+COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700")
 
 
-def axes(title: str, xlabel: str, ylabel: str):
+def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
     """An empty figure in the project's style."""
     import matplotlib
 
@@ -16,7 +16,8 @@ def axes(title: str, xlabel: str, ylabel: str):
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(8, 4.8), dpi=150)
-    ax.set_title(title, loc="left", fontweight="bold", color=INK)
+    ax.set_title(title, loc="left", fontweight="bold", color=INK, pad=22 if subtitle else None)
+    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#666666")
     ax.set_xlabel(xlabel, color=INK)
     ax.set_ylabel(ylabel, color=INK)
     ax.grid(color=GRID, linewidth=0.6)

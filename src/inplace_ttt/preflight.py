@@ -1,0 +1,193 @@
+"""What this machine has for training, what each part gives, and what its lack costs."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(Enum):
+    THERE = "there"
+    LACKING = "lacking"  # training runs without it
+    BROKEN = "broken"  # training does not run
+
+
+@dataclass(frozen=True)
+class Finding:
+    part: str
+    state: State
+    found: str  # version, or what is wrong
+    meaning: str  # what it gives where it is there, what its lack costs where it is not
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def python() -> Finding:
+    found = platform.python_version()
+    if not found.startswith("3.12."):
+        return Finding("Python", State.BROKEN, found, "3.12 is needed: the pinned packages are for it")
+    return Finding("Python", State.THERE, found, "")
+
+
+def packages() -> list[Finding]:
+    findings = []
+    for package in ("torch", "megatron-core", "hydra-core", "transformers", "datasets"):
+        found = _version(package)
+        state = State.THERE if found else State.BROKEN
+        findings.append(Finding(package, state, found or "not installed", "" if found else "pip install -e ."))
+    return findings
+
+
+def gpus() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU: driver, or container flags"
+        return Finding("GPU", State.LACKING, why, "training runs on the CPU in fp32: enough to try things, no more")
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = {f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties}
+    found = f"{len(properties)} x {' and '.join(sorted(names))}, CUDA {torch.version.cuda}"
+    if len(names) > 1:
+        return Finding("GPU", State.LACKING, found, "GPUs differ: every step waits for the slowest of them")
+    try:
+        torch.ones(8, device="cuda").sum().item()
+    except RuntimeError as error:
+        return Finding("GPU", State.BROKEN, _first_line(error), f"{found} do not compute")
+    return Finding("GPU", State.THERE, found, "bf16 training")
+
+
+def nccl() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return Finding("NCCL", State.LACKING, "not usable", "several processes speak gloo, over the CPU")
+    found = ".".join(map(str, torch.cuda.nccl.version()))
+    return Finding("NCCL", State.THERE, found, "chunk states and gradients travel between GPUs directly")
+
+
+def kernels() -> Finding:
+    """Whether the fast-weight kernels run here: by running one."""
+    import torch
+
+    part = "fast-weight kernels"
+    costs = "a TTT layer takes 1.6 to 3.3 times a plain MLP instead of 1.3 to 1.5 (H100, chunk 4096 to 512)"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return Finding(part, State.LACKING, "need a Hopper GPU", costs)
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return Finding(part, State.LACKING, f"Triton {_version('triton')} has no Gluon", costs)
+    try:
+        from inplace_ttt.ttt import fast_weight_linear, naive
+
+        torch.manual_seed(0)
+        shapes = (256, 1, 128), (256, 1, 64), (64, 128)
+        operands = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+        out = fast_weight_linear(*operands, eta=0.01, chunk_size=64)
+        exact = naive.fast_weight_linear(*(t.double() for t in operands), eta=0.01, chunk_size=64)
+        error = ((out.double() - exact).norm() / exact.norm()).item()
+    except Exception as error:
+        return Finding(part, State.BROKEN, _first_line(error), "a kernel does not run; is there a C compiler?")
+    if not error < 1e-2:
+        return Finding(part, State.BROKEN, f"wrong by {error:.0e}", "do not train on this machine")
+    found = f"Triton {_version('triton')}, right to {error:.0e}"
+    return Finding(part, State.THERE, found, "a TTT layer at the cost of its arithmetic")
+
+
+def compiler() -> Finding:
+    found = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+    if found:
+        return Finding("C compiler", State.THERE, found, "Triton and torch.compile build their launchers with it")
+    return Finding("C compiler", State.LACKING, "no gcc, cc or clang", "kernels that are not cached cannot start")
+
+
+def transformer_engine() -> Finding:
+    part = "Transformer Engine"
+    lack = "unfused norms and linears, attention by gathered keys and values, gradients added in a pass of their own"
+    found = _version("transformer-engine")
+    if found is None:
+        return Finding(part, State.LACKING, "not installed", f"{lack}: pip install -e '.[gpu]', or NVIDIA's image")
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:
+        return Finding(part, State.LACKING, f"{found} does not load: {_first_line(error)}", lack)
+    return Finding(
+        part, State.THERE, found, "fused norms and linears, cuDNN attention also over context-parallel ranks"
+    )
+
+
+def adam() -> Finding:
+    part = "fused Adam"
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return Finding(part, State.THERE, "Transformer Engine's", "one kernel for all parameters")
+    if importlib.util.find_spec("amp_C") is not None:
+        return Finding(part, State.THERE, f"apex {_version('apex') or ''}".strip(), "one kernel for all parameters")
+    return Finding(part, State.LACKING, "neither Transformer Engine's nor apex's", "one small kernel after the other")
+
+
+def apex() -> Finding:
+    found = importlib.util.find_spec("amp_C")
+    if found is not None:
+        return Finding("apex", State.THERE, _version("apex") or "without a version", "")
+    if _version("apex"):
+        wrong = f"{_version('apex')} is the web toolkit of that name, not NVIDIA's"
+        return Finding("apex", State.LACKING, wrong, "pip uninstall apex; nothing is lost where Transformer Engine is")
+    return Finding("apex", State.LACKING, "not installed", "nothing where Transformer Engine is there")
+
+
+def wire() -> Finding:
+    """How the GPUs of this node are joined."""
+    import torch
+
+    part = "NVLink"
+    if torch.cuda.device_count() < 2:
+        return Finding(part, State.LACKING, "fewer than two GPUs", "nothing to join")
+    joined = all(
+        torch.cuda.can_device_access_peer(a, b)
+        for a in range(torch.cuda.device_count())
+        for b in range(torch.cuda.device_count())
+        if a != b
+    )
+    links = _nvlinks()
+    if joined and links:
+        return Finding(part, State.THERE, f"{links} links at GPU 0", "chunk states pass within the node at its speed")
+    found = "GPUs reach each other without it" if joined else "GPUs do not reach each other"
+    return Finding(part, State.LACKING, found, "context parallelism waits for its transfers: prefer fewer ranks of it")
+
+
+@functools.cache
+def _nvlinks() -> int:
+    try:
+        done = subprocess.run(["nvidia-smi", "nvlink", "-s", "-i", "0"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return done.stdout.count("GB/s")
+
+
+def examine() -> list[Finding]:
+    """Everything, the essential first; what is broken there ends the examination."""
+    findings = [python(), *packages()]
+    if any(finding.state is State.BROKEN for finding in findings):
+        return findings
+    return [
+        *findings,
+        gpus(),
+        nccl(),
+        wire(),
+        compiler(),
+        kernels(),
+        transformer_engine(),
+        adam(),
+        apex(),
+    ]
