@@ -56,6 +56,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def write_manifest(folder: Path) -> None:
+    """Say how long every file is, and have the disk hold them all."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / "manifest.json").write_text(json.dumps(sizes, indent=1))
+    for path in folder.iterdir():
+        _flush(path)
+
+
 def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
     """Whole checkpoints, the newest first, and what is wrong with the others."""
     names = sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), reverse=True)
@@ -128,10 +136,7 @@ class Checkpointer:
     def _finish(self, partial: Path, target: Path, progress: Progress) -> None:
         if dist.get_rank() == 0:
             (partial / "run.json").write_text(json.dumps(vars(progress)))
-            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir()) if path.is_file()}
-            (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
-            for path in partial.iterdir():
-                _flush(path)
+            write_manifest(partial)
             if target.exists():
                 shutil.rmtree(target)
             partial.chmod(0o755)

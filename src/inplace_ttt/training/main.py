@@ -52,6 +52,7 @@ def train(config: Config) -> int:
 
     with StopRequest() as stop:
         sets = build_sets(config)
+        config.model.vocab_size = sets.vocab_size
         groups = runtime.start(config.parallel, config.train.seed)
         try:
             return _train(config, sets, groups, stop)

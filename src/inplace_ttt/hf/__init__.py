@@ -1,0 +1,1 @@
+"""Hugging Face: weights and configurations both ways."""

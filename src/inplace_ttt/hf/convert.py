@@ -1,0 +1,268 @@
+"""Checkpoints from Hugging Face's format to ours and back, tensor by tensor."""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from inplace_ttt.config import TTT, Config, Model, UserError, ttt_layers
+from inplace_ttt.hf.config import read_model, read_ttt, write_config
+from inplace_ttt.hf.weights import Row, check_names, weight_map
+from inplace_ttt.megatron.checkpoint import Progress, damage, whole_checkpoints, write_manifest
+from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
+
+# What comes along unchanged: the tokenizer and how to generate
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHARD_BYTES = 10**9
+Advance = Callable[[int], None]  # called with the bytes of each tensor that is done
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face checkpoint, opened without being read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                self.files = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UserError(f"'{index}' is damaged ({error}): download it again") from error
+            for name, file in self.files.items():
+                if name not in self._open(file).keys():  # noqa: SIM118 (no dictionary)
+                    raise UserError(f"'{index}' places tensor '{name}' in '{file}', which does not hold it")
+        elif (folder / "model.safetensors").is_file():
+            self.files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise UserError(f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json")
+
+    @functools.cache  # noqa: B019 (lives as long as the conversion)
+    def _open(self, file: str):
+        path = self.folder / file
+        if not path.is_file():
+            raise UserError(f"'{path}' is missing: download it again")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{path}' is damaged ({error}): download it again") from error
+
+    def read(self, name: str) -> Tensor:
+        return self._open(self.files[name]).get_tensor(name)
+
+    def meta(self, name: str) -> Tensor:
+        """Shape and dtype alone."""
+        part = self._open(self.files[name]).get_slice(name)
+        dtype = self._open(self.files[name]).get_slice(name)[:0].dtype
+        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+
+
+def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size: None) -> Model:
+    """Make a checkpoint of ours, for ``checkpoint.load``, from a folder in Hugging Face's format.
+
+    Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
+    """
+    hf_config = _read_json(source / "config.json")
+    model, ttt = read_model(hf_config, f"'{source}/config.json'"), read_ttt(hf_config)
+    tensors = SafetensorsFolder(source)
+    rows = weight_map(model, ttt_layers(ttt, model.num_layers), ttt.project)
+    names = {name for row in rows for name in row.theirs}
+    there = set(tensors.files)
+    if model.tie_word_embeddings and "lm_head.weight" in there:  # a copy that some checkpoints carry
+        if not torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
+            raise UserError(
+                f"'{source}': tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight"
+            )
+        there.discard("lm_head.weight")
+    check_names(there, names, f"'{source}'")
+
+    partial = _fresh(output)
+    write_tensors(partial, {row.ours: _entry(row, model, tensors, advance) for row in rows})
+    (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(_plain(model), sort_keys=False))
+    (partial / "hf").mkdir()
+    for name in ("config.json", *COMPANIONS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, partial / "hf" / name)
+    (partial / "run.json").write_text(json.dumps(vars(Progress(0, 0))))
+    write_manifest(partial)
+    os.replace(partial, output)
+    return model
+
+
+def _entry(row: Row, model: Model, tensors: SafetensorsFolder, advance: Advance) -> Entry:
+    metas = [tensors.meta(name) for name in row.theirs]
+    try:
+        joined = row.way.join(model, metas)
+        back = [tuple(part.shape) for part in row.way.split(model, joined)]
+    except RuntimeError:
+        back = None
+    if back != [tuple(meta.shape) for meta in metas] or len({meta.dtype for meta in metas}) > 1:
+        shapes = ", ".join(f"{name} {tuple(meta.shape)}" for name, meta in zip(row.theirs, metas, strict=True))
+        raise UserError(f"'{tensors.folder}': {shapes} do not fit its config.json")
+
+    def make() -> Tensor:
+        made = row.way.join(model, [tensors.read(name) for name in row.theirs])
+        advance(made.nbytes)
+        return made
+
+    return Entry(tuple(joined.shape), joined.dtype, make)
+
+
+def export_checkpoint(
+    checkpoint: Path, output: Path, base: Path | None = None, advance: Advance = lambda size: None
+) -> Config:
+    """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
+
+    ``base``: a folder with config, tokenizer and generation config to take along; None: what was imported, if known.
+    """
+    folder, config, known_base = _describe(checkpoint)
+    base = base or known_base
+    fault = damage(folder)
+    if fault:
+        raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
+    if config.ttt.enabled:
+        raise UserError(
+            f"checkpoint '{folder}' has fast weights, whose exported form is not there yet: only models with "
+            f"ttt.enabled=false can be exported"
+        )
+    reader, model = TensorReader(folder), config.model
+    if model.vocab_size is None:
+        raise UserError(f"checkpoint '{folder}': model.vocab_size is not known; its run's config.yaml lacks it")
+    rows = weight_map(model, ttt_layers(config.ttt, model.num_layers), config.ttt.project)
+    check_names(set(reader.shapes), {row.ours for row in rows}, f"checkpoint '{folder}'")
+
+    partial = _fresh(output)
+    dtype = _write_shards(partial, rows, model, reader, advance)
+    base_config = _read_json(base / "config.json") if base and (base / "config.json").is_file() else None
+    hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config)
+    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    for name in COMPANIONS:
+        if base and (base / name).is_file():
+            shutil.copyfile(base / name, partial / name)
+    os.replace(partial, output)
+    return config
+
+
+def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorReader, advance: Advance) -> torch.dtype:
+    """Safetensors files of at most SHARD_BYTES (or one tensor), and their index where there is more than one."""
+    shards, size = [[]], 0
+    total = 0
+    for row in rows:
+        shape, dtype = reader.shapes[row.ours]
+        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        if size and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += nbytes
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {}
+        for row in shard:
+            whole = reader.read(row.ours)
+            for their_name, part in zip(row.theirs, row.way.split(model, whole), strict=True):
+                tensors[their_name] = part.contiguous()
+                places[their_name] = name
+                total += part.nbytes
+            advance(whole.nbytes)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        dtype = next(iter(tensors.values())).dtype
+    if len(shards) > 1:
+        index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(places.items())))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return dtype
+
+
+def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
+    """(folder with the weights, configuration, folder with what was imported) of whatever the user named."""
+    if (checkpoint / "hf" / "config.json").is_file():
+        hf_config = _read_json(checkpoint / "hf" / "config.json")
+        config = _config(dict(model=_plain(read_model(hf_config, str(checkpoint))), ttt=_plain(read_ttt(hf_config))))
+        return checkpoint, config, checkpoint / "hf"
+    run, folder = checkpoint, checkpoint
+    if (checkpoint / "checkpoints").is_dir():
+        whole, faults = whole_checkpoints(checkpoint / "checkpoints")
+        if not whole:
+            raise UserError(f"run '{checkpoint}' has no whole checkpoint{': ' + faults[0] if faults else ''}")
+        folder = whole[0]
+    else:
+        run = checkpoint.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"'{checkpoint}' is no run, no checkpoint of a run and no imported checkpoint: there is no "
+            f"'{run / 'config.yaml'}'"
+        )
+    config = _config(yaml.safe_load((run / "config.yaml").read_text()))
+    return folder, config, _companions_of(config)
+
+
+def _companions_of(config: Config) -> Path | None:
+    """Where a run's tokenizer and generation config lie: with what it was imported from, or with its data."""
+    candidates = [Path(config.checkpoint.load) / "hf"] if config.checkpoint.load else []
+    candidates += [Path(config.data.tokenizer)] if config.data.tokenizer else []
+    candidates += [Path(f"{source.path}.tokenizer") for source in config.data.sources[:1]]
+    return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def _config(values: dict) -> Config:
+    filled = dict(run=dict(name="export"), train=dict(steps=1, global_batch_size=1), optim=dict(lr=0.0))
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), filled, dict(data=dict(seq_length=1)), values)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config.yaml is not of this version: {str(error).splitlines()[0]}") from error
+
+
+def _plain(section: Model | TTT) -> dict:
+    return asdict(section)
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"'{path}' does not exist: name a folder in Hugging Face's format")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"'{path}' is not JSON ({error})") from error
+
+
+def _fresh(output: Path) -> Path:
+    """A new folder beside ``output``, to be renamed when it is whole."""
+    if output.exists():
+        raise UserError(f"'{output}' is there already: remove it, or name another folder")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def exported_bytes(checkpoint: Path) -> int:
+    """Size of the weights of a checkpoint, for a progress bar."""
+    folder, _, _ = _describe(checkpoint)
+    fault = damage(folder)
+    if fault:
+        raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
+    shapes = TensorReader(folder).shapes.values()
+    return sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for shape, dtype in shapes)

@@ -1,0 +1,83 @@
+"""Single tensors of a sharded checkpoint, read and written one by one: memory for one, however large the model."""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+OPTIMIZER = "optimizer."
+COMMON_STATE = "common_state/shard_0_1"  # where Megatron looks for what is no tensor
+
+
+@contextlib.contextmanager
+def _alone():
+    """torch warns of what is meant here: that one process does it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def write_tensors(folder: Path, entries: dict[str, Entry]) -> None:
+    """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten."""
+    state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+    state[COMMON_STATE] = [{}]
+    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    with _alone():
+        dcp.save(state, storage_writer=writer, planner=_MakeWhenWritten(entries), no_dist=True)
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+
+
+class _MakeWhenWritten(DefaultSavePlanner):
+    def __init__(self, entries: dict[str, Entry]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.entries = entries
+
+    def resolve_data(self, write_item):
+        name = write_item.index.fqn
+        if name not in self.entries:
+            return super().resolve_data(write_item)
+        entry, tensor = self.entries[name], self.entries[name].make()
+        if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+            raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, planned {entry.shape} {entry.dtype}")
+        return tensor.contiguous()
+
+
+class TensorReader:
+    """The weights of a checkpoint folder, one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each weight by its name; what the optimizer keeps is left out."""
+        found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in found.items()
+            if hasattr(entry, "size") and not name.startswith(OPTIMIZER)
+        }
+
+    def read(self, name: str) -> Tensor:
+        shape, dtype = self.shapes[name]
+        state = {name: torch.empty(shape, dtype=dtype)}
+        with _alone():
+            dcp.load(state, storage_reader=FileSystemReader(self.folder), no_dist=True)
+        return state[name]

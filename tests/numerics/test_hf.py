@@ -1,0 +1,202 @@
+"""Models from Hugging Face compute what transformers computes, and come back bit for bit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from inplace_ttt.config import UserError
+from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from launching import ROOT
+from ranks import run_ranks
+
+SMALL = dict(
+    vocab_size=199,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+)
+FAMILIES = {
+    "qwen3 tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
+    "qwen3 untied": Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=False),
+    "llama 3": LlamaConfig(
+        **SMALL,
+        tie_word_embeddings=False,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "smollm2": LlamaConfig(
+        **SMALL, tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e5, rope_type="default")
+    ),
+    "qwen3 yarn": Qwen3Config(
+        **SMALL,
+        head_dim=16,
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=64),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def theirs(request, tmp_path_factory):
+    """A folder that transformers wrote, in several shards, and the model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[request.param], dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(1.0, 0.3)
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    model.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder, model
+
+
+def our_logits(imported: str, text, sizes: dict):
+    """Logits of all tokens on the last pipeline stage, gathered over the vocabulary."""
+    import torch.distributed as dist
+    import yaml
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from inplace_ttt.megatron import runtime
+    from inplace_ttt.megatron.checkpoint import Checkpointer
+    from inplace_ttt.megatron.layout import SequenceLayout
+    from inplace_ttt.megatron.model import build_model
+    from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from models import tiny_config
+
+    model = yaml.safe_load(Path(f"{imported}/model.yaml").read_text())
+    config = tiny_config(
+        {"model": model, "ttt": {"enabled": False}, "data": {"seq_length": len(text)}, "parallel": sizes}
+    )
+    groups = runtime.start(config.parallel, 0)
+    ours = build_model(config, torch.float32, "local", config.model.vocab_size, groups)
+    wrapped = wrap_data_parallel(ours, ours.config, config)
+    optimizer, _ = build_optimizer(wrapped, ours.config, config)
+    Checkpointer(None, ours, optimizer, groups, keep=1, async_save=False).load_weights(Path(imported))
+    tokens = torch.tensor(text)[None]
+    positions, layout = torch.arange(len(text))[None], SequenceLayout(documents=None)
+    found = []
+
+    def forward(batches, model):
+        out = model(tokens, positions, layout)
+        return out, lambda logits: found.append(logits) or (logits.sum(), {})
+
+    with torch.no_grad():
+        get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)(
+            forward_step_func=forward,
+            data_iterator=None,
+            model=[wrapped.eval()],
+            num_microbatches=1,
+            seq_length=len(text),
+            micro_batch_size=1,
+            forward_only=True,
+        )
+    if not found:
+        return None
+    parts = [torch.empty_like(found[0]) for _ in range(groups.tp.size())]
+    dist.all_gather(parts, found[0].contiguous(), group=groups.tp)
+    return torch.cat(parts, dim=-1)[0, :, : config.model.vocab_size].numpy()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)], ids=["1", "TP2", "PP2"]
+)
+def test_logits_equal_transformers(theirs, sizes, tmp_path):
+    folder, model = theirs
+    import_checkpoint(folder, tmp_path / "imported")
+    text = torch.randint(0, 199, (120,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(text[None]).logits[0]
+    found = run_ranks(2 if sizes else 1, our_logits, str(tmp_path / "imported"), text.tolist(), sizes)
+    logits = torch.from_numpy(next(logits for logits in reversed(found) if logits is not None))
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def weights(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_bit_identical(theirs, dtype, tmp_path):
+    _, model = theirs
+    model.to(dtype).save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    (tmp_path / "theirs/tokenizer.json").write_text("{}")
+    model.float()
+    import_checkpoint(tmp_path / "theirs", tmp_path / "imported")
+    export_checkpoint(tmp_path / "imported", tmp_path / "back")
+    before, after = weights(tmp_path / "theirs"), weights(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    text = torch.arange(50)[None]
+    with torch.no_grad():
+        assert torch.equal(again.to(dtype)(text).logits, model.to(dtype)(text).logits)
+    model.float()
+    assert (tmp_path / "back/tokenizer.json").is_file()
+
+
+def refusal(folder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        import_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(FAMILIES["qwen3 tied"]).save_pretrained(folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+    def write(changed=None, **keys):
+        save_file({**tensors, **(changed or {})}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**config, **keys}))
+
+    name = "model.layers.1.self_attn.q_proj"
+    write({f"{name}.bias": torch.zeros(96)})
+    assert f"'{name}.bias'" in refusal(folder, tmp_path) and "would be lost" in refusal(folder, tmp_path)
+    write({f"{name}.weight": torch.zeros(8, 48)})
+    assert f"{name}.weight (8, 48)" in refusal(folder, tmp_path)
+    write({"lm_head.weight": torch.zeros(199, 48)})
+    assert "lm_head.weight is not" in refusal(folder, tmp_path)
+    write(num_hidden_layers=5)
+    assert "model.layers.4." in refusal(folder, tmp_path)
+    write(model_type="gpt2")
+    assert "use one of qwen3, llama" in refusal(folder, tmp_path)
+    write(attention_bias=True)
+    assert "attention_bias=True" in refusal(folder, tmp_path)
+    write()
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(20000)
+    assert "is damaged" in refusal(folder, tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert "holds neither" in refusal(folder, tmp_path)
+
+
+def test_commands(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["smollm2"]).save_pretrained(tmp_path / "model")
+
+    def command(name, *arguments):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch" / name), *map(str, arguments)], capture_output=True, text=True
+        )
+        return done.returncode, done.stderr
+
+    assert command("import_hf.py", tmp_path / "model", tmp_path / "imported")[0] == 0
+    assert command("export_hf.py", tmp_path / "imported", tmp_path / "back")[0] == 0
+    code, text = command("export_hf.py", tmp_path / "imported", tmp_path / "back")
+    assert code == 2 and "is there already" in text and "Traceback" not in text
