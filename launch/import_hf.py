@@ -45,6 +45,8 @@ def local_folder(name: str) -> Path:
     """The folder itself, or what the hub has under the name."""
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"folder '{name}' does not exist")
     from huggingface_hub import snapshot_download
 
     try:

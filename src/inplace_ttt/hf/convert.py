@@ -1,6 +1,5 @@
 """Checkpoints from Hugging Face's format to ours and back, tensor by tensor."""
 
-import functools
 import json
 import os
 import shutil
@@ -36,29 +35,44 @@ COMPANIONS = (
     "chat_template.json",
 )
 SHARD_BYTES = 10**9
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Advance = Callable[[int], None]  # called with the bytes of each tensor that is done
 
 
 class SafetensorsFolder:
-    """The tensors of a Hugging Face checkpoint, opened without being read."""
+    """The tensors of a Hugging Face checkpoint. Files are mapped into memory only while a tensor is read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.metas: dict[str, Tensor] = {}  # shape and dtype alone
+        self.files: dict[str, str] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                self.files = json.loads(index.read_text())["weight_map"]
+                named = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError) as error:
                 raise UserError(f"'{index}' is damaged ({error}): download it again") from error
-            for name, file in self.files.items():
-                if name not in self._open(file).keys():  # noqa: SIM118 (no dictionary)
-                    raise UserError(f"'{index}' places tensor '{name}' in '{file}', which does not hold it")
         elif (folder / "model.safetensors").is_file():
-            self.files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+            named = None
         else:
             raise UserError(f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json")
+        for file in ["model.safetensors"] if named is None else sorted(set(named.values())):
+            self._look_into(file)
+        for name, file in (named or {}).items():
+            if self.files.get(name) != file:
+                raise UserError(f"'{index}' places tensor '{name}' in '{file}', which does not hold it")
 
-    @functools.cache  # noqa: B019 (lives as long as the conversion)
+    def _look_into(self, file: str) -> None:
+        with self._open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no dictionary)
+                part = tensors.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise UserError(
+                        f"'{self.folder / file}': tensor '{name}' is {part.get_dtype()}: use {', '.join(DTYPES)}"
+                    )
+                self.metas[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+                self.files[name] = file
+
     def _open(self, file: str):
         path = self.folder / file
         if not path.is_file():
@@ -69,13 +83,8 @@ class SafetensorsFolder:
             raise UserError(f"'{path}' is damaged ({error}): download it again") from error
 
     def read(self, name: str) -> Tensor:
-        return self._open(self.files[name]).get_tensor(name)
-
-    def meta(self, name: str) -> Tensor:
-        """Shape and dtype alone."""
-        part = self._open(self.files[name]).get_slice(name)
-        dtype = self._open(self.files[name]).get_slice(name)[:0].dtype
-        return torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        with self._open(self.files[name]) as tensors:
+            return tensors.get_tensor(name)
 
 
 def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size: None) -> Model:
@@ -111,7 +120,7 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
 
 
 def _entry(row: Row, model: Model, tensors: SafetensorsFolder, advance: Advance) -> Entry:
-    metas = [tensors.meta(name) for name in row.theirs]
+    metas = [tensors.metas[name] for name in row.theirs]
     try:
         joined = row.way.join(model, metas)
         back = [tuple(part.shape) for part in row.way.split(model, joined)]

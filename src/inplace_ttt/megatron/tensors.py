@@ -38,7 +38,8 @@ def write_tensors(folder: Path, entries: dict[str, Entry]) -> None:
     """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten."""
     state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     state[COMMON_STATE] = [{}]
-    writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    # a file for each tensor: of a file that holds several, torch keeps all in memory
+    writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_MakeWhenWritten(entries), no_dist=True)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
