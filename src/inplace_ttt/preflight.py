@@ -84,7 +84,7 @@ def kernels() -> Finding:
 
     part = "fast-weight kernels"
     costs = "a TTT layer takes 1.6 to 3.3 times a plain MLP instead of 1.3 to 1.5 (H100, chunk 4096 to 512)"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return Finding(part, State.LACKING, "need a Hopper GPU", costs)
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         return Finding(part, State.LACKING, f"Triton {_version('triton')} has no Gluon", costs)

@@ -114,7 +114,8 @@ class TTTMLP(MLP):
         if torch.is_grad_enabled():
             received = layout.received.pop(self, None)
             return received, received is not None
-        return layout.received.setdefault(self, Received()), False
+        received = layout.received[self] = Received()
+        return received, False
 
     def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> Tensor:
         """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states."""

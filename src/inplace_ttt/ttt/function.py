@@ -86,6 +86,8 @@ def fast_weight_linear(
     plan = make_plan(z.shape[0] * cp_size, chunk_size, documents, cp_size, cp_rank)
     exchange = Exchange(cp_group if cp_size > 1 else None, comm_dtype or state_dtype(z.dtype))
     sweep = _choose_sweep(z, v, chunk_size, eta)
+    if sweep is not chunked.sweep:
+        z, v, weight = _aligned(z), _aligned(v), _aligned(weight)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
     keep = needs_grad and sweep is not chunked.sweep
     if keep:
@@ -98,13 +100,16 @@ def fast_weight_linear(
 
 def _choose_sweep(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> Callable:
     """The kernels' sweep where it can do what is asked, else its twin."""
-    if not z.is_cuda or torch.cuda.get_device_capability(z.device) < (9, 0):
+    if not z.is_cuda:
         return chunked.sweep
-    from inplace_ttt.ttt.kernels import chunk_weights
-
-    reason = chunk_weights.why_unsupported(z, v, chunk_size, eta)
-    if reason is None:
-        return chunk_weights.sweep
+    try:
+        from inplace_ttt.ttt.kernels import chunk_weights
+    except ImportError as error:
+        reason = f"they cannot be loaded ({error})"
+    else:
+        reason = chunk_weights.why_unsupported(z, v, chunk_size, eta)
+        if reason is None:
+            return chunk_weights.sweep
     _say_once(f"fast weights without their kernels, several times slower: {reason}")
     return chunked.sweep
 
@@ -112,6 +117,14 @@ def _choose_sweep(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> Callable
 @functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels' loads want it: rows without gaps, which start at multiples of 16 bytes."""
+    size = tensor.element_size()
+    starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:-1]))
+    fits = tensor.stride(-1) == 1 and not any(start % 16 for start in starts)
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -186,7 +199,7 @@ class _FastWeightLinear(torch.autograd.Function):
     def backward(ctx, g, _):
         z, v, weight, *carries = ctx.saved_tensors
         how, kept, ctx.kept = ctx.how, ctx.kept, None
-        g = g.contiguous()
+        g = _aligned(g.contiguous())
         # Who starts the suffix sums makes those of its first slice first, for others wait for them; they use the time.
         starts = how.exchange.group is not None and how.plan.suffix[0].source is None
         dz = torch.zeros_like(z) if starts else torch.empty_like(z)

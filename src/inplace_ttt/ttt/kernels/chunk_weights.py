@@ -224,6 +224,8 @@ def chunk_weights(
 
 def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | None:
     """What keeps the kernel from these operands; None: nothing."""
+    if torch.cuda.get_device_capability(z.device)[0] != 9:
+        return f"{torch.cuda.get_device_name(z.device)} is no Hopper GPU"
     if z.dtype != torch.bfloat16:
         return f"operands are {z.dtype}, not bfloat16"
     if chunk_size % CHUNK_MULTIPLE:
