@@ -65,7 +65,7 @@ def theirs(request, tmp_path_factory):
     return folder, model
 
 
-def our_logits(imported: str, text, sizes: dict):
+def our_logits(imported: str, text, sizes: dict, ttt: dict | None = None):
     """Logits of all tokens on the last pipeline stage, gathered over the vocabulary."""
     import torch.distributed as dist
     import yaml
@@ -80,7 +80,7 @@ def our_logits(imported: str, text, sizes: dict):
 
     model = yaml.safe_load(Path(f"{imported}/model.yaml").read_text())
     config = tiny_config(
-        {"model": model, "ttt": {"enabled": False}, "data": {"seq_length": len(text)}, "parallel": sizes}
+        {"model": model, "ttt": ttt or {"enabled": False}, "data": {"seq_length": len(text)}, "parallel": sizes}
     )
     groups = runtime.start(config.parallel, 0)
     ours = build_model(config, torch.float32, "local", config.model.vocab_size, groups)

@@ -3,8 +3,16 @@
 from inplace_ttt.config import TTT, Config, Model, RopeScaling, UserError, ttt_layers
 
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+# with fast weights, for the code in modeling_inplace_ttt.py
+PREFIX, CODE = "inplace_ttt_", "modeling_inplace_ttt"
 # keys of the authors' checkpoints: theirs, ours
-TTT_KEYS = {"ttt_chunk": "chunk_size", "ttt_lr": "eta", "ttt_proj": "project", "ttt_target": "target"}
+TTT_KEYS = {
+    "ttt_chunk": "chunk_size",
+    "ttt_lr": "eta",
+    "ttt_proj": "project",
+    "ttt_target": "target",
+    "ttt_conv_kernel": "conv_kernel",
+}
 # what a configuration may say only in one way, for the model has nothing else
 FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
 ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
@@ -12,7 +20,9 @@ ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
 
 def read_model(config: dict, place: str) -> Model:
     """The Model section of a config.json; raises UserError for what the model cannot be."""
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
+    if config.get("ttt_mode"):  # ours, or another code's name for the same model
+        family = next((known for known in FAMILIES if known in family), family)
     if family not in FAMILIES:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
     for key, only in FIXED.items():
@@ -81,7 +91,12 @@ def write_config(config: Config, dtype: str, base: dict | None) -> dict:
         attention_bias=False,
         dtype=dtype,
     )
+    written.pop("auto_map", None)
     if ttt.enabled:
+        name = "InPlaceTTT" + FAMILIES[family]
+        configuration = name.replace("ForCausalLM", "Config")
+        written |= dict(architectures=[name], model_type=PREFIX + family)
+        written["auto_map"] = dict(AutoConfig=f"{CODE}.{configuration}", AutoModelForCausalLM=f"{CODE}.{name}")
         written |= dict(ttt_mode=True, ttt_layers=ttt_layers(ttt, model.num_layers))
         written |= {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}
     return written

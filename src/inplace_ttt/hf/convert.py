@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inplace_ttt.config import TTT, Config, Model, UserError, ttt_layers
-from inplace_ttt.hf.config import read_model, read_ttt, write_config
+from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, damage, whole_checkpoints, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
@@ -150,11 +150,6 @@ def export_checkpoint(
     fault = damage(folder)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
-    if config.ttt.enabled:
-        raise UserError(
-            f"checkpoint '{folder}' has fast weights, whose exported form is not there yet: only models with "
-            f"ttt.enabled=false can be exported"
-        )
     reader, model = TensorReader(folder), config.model
     if model.vocab_size is None:
         raise UserError(f"checkpoint '{folder}': model.vocab_size is not known; its run's config.yaml lacks it")
@@ -166,6 +161,8 @@ def export_checkpoint(
     base_config = _read_json(base / "config.json") if base and (base / "config.json").is_file() else None
     hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config)
     (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    if config.ttt.enabled:
+        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), partial / f"{CODE}.py")
     for name in COMPANIONS:
         if base and (base / name).is_file():
             shutil.copyfile(base / name, partial / name)

@@ -1,0 +1,202 @@
+"""The exported model, in transformers alone, computes what the trained model computes, however it is read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+
+from inplace_ttt.hf import modeling_inplace_ttt as exported
+from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from numerics.test_hf import our_logits, weights
+from ranks import run_ranks
+
+CHUNK = 16
+SMALL = dict(
+    vocab_size=199,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    ttt_layers=[0, 2],
+    ttt_chunk=CHUNK,
+    ttt_lr=0.05,
+)
+QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM
+VARIANTS = {
+    "qwen3": (QWEN3, dict(head_dim=16)),
+    "llama": (LLAMA, {}),
+    "input_embed, no projection": (QWEN3, dict(head_dim=16, ttt_target="input_embed", ttt_proj=False)),
+    "odd kernel": (QWEN3, dict(head_dim=8, ttt_conv_kernel=3)),
+}
+
+
+def build(variant):
+    torch.manual_seed(0)
+    kind, changes = VARIANTS[variant]
+    model = kind(kind.config_class(**SMALL, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "ttt" in name:
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    return build(request.param)
+
+
+def texts(batch, length, seed=0):
+    return torch.randint(0, 199, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(value, reference):
+    return (value - reference).abs().max() <= 1e-5 * reference.abs().max() + 1e-5
+
+
+def test_equals_the_trained_model(model, tmp_path):
+    """Export, import, and Megatron's model: an implementation that shares no line with the exported code."""
+    model.save_pretrained(tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "imported")
+    config, text = model.config, texts(1, 100)
+    ttt = dict(
+        enabled=True,
+        layers=[0, 2],
+        chunk_size=CHUNK,
+        eta=config.ttt_lr,
+        target=config.ttt_target,
+        project=config.ttt_proj,
+        conv_kernel=config.ttt_conv_kernel,
+    )
+    logits = run_ranks(1, our_logits, str(tmp_path / "imported"), text[0].tolist(), {}, ttt)[0]
+    with torch.no_grad():
+        assert close(torch.from_numpy(logits), model(text).logits[0])
+    export_checkpoint(tmp_path / "imported", tmp_path / "back")
+    before, after = weights(tmp_path / "theirs"), weights(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(text).logits, model(text).logits)
+
+
+@torch.no_grad()
+def test_prefill_and_decode_equal_one_forward(model):
+    text = texts(1, 80)
+    whole = model(text).logits
+    for split in range(1, 80):
+        cache = exported.FastWeightCache(config=model.config)
+        parts = [model(text[:, :split], past_key_values=cache, use_cache=True).logits]
+        for place in range(split, min(split + 3, 80)):
+            parts.append(model(text[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
+        if split + 3 < 80:
+            parts.append(model(text[:, split + 3 :], past_key_values=cache, use_cache=True).logits)
+        assert close(torch.cat(parts, dim=1), whole), split
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, side):
+    lengths, width = [70, 33, 16, 1], 70
+    batch, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
+    alone = []
+    for number, length in enumerate(lengths):
+        text = texts(1, length, number)
+        here = slice(width - length, width) if side == "left" else slice(0, length)
+        batch[number, here], mask[number, here] = text[0], 1
+        alone.append(model(text).logits[0])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    for number, reference in enumerate(alone):
+        assert close(logits[number, mask[number].bool()], reference)
+
+
+@torch.no_grad()
+def test_generating_in_a_batch_equals_each_alone(model):
+    lengths = [40, 25, 9]
+    alone = [model.generate(texts(1, n, n), max_new_tokens=30, do_sample=False)[0, n:] for n in lengths]
+    batch, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
+    for number, length in enumerate(lengths):
+        batch[number, 40 - length :], mask[number, 40 - length :] = texts(1, length, length)[0], 1
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=30, do_sample=False)[:, 40:]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    without_cache = model.generate(texts(1, 9, 9), max_new_tokens=30, do_sample=False, use_cache=False)[0, 9:]
+    assert torch.equal(without_cache, alone[2])
+
+
+@torch.no_grad()
+def test_beams_carry_their_own_fast_weights(model):
+    text = texts(2, 20)
+    best = model.generate(text, max_new_tokens=40, num_beams=3, do_sample=False, return_dict_in_generate=True,
+                          output_scores=True)  # fmt: skip
+    for sequence, score in zip(best.sequences, best.sequences_scores, strict=True):
+        logits = model(sequence[None]).logits[0, 19:-1].log_softmax(-1)
+        own = logits.gather(1, sequence[20:, None]).sum() / len(sequence[20:])
+        torch.testing.assert_close(own, score, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_read_once_ask_many_times(model, tmp_path):
+    book, question = texts(1, 75, 1), texts(2, 12, 2)
+    read = model.read(book)
+    read.save(tmp_path / "book.safetensors")
+    loaded = exported.FastWeights.load(tmp_path / "book.safetensors")
+    first = model.generate(question, fast_weights=read, max_new_tokens=20, do_sample=False)
+    assert torch.equal(first, model.generate(question, fast_weights=read, max_new_tokens=20, do_sample=False))
+    assert torch.equal(first, model.generate(question, fast_weights=loaded, max_new_tokens=20, do_sample=False))
+    cold = model(question, past_key_values=exported.FastWeightCache(config=model.config), use_cache=True).logits
+    cache = exported.FastWeightCache(config=model.config, fast_weights=loaded.select([0, 0]))
+    assert (model(question, past_key_values=cache, use_cache=True).logits - cold).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_without_fast_weights_it_is_the_base_model():
+    for variant, base in (("qwen3", Qwen3ForCausalLM), ("llama", LlamaForCausalLM)):
+        kind, changes = VARIANTS[variant]
+        off = kind(kind.config_class(**SMALL, **changes, ttt_mode=False)).eval()
+        plain = base(base.config_class(**{k: v for k, v in (SMALL | changes).items() if "ttt" not in k})).eval()
+        plain.load_state_dict(off.state_dict())
+        text = texts(2, 50)
+        assert torch.equal(off(text).logits, plain(text).logits)
+        assert torch.equal(off.generate(text, max_new_tokens=9, do_sample=False),
+                           plain.generate(text, max_new_tokens=9, do_sample=False))  # fmt: skip
+
+
+def test_gradients_flow_through_the_updates(model):
+    loss = model(texts(1, 60), labels=texts(1, 60)).loss
+    loss.backward()
+    assert all(mlp.ttt_conv.weight.grad.abs().max() > 0 for mlp in model.fast_mlps)
+    model.zero_grad()
+
+
+def test_what_cannot_work_is_refused(model):
+    from transformers import DynamicCache
+
+    with pytest.raises(ValueError, match="need a FastWeightCache"):
+        model(texts(1, 5), past_key_values=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="no place for fast weights"):
+        model.generate(texts(1, 5), cache_implementation="static")
+    with pytest.raises(NotImplementedError, match="cannot unread"):
+        exported.FastWeightCache(config=model.config).crop(3)
+
+
+def test_the_folder_needs_torch_and_transformers_alone(tmp_path):
+    build("qwen3").save_pretrained(tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "imported")
+    export_checkpoint(tmp_path / "imported", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["ttt_mode"] and config["ttt_layers"] == [0, 2] and config["ttt_chunk"] == CHUNK
+    program = (
+        "import sys; sys.modules['inplace_ttt'] = sys.modules['megatron'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "import torch\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True)\n"
+        "print(model.generate(torch.arange(40)[None], max_new_tokens=5, do_sample=False).shape[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path("/"))
+    assert done.returncode == 0 and done.stdout.strip().endswith("45"), done.stderr[-2000:]
