@@ -21,10 +21,10 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console(stderr=True)
     try:
-        from inplace_ttt.hf.convert import export_checkpoint, exported_bytes
+        from inplace_ttt.hf.convert import export_checkpoint
         from inplace_ttt.hf.progress import bytes_bar
 
-        with bytes_bar(console, "exporting", exported_bytes(arguments.checkpoint)) as advance:
+        with bytes_bar(console, "exporting") as advance:
             export_checkpoint(arguments.checkpoint, arguments.output, arguments.base, advance)
     except (UserError, OSError) as error:
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import UserError, one_line
 
 
 def main() -> int:
@@ -26,8 +26,7 @@ def main() -> int:
         from inplace_ttt.hf.convert import import_checkpoint
         from inplace_ttt.hf.progress import bytes_bar
 
-        total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        with bytes_bar(console, "importing", total) as advance:
+        with bytes_bar(console, "importing") as advance:
             model = import_checkpoint(source, arguments.output, advance)
     except (UserError, OSError) as error:
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
@@ -52,8 +51,7 @@ def local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"'{name}' is no folder, and the hub does not give it ({reason})") from error
+        raise UserError(f"'{name}' is no folder, and the hub does not give it ({one_line(error)})") from error
 
 
 if __name__ == "__main__":

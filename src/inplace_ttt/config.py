@@ -17,6 +17,16 @@ class UserError(Exception):
     """Something the user gave cannot work; the message is one sentence that says what would."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, as far as a line holds it."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @dataclass
 class RopeScaling:
     """RoPE scaling as in a Hugging Face config's ``rope_parameters``; keys that a type does not use stay null."""

@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from enum import Enum
 
+from inplace_ttt.config import first_line
+
 
 class State(Enum):
     THERE = "there"
@@ -29,10 +31,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def python() -> Finding:
@@ -65,7 +63,7 @@ def gpus() -> Finding:
     try:
         torch.ones(8, device="cuda").sum().item()
     except RuntimeError as error:
-        return Finding("GPU", State.BROKEN, _first_line(error), f"{found} do not compute")
+        return Finding("GPU", State.BROKEN, first_line(error)[:120], f"{found} do not compute")
     return Finding("GPU", State.THERE, found, "bf16 training")
 
 
@@ -84,21 +82,23 @@ def kernels() -> Finding:
 
     part = "fast-weight kernels"
     costs = "a TTT layer takes 1.6 to 3.3 times a plain MLP instead of 1.3 to 1.5 (H100, chunk 4096 to 512)"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    if not torch.cuda.is_available():
         return Finding(part, State.LACKING, "need a Hopper GPU", costs)
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return Finding(part, State.LACKING, f"Triton {_version('triton')} has no Gluon", costs)
     try:
         from inplace_ttt.ttt import fast_weight_linear, naive
+        from inplace_ttt.ttt.function import why_no_kernels
 
         torch.manual_seed(0)
         shapes = (256, 1, 128), (256, 1, 64), (64, 128)
         operands = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
+        reason = why_no_kernels(*operands[:2], chunk_size=64, eta=0.01)
+        if reason is not None:
+            return Finding(part, State.LACKING, reason, costs)
         out = fast_weight_linear(*operands, eta=0.01, chunk_size=64)
         exact = naive.fast_weight_linear(*(t.double() for t in operands), eta=0.01, chunk_size=64)
         error = ((out.double() - exact).norm() / exact.norm()).item()
     except Exception as error:
-        return Finding(part, State.BROKEN, _first_line(error), "a kernel does not run; is there a C compiler?")
+        return Finding(part, State.BROKEN, first_line(error)[:120], "a kernel does not run; is there a C compiler?")
     if not error < 1e-2:
         return Finding(part, State.BROKEN, f"wrong by {error:.0e}", "do not train on this machine")
     found = f"Triton {_version('triton')}, right to {error:.0e}"
@@ -121,7 +121,7 @@ def transformer_engine() -> Finding:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
-        return Finding(part, State.LACKING, f"{found} does not load: {_first_line(error)}", lack)
+        return Finding(part, State.LACKING, f"{found} does not load: {first_line(error)[:120]}", lack)
     return Finding(
         part, State.THERE, found, "fused norms and linears, cuDNN attention also over context-parallel ranks"
     )

@@ -25,3 +25,10 @@ def operands(seed: int, s: int, b: int, d: int, f: int, dtype=torch.float64) -> 
     generator = torch.Generator().manual_seed(seed)
     shapes = (s, b, f), (s, b, d), (d, f), (s, b, d)
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def with_gradients(function, z, v, weight, g, **options):
+    """The output and the gradients of z, v and weight."""
+    inputs = [tensor.clone().requires_grad_() for tensor in (z, v, weight)]
+    out = function(*inputs, **options)
+    return out, *torch.autograd.grad(out, inputs, g, materialize_grads=True)

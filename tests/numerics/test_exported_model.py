@@ -11,23 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalL
 
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from numerics import test_hf
 from numerics.test_hf import our_logits, weights
 from ranks import run_ranks
 
 CHUNK = 16
-SMALL = dict(
-    vocab_size=199,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.2,
-    ttt_layers=[0, 2],
-    ttt_chunk=CHUNK,
-    ttt_lr=0.05,
-)
+SMALL = test_hf.SMALL | dict(ttt_layers=[0, 2], ttt_chunk=CHUNK, ttt_lr=0.05)
 QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM
 VARIANTS = {
     "qwen3": (QWEN3, dict(head_dim=16)),

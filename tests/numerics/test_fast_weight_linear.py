@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
-from numerics.cases import operands, random_documents, relative_error
-
-
-def with_gradients(function, z, v, weight, g, **options):
-    inputs = [tensor.clone().requires_grad_() for tensor in (z, v, weight)]
-    out = function(*inputs, **options)
-    return out, *torch.autograd.grad(out, inputs, g, materialize_grads=True)
+from numerics.cases import operands, random_documents, relative_error, with_gradients
 
 
 @pytest.mark.parametrize("seed", range(60))

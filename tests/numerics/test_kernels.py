@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.ttt import fast_weight_linear, function, naive
-from numerics.cases import operands, random_documents, relative_error
+from numerics.cases import operands, random_documents, with_gradients
 from ranks import run_ranks
 
 kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
@@ -61,29 +61,22 @@ def worst_error(seeds):
     kernels.chunk_weights = chunk_weights_in_torch
     function._choose_sweep = lambda *_: kernels.sweep
     function._free_bytes = lambda device: 0
-    from parallel.test_prefix_ring import zigzag
+    from parallel.test_prefix_ring import error_of_slices, zigzag
 
     for seed in seeds:
         rng = random.Random(seed)
         s = 128 * size * rng.randint(1, 4) if size > 1 else rng.randint(1, 600)
-        tensors = operands(seed, s, rng.randint(1, 2), rng.choice([4, 300]), 5)
-        z, v, weight, g = tensors
+        z, v, weight, g = operands(seed, s, rng.randint(1, 2), rng.choice([4, 300]), 5)
         options = dict(
             eta=0.01, chunk_size=64, cu_seqlens=random_documents(rng, s, 64 if size > 1 else rng.choice([1, 64]))
         )
-        inputs = [t.clone().requires_grad_() for t in (z, v, weight)]
-        expected = naive.fast_weight_linear(*inputs, **options)
-        expected = expected, *torch.autograd.grad(expected, inputs, g, materialize_grads=True)
+        expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
         kernels.WINDOW_BYTES = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
         keep = dict(keep_chunk_weights=rng.choice([True, False]))
         group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
-        local = [zigzag(t, size, rank).float().requires_grad_() for t in (z, v)] + [weight.float().requires_grad_()]
-        out = fast_weight_linear(*local, **options, **keep, **group)
-        dz, dv, dweight = torch.autograd.grad(out, local, zigzag(g, size, rank).float())
-        dist.all_reduce(dweight)
-        for value, reference in zip((out, dz, dv), expected[:3], strict=True):
-            worst = max(worst, relative_error(value.double(), zigzag(reference, size, rank)))
-        worst = max(worst, relative_error(dweight.double(), expected[3]))
+        local = [t.float() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]
+        values = with_gradients(fast_weight_linear, *local, **options, **keep, **group)
+        worst = max(worst, error_of_slices(values, expected))
     return worst
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import zstandard
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import UserError, one_line
 
 # Whole files that are one document each; other endings are named by the user one by one
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex", ".html")
@@ -74,8 +74,9 @@ def read_hub_dataset(name: str, config: str | None, split: str, text_key: str) -
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"dataset '{name}' (config {config}, split '{split}') cannot be read: {reason}") from error
+        raise UserError(
+            f"dataset '{name}' (config {config}, split '{split}') cannot be read: {one_line(error)}"
+        ) from error
 
 
 def python_packages(max_bytes: int) -> Iterator[str]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import UserError, first_line
 from inplace_ttt.data.batch import Sample
 from inplace_ttt.megatron.indexed import IndexedDataset
 
@@ -102,8 +102,9 @@ def open_indexed(prefix: str) -> IndexedDataset:
         lengths = indexed.sequence_lengths
         needed = int(lengths.sum()) * indexed.index.dtype_size
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"'{prefix}.idx' is not a whole Megatron index ({reason}); prepare the data again") from error
+        raise UserError(
+            f"'{prefix}.idx' is not a whole Megatron index ({first_line(error)}); prepare the data again"
+        ) from error
     size = os.path.getsize(f"{prefix}.bin")
     if size < needed:
         raise UserError(

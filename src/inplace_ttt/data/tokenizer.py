@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -17,9 +17,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         place = "folder" if Path(name).exists() else "folder or Hugging Face name"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"no tokenizer could be loaded from {place} '{name}' ({reason}); "
+            f"no tokenizer could be loaded from {place} '{name}' ({first_line(error)[:200]}); "
             f"give a folder with tokenizer.json, or the name of a model on the hub"
         ) from error
     if tokenizer.eos_token_id is None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import TTT, Config, Model, UserError, ttt_layers
+from inplace_ttt.config import Config, Model, UserError, first_line, ttt_layers
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, damage, whole_checkpoints, write_manifest
@@ -36,7 +36,7 @@ COMPANIONS = (
 )
 SHARD_BYTES = 10**9
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-Advance = Callable[[int], None]  # called with the bytes of each tensor that is done
+Advance = Callable[[int, int], None]  # called with the bytes of each tensor that is done, and with those of all
 
 
 class SafetensorsFolder:
@@ -87,7 +87,7 @@ class SafetensorsFolder:
             return tensors.get_tensor(name)
 
 
-def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size: None) -> Model:
+def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size, total: None) -> Model:
     """Make a checkpoint of ours, for ``checkpoint.load``, from a folder in Hugging Face's format.
 
     Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
@@ -106,9 +106,12 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
         there.discard("lm_head.weight")
     check_names(there, names, f"'{source}'")
 
+    entries = {row.ours: _entry(row, model, tensors) for row in rows}
+    total = sum(entry.nbytes for entry in entries.values())
+
     partial = _fresh(output)
-    write_tensors(partial, {row.ours: _entry(row, model, tensors, advance) for row in rows})
-    (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(_plain(model), sort_keys=False))
+    write_tensors(partial, entries, lambda size: advance(size, total))
+    (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(asdict(model), sort_keys=False))
     (partial / "hf").mkdir()
     for name in ("config.json", *COMPANIONS):
         if (source / name).is_file():
@@ -119,7 +122,7 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     return model
 
 
-def _entry(row: Row, model: Model, tensors: SafetensorsFolder, advance: Advance) -> Entry:
+def _entry(row: Row, model: Model, tensors: SafetensorsFolder) -> Entry:
     metas = [tensors.metas[name] for name in row.theirs]
     try:
         joined = row.way.join(model, metas)
@@ -130,16 +133,15 @@ def _entry(row: Row, model: Model, tensors: SafetensorsFolder, advance: Advance)
         shapes = ", ".join(f"{name} {tuple(meta.shape)}" for name, meta in zip(row.theirs, metas, strict=True))
         raise UserError(f"'{tensors.folder}': {shapes} do not fit its config.json")
 
-    def make() -> Tensor:
-        made = row.way.join(model, [tensors.read(name) for name in row.theirs])
-        advance(made.nbytes)
-        return made
-
-    return Entry(tuple(joined.shape), joined.dtype, make)
+    return Entry(
+        tuple(joined.shape),
+        joined.dtype,
+        make=lambda: row.way.join(model, [tensors.read(name) for name in row.theirs]),
+    )
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, base: Path | None = None, advance: Advance = lambda size: None
+    checkpoint: Path, output: Path, base: Path | None = None, advance: Advance = lambda size, total: None
 ) -> Config:
     """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
 
@@ -173,16 +175,15 @@ def export_checkpoint(
 def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorReader, advance: Advance) -> torch.dtype:
     """Safetensors files of at most SHARD_BYTES (or one tensor), and their index where there is more than one."""
     shards, size = [[]], 0
-    total = 0
+    everything = sum(reader.nbytes(row.ours) for row in rows)
     for row in rows:
-        shape, dtype = reader.shapes[row.ours]
-        nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        nbytes = reader.nbytes(row.ours)
         if size and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(row)
         size += nbytes
-    places = {}
+    places, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
@@ -192,7 +193,7 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
                 tensors[their_name] = part.contiguous()
                 places[their_name] = name
                 total += part.nbytes
-            advance(whole.nbytes)
+            advance(whole.nbytes, everything)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         dtype = next(iter(tensors.values())).dtype
     if len(shards) > 1:
@@ -205,7 +206,7 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
     """(folder with the weights, configuration, folder with what was imported) of whatever the user named."""
     if (checkpoint / "hf" / "config.json").is_file():
         hf_config = _read_json(checkpoint / "hf" / "config.json")
-        config = _config(dict(model=_plain(read_model(hf_config, str(checkpoint))), ttt=_plain(read_ttt(hf_config))))
+        config = _config(dict(model=asdict(read_model(hf_config, str(checkpoint))), ttt=asdict(read_ttt(hf_config))))
         return checkpoint, config, checkpoint / "hf"
     run, folder = checkpoint, checkpoint
     if (checkpoint / "checkpoints").is_dir():
@@ -238,11 +239,7 @@ def _config(values: dict) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), filled, dict(data=dict(seq_length=1)), values)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"config.yaml is not of this version: {str(error).splitlines()[0]}") from error
-
-
-def _plain(section: Model | TTT) -> dict:
-    return asdict(section)
+        raise UserError(f"config.yaml is not of this version: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict:
@@ -262,13 +259,3 @@ def _fresh(output: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
-
-
-def exported_bytes(checkpoint: Path) -> int:
-    """Size of the weights of a checkpoint, for a progress bar."""
-    folder, _, _ = _describe(checkpoint)
-    fault = damage(folder)
-    if fault:
-        raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
-    shapes = TensorReader(folder).shapes.values()
-    return sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for shape, dtype in shapes)

@@ -82,11 +82,10 @@ class FastWeights:
     def load(cls, path: str) -> "FastWeights":
         found = cls()
         with safe_open(path, framework="pt") as file:
-            names = {tuple(map(int, name.split(".")[:2])) for name in file.keys()}  # noqa: SIM118
             present = set(file.keys())
-            for layer, number in sorted(names):
-                read = {key: file.get_tensor(f"{layer}.{number}.{key}") for key in ("count", "update", "z", "u")
-                        if f"{layer}.{number}.{key}" in present}  # fmt: skip
+            for layer, number in sorted({tuple(map(int, name.split(".")[:2])) for name in present}):
+                names = {key: f"{layer}.{number}.{key}" for key in ("count", "update", "z", "u")}
+                read = {key: file.get_tensor(name) for key, name in names.items() if name in present}
                 pending = [(read["z"], read["u"])] if "z" in read else []
                 row = RowState(read.get("update"), None, pending, int(read["count"]))
                 found.layers.setdefault(layer, []).append(row)
@@ -209,7 +208,8 @@ class FastWeightMLP(nn.Module):
 class FastWeightsMixin:
     """Puts fast weights into the MLPs of a causal language model of transformers."""
 
-    def _install(self) -> None:
+    def __init__(self, config):
+        super().__init__(config)
         self.fast_mlps = []
         for layer in self.config.ttt_layers if self.config.ttt_mode else ():
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
@@ -217,6 +217,7 @@ class FastWeightsMixin:
             self.fast_mlps.append(mlp)
         if self.fast_mlps:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.post_init()
 
     def _before(self, model, args, kwargs):
         """Tell the TTT layers what is read; the model's own forward knows nothing of them."""
@@ -268,41 +269,30 @@ class FastWeightsMixin:
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-class InPlaceTTTQwen3Config(Qwen3Config):
+@dataclass
+class FastWeightKeys:
+    """What a config.json says of fast weights."""
+
+    ttt_mode: bool = True
+    ttt_layers: list[int] | None = None
+    ttt_chunk: int = 1024
+    ttt_lr: float = 1.0
+    ttt_proj: bool = True
+    ttt_target: str = "hidden_states"
+    ttt_conv_kernel: int = 5
+
+
+class InPlaceTTTQwen3Config(FastWeightKeys, Qwen3Config):
     model_type = "inplace_ttt_qwen3"
-    ttt_mode: bool = True
-    ttt_layers: list[int] | None = None
-    ttt_chunk: int = 1024
-    ttt_lr: float = 1.0
-    ttt_proj: bool = True
-    ttt_target: str = "hidden_states"
-    ttt_conv_kernel: int = 5
 
 
-class InPlaceTTTLlamaConfig(LlamaConfig):
+class InPlaceTTTLlamaConfig(FastWeightKeys, LlamaConfig):
     model_type = "inplace_ttt_llama"
-    ttt_mode: bool = True
-    ttt_layers: list[int] | None = None
-    ttt_chunk: int = 1024
-    ttt_lr: float = 1.0
-    ttt_proj: bool = True
-    ttt_target: str = "hidden_states"
-    ttt_conv_kernel: int = 5
 
 
 class InPlaceTTTQwen3ForCausalLM(FastWeightsMixin, Qwen3ForCausalLM):
     config_class = InPlaceTTTQwen3Config
 
-    def __init__(self, config):
-        super().__init__(config)
-        self._install()
-        self.post_init()
-
 
 class InPlaceTTTLlamaForCausalLM(FastWeightsMixin, LlamaForCausalLM):
     config_class = InPlaceTTTLlamaConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self._install()
-        self.post_init()

@@ -8,9 +8,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 @contextmanager
-def bytes_bar(console: Console, doing: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over ``total`` bytes; what it gives is called with the bytes that were done."""
+def bytes_bar(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; what it gives is called with the bytes that were done, and with those of all."""
     with Progress(TextColumn(doing), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda size: bar.advance(task, size)
-        bar.update(task, completed=total)
+        task = bar.add_task("", total=None)
+        yield lambda size, total: bar.update(task, advance=size, total=total)

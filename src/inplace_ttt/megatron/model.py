@@ -17,7 +17,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str = "local") -> TransformerConfig:
+def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
     """Megatron's description of the model and of how it runs."""
     model, parallel, train = config.model, config.parallel, config.train
     recompute = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,30 +34,39 @@ class Entry:
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
-def write_tensors(folder: Path, entries: dict[str, Entry]) -> None:
-    """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten."""
+
+def write_tensors(folder: Path, entries: dict[str, Entry], done: Callable[[int], None]) -> None:
+    """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten.
+
+    ``done`` is called with the bytes of each.
+    """
     state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     state[COMMON_STATE] = [{}]
     # a file for each tensor: of a file that holds several, torch keeps all in memory
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
     with _alone():
-        dcp.save(state, storage_writer=writer, planner=_MakeWhenWritten(entries), no_dist=True)
+        dcp.save(state, storage_writer=writer, planner=_MakeWhenWritten(entries, done), no_dist=True)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
 
 
 class _MakeWhenWritten(DefaultSavePlanner):
-    def __init__(self, entries: dict[str, Entry]):
+    def __init__(self, entries: dict[str, Entry], done: Callable[[int], None]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.entries = entries
+        self.entries, self.done = entries, done
 
     def resolve_data(self, write_item):
         name = write_item.index.fqn
         if name not in self.entries:
             return super().resolve_data(write_item)
-        entry, tensor = self.entries[name], self.entries[name].make()
+        entry = self.entries[name]
+        tensor = entry.make()
         if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
             raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, planned {entry.shape} {entry.dtype}")
+        self.done(tensor.nbytes)
         return tensor.contiguous()
 
 
@@ -75,6 +85,10 @@ class TensorReader:
             for name, entry in found.items()
             if hasattr(entry, "size") and not name.startswith(OPTIMIZER)
         }
+
+    def nbytes(self, name: str) -> int:
+        shape, dtype = self.shapes[name]
+        return math.prod(shape) * dtype.itemsize
 
     def read(self, name: str) -> Tensor:
         shape, dtype = self.shapes[name]

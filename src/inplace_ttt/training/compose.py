@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, UserError, first_line
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -39,7 +39,7 @@ def to_config(composed: DictConfig) -> Config:
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from error
+        raise UserError(first_line(error)) from error
 
 
 def _missing(node, prefix: str = "") -> list[str]:
@@ -57,11 +57,6 @@ def _check_recipe(overrides: list[str], recipes: Path) -> None:
             near = difflib.get_close_matches(value, known, n=1)
             hint = f"did you mean recipe={near[0]}? " if near else ""
             raise UserError(f"recipe={value} does not exist; {hint}recipes: {', '.join(known)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _check_keys(overrides: list[str], recipes: Path) -> None:
@@ -100,7 +95,7 @@ def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return re.sub(r"\s+", " ", _first_line(error))
+    return re.sub(r"\s+", " ", first_line(error))
 
 
 def _is_known(key: str, keys: set[str]) -> bool:

@@ -102,16 +102,22 @@ def _choose_sweep(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> Callable
     """The kernels' sweep where it can do what is asked, else its twin."""
     if not z.is_cuda:
         return chunked.sweep
+    reason = why_no_kernels(z, v, chunk_size, eta)
+    if reason is not None:
+        _say_once(f"fast weights without their kernels, several times slower: {reason}")
+        return chunked.sweep
+    from inplace_ttt.ttt.kernels import chunk_weights
+
+    return chunk_weights.sweep
+
+
+def why_no_kernels(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | None:
+    """What keeps the kernels from operands on a GPU; None: nothing."""
     try:
         from inplace_ttt.ttt.kernels import chunk_weights
     except ImportError as error:
-        reason = f"they cannot be loaded ({error})"
-    else:
-        reason = chunk_weights.why_unsupported(z, v, chunk_size, eta)
-        if reason is None:
-            return chunk_weights.sweep
-    _say_once(f"fast weights without their kernels, several times slower: {reason}")
-    return chunked.sweep
+        return f"they cannot be loaded ({error})"
+    return chunk_weights.why_unsupported(z, v, chunk_size, eta)
 
 
 @functools.cache

@@ -23,7 +23,6 @@ class LayoutError(ValueError):
 class Segment:
     """The part of one document that lies in one slice."""
 
-    tokens: Span  # in the rank's local sequence
     chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
     receives: bool  # the sweep comes to this document's tokens in an earlier slice first
     sends: bool  # the sweep goes on with this document in a later slice
@@ -123,8 +122,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
                 stop = min(begin + chunk_size, right)
                 chunks.append((begin - first + offset, stop - first + offset))
                 lengths.append(stop - begin)
-            tokens = (left - first + offset, right - first + offset)
-            segments.append(Segment(tokens, tuple(chunks), receives=start < first, sends=end > last))
+            segments.append(Segment(tuple(chunks), receives=start < first, sends=end > last))
         prefix.append(
             Stop(
                 tuple(segments),
@@ -139,7 +137,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
 
 def _reverse(stop: Stop) -> Stop:
     segments = tuple(
-        Segment(segment.tokens, segment.chunks[::-1], receives=segment.sends, sends=segment.receives)
+        Segment(segment.chunks[::-1], receives=segment.sends, sends=segment.receives)
         for segment in reversed(stop.segments)
     )
     return Stop(segments, source=stop.target, target=stop.source)
