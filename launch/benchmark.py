@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--hidden", type=int, default=2560, help="d (2560, Qwen3-4B's)")
         command.add_argument("--ffn", type=int, default=9728, help="f (9728)")
         command.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
-        command.add_argument("--rounds", type=int, default=7)
+        command.add_argument("--rounds", type=int, default={"layer": 7, "prefix": 15}[name])
     layer, prefix = commands.choices["layer"], commands.choices["prefix"]
     layer.add_argument("--documents", type=int, default=1, help="of equal length in the sequence (1)")
     layer.add_argument(

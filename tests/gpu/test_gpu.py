@@ -1,6 +1,7 @@
 """What the CPU has shown, on one and on two GPUs: the operation, the ring over NCCL, the model."""
 
 import functools
+import random
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from inplace_ttt.ttt import fast_weight_linear, naive
 from inplace_ttt.validation import transformer_engine_available
 from models import train_losses
-from numerics.cases import operands, relative_error
+from numerics.cases import operands, random_documents, relative_error
 from parallel.test_prefix_ring import random_case, zigzag
 from ranks import run_ranks
 
@@ -56,6 +57,38 @@ def test_ring_over_nccl():
     assert max(run_ranks(2, ring_errors, range(40), backend="nccl")) < 1e-12
 
 
+def ring_with_kernels_errors(seeds):
+    """Of bf16 operands over ranks, against the definition in fp64 on one."""
+    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    for seed in seeds:
+        rng = random.Random(seed)
+        chunk_size, d, f = rng.choice([64, 128, 256]), 64 * rng.randint(1, 9), 64 * rng.randint(1, 7)
+        length, b = 2 * size * chunk_size * rng.randint(1, 3), rng.randint(1, 2)
+        bounds = random_documents(rng, length, unit=chunk_size)
+        options = dict(eta=0.01, chunk_size=chunk_size, cu_seqlens=bounds)
+        z, v, weight, g = (t.to(torch.bfloat16) for t in operands(seed, length, b, d, f))
+        whole = [t.double().cuda().requires_grad_() for t in (z, v, weight)]
+        expected = naive.fast_weight_linear(*whole, **options)
+        gradients = torch.autograd.grad(expected, whole, g.double().cuda(), materialize_grads=True)
+        local = [zigzag(t, size, rank).cuda().requires_grad_() for t in (z, v)] + [weight.cuda().requires_grad_()]
+        out = fast_weight_linear(
+            *local, cp_group=dist.group.WORLD, keep_chunk_weights=rng.choice([True, False]), **options
+        )
+        dz, dv, dweight = (
+            t.double() for t in torch.autograd.grad(out, local, zigzag(g, size, rank).cuda(), materialize_grads=True)
+        )
+        dist.all_reduce(dweight)
+        for value, reference in zip((out, dz, dv), (expected, *gradients[:2]), strict=True):
+            worst = max(worst, relative_error(value.double(), zigzag(reference, size, rank)))
+        worst = max(worst, relative_error(dweight, gradients[2]))
+    return worst
+
+
+@two_gpus
+def test_ring_with_kernels():
+    assert max(run_ranks(2, ring_with_kernels_errors, range(60), backend="nccl")) < 1e-2
+
+
 def assert_close(results, expected, bound):
     for (loss, norm), (loss_1, norm_1) in zip(results, expected, strict=True):
         assert abs(loss - loss_1) <= bound * loss_1
@@ -69,6 +102,7 @@ VARIANTS = {
     "one document": [{"data": {"reset_at_documents": False}}],
     "input_embed": [{"ttt": {"target": "input_embed"}}],
     "recompute": [{"train": {"recompute": "full"}}],
+    "recompute without attention": [{"train": {"recompute": "full", "recompute_core_attn": False}}],
 }
 SIZES = {
     "CP2": dict(context_parallel_size=2),

@@ -59,7 +59,7 @@ class Layer:
             values = torch.randn(size, generator=generator, device="cuda") * std
             return values.bfloat16().requires_grad_()
 
-        self.shape = shape
+        self.shape, self.ids = shape, {}
         self.x = normal(shape.tokens, 1, d, std=1.0)
         self.fc1, self.fc2 = normal(2 * f, d, std=d**-0.5), normal(d, f, std=f**-0.5)
         self.conv, self.projection = normal(d, 1, 5, std=0.4), normal(d, d, std=d**-0.5)
@@ -70,8 +70,14 @@ class Layer:
         return F.silu(gate) * up
 
     def target(self, chunk_size: int) -> Tensor:
-        lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds).chunk_lengths
-        return chunk_target(self.x, self.conv, self.projection, chunk_ids(lengths).cuda())
+        return chunk_target(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
+
+    def chunk_ids(self, chunk_size: int) -> Tensor:
+        """One copy for all runs, as all layers of a model share one."""
+        if chunk_size not in self.ids:
+            lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds).chunk_lengths
+            self.ids[chunk_size] = chunk_ids(lengths).cuda()
+        return self.ids[chunk_size]
 
     def plain(self) -> Tensor:
         return F.linear(self.z(), self.fc2)

@@ -44,8 +44,10 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         os.environ.setdefault("MASTER_PORT", "0")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        # Megatron overlaps communication with arithmetic by the order in which kernels are queued
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if parallel.tensor_model_parallel_size > 1:
+            # Megatron overlaps tensor parallelism's communication with products by the order in which they are queued.
+            # Where there is none, streams are better left alone: one waiting in the only queue holds up all others.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -10,8 +10,10 @@ writes g. The W_i are kept from the forward or swept again: the same numbers, fo
 """
 
 import functools
+import itertools
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,7 +35,7 @@ KEPT_SHARE = 0.125
 class Received:
     """The sums that came from other slices in a forward; given to the same forward again, nothing is communicated."""
 
-    carries: list[Tensor] | None = None  # None: no forward has filled it
+    carries: dict[int, Tensor] | None = None  # by stop; None: no forward has filled it
 
 
 def fast_weight_linear(
@@ -66,7 +68,8 @@ def fast_weight_linear(
         cu_seqlens: bounds of the documents in the *whole* sequence, from 0 to its length, the same for every row of
             the batch. None: each row is one document.
         cp_group: context-parallel group of n ranks; this one holds slices r and 2n-1-r of 2n, in that order. Slices
-            must start on chunk boundaries.
+            must start on chunk boundaries. The gradient of weight is to be summed over the group: each rank has that
+            of the documents that start on it.
         comm_dtype: dtype of the sums on the wire; None is the dtype they are summed in.
         keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
             rather than make it a second time there, which costs one product of s d f more. None: where kernels run and
@@ -178,25 +181,25 @@ class _How:
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, v, weight, how: _How, received: Received | None):
-        out, norms, kept = torch.empty_like(v), {}, []
-        known = None if received is None else received.carries
+        out, norms, kept = torch.empty_like(v), {}, defaultdict(list)
+        carries = None if received is None else received.carries
 
-        def note_norm(stop, place, batch, rows, total, carry):
-            if not how.plan.prefix[stop].segments[place].sends:
-                norms[stop, place, batch] = norms.get((stop, place, batch), 0) + total.square().sum()
+        def note_norm(stop, place, batch, rows, total):
+            norms.setdefault((stop, place, batch), []).append(total.square().sum())
 
-        walk = how.prefix(z, v, weight, known=known, room=sys.maxsize if how.keep else None)
-        for batch, rows, window in walk.windows(note_norm if how.with_norms else None):
+        walk = how.prefix(z, v, weight, carries=carries, room=sys.maxsize if how.keep else None)
+        for stop, batch, rows, window in walk.windows(note_norm if how.with_norms else None):
             apply(window, z[:, batch], out[:, batch, rows], transpose=True)
             if how.keep:
-                kept.append((batch, rows, window))
+                kept[stop].append((stop, batch, rows, window))
             del window  # its memory is the next one's
         if received is not None:
             received.carries = walk.carries
-        ctx.save_for_backward(z, v, weight, *walk.carries)
-        ctx.how = how
+        ctx.save_for_backward(z, v, weight, *walk.carries.values())
+        ctx.how, ctx.stops = how, list(walk.carries)
         ctx.kept = kept if how.keep else None  # not as saved tensors: the backward frees them once it has used them
-        norms = torch.stack(list(norms.values())) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
+        norms = [torch.stack(of_blocks).sum() for of_blocks in norms.values()]
+        norms = torch.stack(norms) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
 
@@ -204,36 +207,40 @@ class _FastWeightLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, _):
         z, v, weight, *carries = ctx.saved_tensors
+        carries = dict(zip(ctx.stops, carries, strict=True))
         how, kept, ctx.kept = ctx.how, ctx.kept, None
         g = _aligned(g.contiguous())
-        # Who starts the suffix sums makes those of its first slice first, for others wait for them; they use the time.
-        starts = how.exchange.group is not None and how.plan.suffix[0].source is None
-        dz = torch.zeros_like(z) if starts else torch.empty_like(z)
-        dv = torch.zeros_like(v)
+        dz, dv = torch.empty_like(z), torch.zeros_like(v)
         dweight: dict[int, Tensor] = {}  # by first row
+        # Others wait for the sums of the rank that starts them, which therefore leaves its other slice for later.
+        starts = how.exchange.group is not None and how.plan.suffix[0].source is None
 
         def through_weights(stop: int) -> None:
-            """dz (+)= W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
-            if stop != int(starts):
+            """dz = W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
+            if stop > 0 and not starts:
                 return
+            stops = (1 - stop,) if starts else (0, 1)  # on the walk in the other direction
             if kept is None:
-                windows = how.prefix(z, v, weight, known=carries).windows()
+                windows = how.prefix(z, v, weight, carries=carries, only=stops).windows()
             else:
-                walk.room = sum(weights.nbytes for _, _, (_, weights) in kept)
-                windows = _emptied(kept)
-            for batch, rows, window in windows:
-                apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=starts or rows.start > 0)
+                windows = itertools.chain.from_iterable(_emptied(kept[number]) for number in stops if number in kept)
+            for _, batch, rows, window in windows:
+                apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
                 del window
 
-        def add_up(stop, place, batch, rows, total, carry):
-            own = total if carry is None else total - carry  # the carry is of tokens in other slices
-            dweight[rows.start] = dweight[rows.start] + own if rows.start in dweight else own
+        def add_up(stop, place, batch, rows, total):
+            dweight[rows.start] = dweight[rows.start] + total if rows.start in dweight else total
 
-        walk = how.suffix(z, g, meanwhile=through_weights)
-        for batch, rows, window in walk.windows(add_up):
+        room = None
+        if kept is not None:
+            room = sum(weights.nbytes for _, _, _, (_, weights) in itertools.chain.from_iterable(kept.values()))
+        walk = how.suffix(z, g, meanwhile=through_weights, room=room)
+        for _, batch, rows, window in walk.windows(add_up):
             apply(window, v[:, batch, rows], dz[:, batch], transpose=False, alpha=how.eta, add=True)
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
             del window
+        if not dweight:  # no document begins on this rank
+            return dz, dv, torch.zeros_like(weight), None, None
         dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
         return dz, dv, dweight, None, None
 

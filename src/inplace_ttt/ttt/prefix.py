@@ -6,10 +6,12 @@ at rank n-1, which holds slices n-1 and n, and comes back down (slices n .. 2n-1
 crosses the edge between two slices; where one starts anew, nothing is waited for.
 
 The rows of the state are independent of each other, so it travels in blocks: while one is on the wire, the next is
-computed. Every transfer is a non-blocking send or receive; with NCCL they run on streams of their own. Every rank
-walks stops and blocks in the same order, and sends of a stop are posted before receives of the next, so no two ranks
-ever wait for each other.
+computed. What carries a block from rank to rank is a *wire*: messages (below), or memory that the ranks of one host
+map into each other (``mailbox.py``). Every rank walks stops and blocks in the same order, and sends of a stop are
+posted before receives of the next, so no two ranks ever wait for each other.
 """
+
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,69 +20,148 @@ from torch import Tensor
 from inplace_ttt.ttt.plan import Stop
 
 
+class Wire(Protocol):
+    """Carries numbered blocks between two ranks of a group; ``peer`` is a rank of the group."""
+
+    def expect(self, peer: int, number: int, block: Tensor) -> None:
+        """A block will come that is to be written to this memory."""
+
+    def take(self, peer: int, number: int) -> None:
+        """What is called next sees the block."""
+
+    def send(self, peer: int, number: int, block: Tensor) -> None:
+        """Have a block, which is not to be changed until ``finish``, on its way."""
+
+    def let_go(self) -> None:
+        """Called before large products."""
+
+    def finish(self) -> None:
+        """What is called next may change what was sent."""
+
+
+class Messages:
+    """A wire of non-blocking sends and receives, on any backend; with NCCL they run on streams of their own."""
+
+    def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype):
+        self.group, self.dtype = group, dtype
+        self.expected: dict[int, tuple[Tensor, Tensor, dist.Work]] = {}
+        self.sent: list[tuple[Tensor, dist.Work]] = []
+
+    def expect(self, peer: int, number: int, block: Tensor) -> None:
+        message = block if block.dtype == self.dtype else torch.empty_like(block, dtype=self.dtype)
+        work = dist.irecv(message, dist.get_global_rank(self.group, peer), group=self.group, tag=number)
+        self.expected[number] = block, message, work
+
+    def take(self, peer: int, number: int) -> None:
+        block, message, work = self.expected.pop(number)
+        work.wait()  # with NCCL the current stream waits, not this process
+        if message is not block:
+            block.copy_(message)
+
+    def send(self, peer: int, number: int, block: Tensor) -> None:
+        message = block.to(self.dtype)
+        work = dist.isend(message, dist.get_global_rank(self.group, peer), group=self.group, tag=number)
+        self.sent.append((message, work))
+
+    def let_go(self) -> None:
+        # A product that starts first would keep NCCL, which runs on the same processors, from starting until it ends.
+        if dist.get_backend(self.group) == "nccl":
+            self.finish()
+
+    def finish(self) -> None:
+        for _, work in self.sent:
+            work.wait()
+        self.sent.clear()
+
+
 class PrefixRing:
     """One sweep's exchange: take out the sum that came before a slice, hand in the sum that goes on from it.
 
-    For each stop ``open``, then for each block ``get`` and ``put``, in this order on every rank; at the end ``finish``.
-    Where no stop has a source or a target nothing is exchanged and ``group`` may be None.
+    For each stop ``open``, then for each row of the batch and each block ``get`` and ``put``, in this order on every
+    rank; at the end ``finish``. Where no stop has a source or a target nothing is exchanged and there need be no wire.
     """
 
     def __init__(
         self,
         stops: tuple[Stop, ...],
-        shapes: list[tuple[int, int]],  # (rows, f) of each block
+        blocks: list[slice],  # of the rows
+        shape: tuple[int, int, int],  # (b, d, f)
         *,
-        group: dist.ProcessGroup | None,
+        rank: int,
+        wire: Wire | None,
         dtype: torch.dtype,  # of the sums
-        comm_dtype: torch.dtype,  # on the wire
         device: torch.device,
     ):
-        self.stops, self.shapes, self.group = stops, shapes, group
-        self.dtype, self.comm_dtype, self.device = dtype, comm_dtype, device
-        self.rank = 0 if group is None else group.rank()
-        self.turned: dict[int, Tensor] = {}  # by block: what this rank hands to itself at the turn
-        self.receives: dict[int, tuple[Tensor, dist.Work]] = {}
-        self.sends: list[tuple[Tensor, dist.Work]] = []
+        self.stops, self.blocks, self.shape, self.rank, self.wire = stops, blocks, shape, rank, wire
+        self.options = dict(dtype=dtype, device=device)
+        self.came: dict[int, Tensor] = {}  # by stop: (b, d, f), the sums that it starts from
+        self.goes: dict[int, Tensor] = {}  # by stop: (b, d, f), the sums that the next one starts from
 
     def open(self, stop: int) -> None:
-        """Have all blocks of a stop that come from another rank on their way."""
-        source = self.stops[stop].source
-        if source is None or source == self.rank:
-            return
-        for block, shape in enumerate(self.shapes):
-            buffer = torch.empty(shape, dtype=self.comm_dtype, device=self.device)
-            work = dist.irecv(buffer, dist.get_global_rank(self.group, source), group=self.group, tag=block)
-            self.receives[block] = buffer, work
+        """Have all that a stop receives from another rank on its way, and memory for what it passes on."""
+        source, target = self.stops[stop].source, self.stops[stop].target
+        if target is not None:
+            self.goes[stop] = torch.empty(self.shape, **self.options)
+        if source == self.rank:
+            self.came[stop] = self.goes.pop(stop - 1)
+        elif source is not None:
+            self.came[stop] = torch.empty(self.shape, **self.options)
+            for number, block in self._numbered(self.came[stop]):
+                self.wire.expect(source, number, block)
 
-    def get(self, stop: int, block: int) -> Tensor | None:
+    def get(self, stop: int, batch: int, block: int) -> Tensor | None:
         """(rows, f): the sum over all earlier slices of the document that this slice starts in; None: there is none."""
         source = self.stops[stop].source
         if source is None:
             return None
-        if source == self.rank:
-            return self.turned.pop(block)
-        buffer, work = self.receives.pop(block)
-        work.wait()  # with NCCL the current stream waits, not this process
-        return buffer.to(self.dtype)
+        if source != self.rank:
+            self.wire.take(source, batch * len(self.blocks) + block)
+        return self.came[stop][batch, self.blocks[block]]
 
-    def put(self, stop: int, block: int, running: Tensor) -> None:
-        """Pass on the sum (rows, f) that the next slice starts from; not to be changed until ``finish``."""
+    def going(self, stop: int, batch: int, block: int) -> Tensor | None:
+        """(rows, f): where the sum that the next slice starts from is to be written; None: it starts anew."""
         target = self.stops[stop].target
-        if target == self.rank:
-            self.turned[block] = running
-            return
-        message = running.to(self.comm_dtype).contiguous()
-        work = dist.isend(message, dist.get_global_rank(self.group, target), group=self.group, tag=block)
-        self.sends.append((message, work))
+        if target is None:
+            return None
+        held = self.came[stop + 1] if target == self.rank else self.goes[stop]
+        return held[batch, self.blocks[block]]
+
+    def put(self, stop: int, batch: int, block: int) -> None:
+        """Pass on what was written; it is not to be changed until ``finish``."""
+        target = self.stops[stop].target
+        if target != self.rank:
+            self.wire.send(target, batch * len(self.blocks) + block, self.goes[stop][batch, self.blocks[block]])
 
     def let_go(self) -> None:
-        """Have the device send before it goes on: a large product that starts first would keep the transfer, which
-        runs on the same processors, from starting until it ends."""
-        if self.device.type == "cuda":
-            self.finish()
+        """Have the device send before it goes on."""
+        if self.wire:
+            self.wire.let_go()
 
     def finish(self) -> None:
-        """Wait until everything sent may be forgotten (with NCCL: have the current stream wait)."""
-        for _, work in self.sends:
-            work.wait()
-        self.sends.clear()
+        """Wait until everything sent may be forgotten (on a GPU: have the current stream wait)."""
+        if self.wire:
+            self.wire.finish()
+
+    def _numbered(self, state: Tensor):
+        parts = (rows[block] for rows in state for block in self.blocks)
+        return enumerate(parts)
+
+
+class Replay:
+    """A ring that has been round: the sums that came then, and nothing is exchanged."""
+
+    def __init__(self, came: dict[int, Tensor], blocks: list[slice]):
+        self.came, self.blocks = came, blocks
+
+    def open(self, stop: int) -> None: ...
+
+    def get(self, stop: int, batch: int, block: int) -> Tensor:
+        return self.came[stop][batch, self.blocks[block]]
+
+    def going(self, stop: int, batch: int, block: int) -> None: ...
+
+    def put(self, stop: int, batch: int, block: int) -> None: ...
+
+    def let_go(self) -> None: ...
+
+    def finish(self) -> None: ...

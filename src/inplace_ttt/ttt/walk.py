@@ -1,13 +1,15 @@
 """One way through the slices that a rank holds: sums come in and go out, chunk weights are handed to whoever uses them.
 
 The rows of the state are independent of each other. They are swept in blocks, so that the sum of one block is on its
-way to the next rank while the next block is swept; the chunk weights of all blocks of a slice are then used together,
-where memory has room for them, for products are the faster the larger they are.
+way to the next rank while the next block is swept; the chunk weights of as many blocks as memory has room for are then
+used together, for products are the faster the larger they are.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -15,22 +17,28 @@ from torch import Tensor
 
 from inplace_ttt.ttt import chunked
 from inplace_ttt.ttt.chunked import Window, state_dtype
+from inplace_ttt.ttt.mailbox import mailbox
 from inplace_ttt.ttt.plan import Segment, Stop
-from inplace_ttt.ttt.prefix import PrefixRing
+from inplace_ttt.ttt.prefix import Messages, PrefixRing, Replay, Wire
 
-# Row blocks start at multiples of this where they are large enough: the height of a kernel's tile
+# Row blocks start at multiples of this where they are large enough: the height of a kernel's tile. Else at multiples
+# of 8, 16 bytes of bf16, which the kernel's loads need.
 ROW_MULTIPLE = 128
 
 
-def row_blocks(d: int, cp_size: int) -> list[slice]:
-    """The rows of the state in blocks: one where nothing is exchanged.
-
-    More blocks shorten the wait for the first, which every rank on the way adds to; fewer keep the products large.
-    """
-    count = min({1: 1, 2: 2}.get(cp_size, 4), d)
-    unit = ROW_MULTIPLE if d >= count * ROW_MULTIPLE else 1
+def row_blocks(d: int, count: int) -> list[slice]:
+    """The rows of the state in ``count`` blocks, or fewer where there are not so many."""
+    count = min(count, d)
+    unit = next(unit for unit in (ROW_MULTIPLE, ROW_MULTIPLE // 2, 8, 1) if d >= count * unit)
     edges = [round(d * part / count / unit) * unit for part in range(count)] + [d]
     return [slice(low, high) for low, high in itertools.pairwise(edges)]
+
+
+def _in_groups(count: int, most: int) -> Iterator[range]:
+    """The numbers below ``count`` in as few groups of at most ``most`` as there can be, of nearly one size."""
+    groups = -(-count // most)
+    edges = [-(-count * group // groups) for group in range(groups + 1)]
+    return (range(low, high) for low, high in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,49 @@ class Exchange:
     group: dist.ProcessGroup | None
     comm_dtype: torch.dtype
 
-    @property
-    def size(self) -> int:
-        return 1 if self.group is None else self.group.size()
+    def blocks_and_wire(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Wire | None]:
+        """The row blocks that travel, and by what.
+
+        More blocks shorten the wait for the first, which every rank on the way adds to. Messages take processors from
+        the products beside them, and the more the smaller they are; the copy engines do not.
+        """
+        if self.group is None:
+            return row_blocks(d, 1), None
+        two = self.group.size() == 2
+        blocks = row_blocks(d, 4 if two else 8)
+        numels = tuple(f * (rows.stop - rows.start) for rows in blocks) * b
+        wire = mailbox(self.group, numels, self.comm_dtype, device)
+        if wire is not None:
+            return blocks, wire
+        return row_blocks(d, 2 if two else 4), Messages(self.group, self.comm_dtype)
 
 
-# what a segment's sums ended as: (stop, segment's place in it, batch, rows, total, carry)
-Finished = Callable[[int, int, int, slice, Tensor, Tensor | None], None]
+@lru_cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+class Lanes:
+    """Streams for the sweeps of neighbouring blocks: the next one's first programs fill the processors that the last
+    programs of one leave idle. Without a GPU everything runs where it is called."""
+
+    def __init__(self, device: torch.device):
+        self.streams = _streams(device) if device.type == "cuda" else ()
+        for stream in self.streams:
+            stream.wait_stream(torch.cuda.current_stream())
+
+    def of(self, block: int):
+        """The context in which a block is swept: always the same for the same block."""
+        return torch.cuda.stream(self.streams[block % len(self.streams)]) if self.streams else contextlib.nullcontext()
+
+    def join(self) -> None:
+        """What is called from now on comes after everything in the lanes."""
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+
+# A document's sums are complete: (stop, segment's place in it, batch row, rows, their sum over the whole document)
+Complete = Callable[[int, int, int, slice, Tensor], None]
 
 
 @dataclass
@@ -65,108 +109,122 @@ class Walk:
     sweep: Callable  # chunked.sweep or the kernels'
     room: int | None = None  # bytes that chunk weights may take at a time; None: the kernels' own choice
     meanwhile: Callable[[int], None] | None = None  # called at each stop once its carries are on their way
-    known: Iterable[Tensor] | None = None  # the carries, where an earlier walk received them: nothing is exchanged
-    carries: list[Tensor] = field(default_factory=list)  # what came in, in the order of the walk
+    # by stop, (b, d, f): what it started from. Given, where an earlier walk received them: nothing is exchanged
+    carries: dict[int, Tensor] | None = None
+    only: Collection[int] = (0, 1)  # where nothing is exchanged, stops may be left out
 
-    def windows(self, finished: Finished | None = None) -> Iterator[tuple[int, slice, Window]]:
-        """(batch row, rows of the state, chunks with the weights they see); weights are valid until the next step."""
-        blocks = row_blocks(self.a.shape[2], self.exchange.size)
-        known = None if self.known is None else iter(self.known)
-        ring = self._ring(blocks) if known is None else None
+    def windows(self, complete: Complete | None = None) -> Iterator[tuple[int, int, slice, Window]]:
+        """(stop, batch row, rows of the state, chunks with the weights they see), weights valid until the next step.
+
+        ``complete`` is called where the sweep comes to a document's end.
+        """
+        sums = self._sums()
         for leg in self._legs():
-            for number in leg:
-                if ring:
-                    ring.open(number)
+            for stop in leg:
+                sums.open(stop)
                 if self.meanwhile:
-                    self.meanwhile(number)
+                    self.meanwhile(stop)
+            fit = self._blocks_that_fit(sums.blocks)
             for batch in range(self.a.shape[1]):
-                together = self._together(leg) if len(blocks) > 1 else {}
-                for block, rows in enumerate(blocks):
-                    for number in leg:
-                        for place, segment in self._what_others_wait_for_first(number):
-                            index, carry, total = batch * len(blocks) + block, None, None
-                            if segment.receives:
-                                carry = ring.get(number, index) if ring else next(known)
-                                self.carries.append(carry)
-                            if finished or (ring and segment.sends):
-                                total = self._empty_sum(rows)
-                            yield from self._segment(segment, batch, rows, carry, total, together.get((number, place)))
-                            if ring and segment.sends:
-                                ring.put(number, index, total)
-                            if finished:
-                                finished(number, place, batch, rows, total, carry)
-                if ring:
-                    ring.let_go()
-                for (number, place), weights in together.items():
-                    chunks = self._with_weights(self.stops[number].segments[place])
-                    yield batch, slice(0, self.a.shape[2]), (chunks, weights[: len(chunks)])
-        if ring:
-            ring.finish()
+                if fit:
+                    for blocks in _in_groups(len(sums.blocks), fit):
+                        yield from self._together(sums, leg, batch, blocks, complete)
+                else:
+                    for block in range(len(sums.blocks)):
+                        yield from self._block(sums, leg, batch, block, complete)
+                    sums.let_go()
+        sums.finish()
+        self.carries = sums.came
+
+    def _sums(self) -> PrefixRing | Replay:
+        """What sums come in by and go out by."""
+        b, d, f = *self.a.shape[1:], self.z.shape[2]
+        if self.carries is not None:
+            return Replay(self.carries, [slice(0, d)])
+        blocks, wire = self.exchange.blocks_and_wire(b, d, f, self.z.device)
+        rank = 0 if self.exchange.group is None else self.exchange.group.rank()
+        return PrefixRing(
+            self.stops, blocks, (b, d, f), rank=rank, wire=wire, dtype=state_dtype(self.z.dtype), device=self.z.device
+        )
 
     def _legs(self) -> list[tuple[int, ...]]:
         """The stops in the order of the walk. At the turn, where this rank hands the sums to itself, it makes both of
         its stops block by block, for the next rank waits for the second."""
-        numbers = range(len(self.stops))
+        stops = [stop for stop in range(len(self.stops)) if stop in self.only]
         group = self.exchange.group
         if group is not None and self.stops[0].target == group.rank():
-            return [tuple(numbers)]
-        return [(number,) for number in numbers]
+            return [tuple(stops)]
+        return [(stop,) for stop in stops]
 
-    def _what_others_wait_for_first(self, number: int) -> list[tuple[int, Segment]]:
-        return sorted(enumerate(self.stops[number].segments), key=lambda item: not item[1].sends)
-
-    def _ring(self, blocks: list[slice]) -> PrefixRing:
-        shapes = [(rows.stop - rows.start, self.z.shape[2]) for rows in blocks] * self.a.shape[1]
-        return PrefixRing(
-            self.stops,
-            shapes,
-            group=self.exchange.group,
-            dtype=state_dtype(self.z.dtype),
-            comm_dtype=self.exchange.comm_dtype,
-            device=self.z.device,
-        )
-
-    def _empty_sum(self, rows: slice) -> Tensor:
-        shape = rows.stop - rows.start, self.z.shape[2]
-        return torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
-
-    def _segment(self, segment: Segment, batch: int, rows: slice, carry, total, together: Tensor | None):
-        """Sweep one segment; windows that are to be used together are not handed out yet."""
-        options = dict(total=total, room=self.room)
-        if together is not None:
-            options["out"] = together[:, rows]
-        windows = self.sweep(
-            segment,
-            None if self.base is None else self.base[rows],
-            carry,
-            self.a[:, batch, rows],
-            self.z[:, batch],
-            self.scale,
-            **options,
-        )
-        for window in windows:
-            if together is None:
-                yield batch, rows, window
-            del window  # its memory is the next one's
-
-    def _together(self, leg: tuple[int, ...]) -> dict[tuple[int, int], Tensor]:
-        """By stop and segment, room for the weights of all its chunks and rows; nothing where they do not fit."""
-        if self.sweep is chunked.sweep:
-            return {}
+    def _blocks_that_fit(self, blocks: list[slice]) -> int:
+        """How many blocks' weights, of all chunks of the rank, there is room for at a time; 0 where there is none for
+        one, or nothing to be gained. The same for all legs and all ranks: who waited for more blocks than the rank
+        before it sends at a time would wait for products of that rank."""
+        if self.sweep is chunked.sweep or len(blocks) == 1:
+            return 0
         from inplace_ttt.ttt.kernels.chunk_weights import WINDOW_BYTES, takes
 
-        d, f = self.a.shape[2], self.z.shape[2]
-        counts = {
-            (number, place): len(segment.chunks)
-            for number in leg
-            for place, segment in enumerate(self.stops[number].segments)
-            if takes(segment)
+        segments = [segment for stop in self.stops for segment in stop.segments]
+        if not all(map(takes, segments)):
+            return 0
+        bytes_of_row = self.z.element_size() * self.z.shape[2] * sum(len(segment.chunks) for segment in segments)
+        rows = (WINDOW_BYTES if self.room is None else self.room) // bytes_of_row
+        return min(len(blocks), rows // max(block.stop - block.start for block in blocks))
+
+    def _together(self, sums, leg, batch: int, blocks: range, complete) -> Iterator:
+        """Sweep some blocks and hand out the weights of all of them, segment by segment."""
+        rows = slice(sums.blocks[blocks[0]].start, sums.blocks[blocks[-1]].stop)
+        weights = {
+            (stop, place): self.z.new_empty(len(segment.chunks), rows.stop - rows.start, self.z.shape[2])
+            for stop in leg
+            for place, segment in enumerate(self.stops[stop].segments)
         }
-        if 2 * d * f * sum(counts.values()) > (WINDOW_BYTES if self.room is None else self.room):
-            return {}
-        return {
-            key: torch.empty(count, d, f, dtype=self.z.dtype, device=self.z.device) for key, count in counts.items()
-        }
+        lanes = Lanes(self.z.device)
+        for block in blocks:
+            here = slice(sums.blocks[block].start - rows.start, sums.blocks[block].stop - rows.start)
+            with lanes.of(block):
+                out = {key: of_segment[:, here] for key, of_segment in weights.items()}
+                for _ in self._block(sums, leg, batch, block, complete, out):
+                    pass  # its windows are parts of those below
+        del out
+        lanes.join()
+        sums.let_go()
+        for stop, place in list(weights):
+            chunks = self._with_weights(self.stops[stop].segments[place])
+            yield stop, batch, rows, (chunks, weights.pop((stop, place))[: len(chunks)])
+
+    def _block(self, sums, leg, batch: int, block: int, complete, out: dict | None = None) -> Iterator:
+        """Sweep the rows of one block: sums in, windows (into ``out``, by stop and segment, if given), sums out."""
+        rows = sums.blocks[block]
+        for stop in leg:
+            for place, segment in self._what_others_wait_for_first(stop):
+                carry = sums.get(stop, batch, block) if segment.receives else None
+                total = None
+                if segment.sends:
+                    total = sums.going(stop, batch, block)
+                elif complete:
+                    shape = rows.stop - rows.start, self.z.shape[2]
+                    total = torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
+                for window in self.sweep(
+                    segment,
+                    None if self.base is None else self.base[rows],
+                    carry,
+                    self.a[:, batch, rows],
+                    self.z[:, batch],
+                    self.scale,
+                    total=total,
+                    room=self.room,
+                    **({} if out is None else dict(out=out[stop, place])),
+                ):
+                    yield stop, batch, rows, window
+                    del window  # its memory is the next one's
+                if segment.sends:
+                    sums.put(stop, batch, block)
+                elif complete:
+                    complete(stop, place, batch, rows, total)
+
+    def _what_others_wait_for_first(self, stop: int) -> list[tuple[int, Segment]]:
+        return sorted(enumerate(self.stops[stop].segments), key=lambda item: not item[1].sends)
 
     def _with_weights(self, segment: Segment) -> tuple[tuple[int, int], ...]:
         """The chunks of a segment that see anything, in the order of their tokens."""

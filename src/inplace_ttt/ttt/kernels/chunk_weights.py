@@ -6,6 +6,7 @@ chunk boundary, stores what the state then amounts to in bf16. Per chunk 2 d f b
 would be read and written in fp32 besides. README.md has the derivation and the measurements.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -159,8 +160,13 @@ def _chunk_weights_kernel(
         gl.store(after + r[:, None] * after_stride + c[None, :], state, mask=inside)
 
 
-def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+@functools.cache
+def _layout(*block: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+
+
+def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, list(block), _layout(*block))
 
 
 def chunk_weights(
@@ -196,9 +202,9 @@ def chunk_weights(
     rows, f = a.shape[1], z.shape[1]
     weights = torch.empty(chunks, rows, f, dtype=z.dtype, device=z.device) if out is None else out[:chunks]
     _chunk_weights_kernel[(triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F),)](
-        _descriptor(a, [BLOCK_T, BLOCK_ROWS]),
-        _descriptor(z, [BLOCK_T, BLOCK_F]),
-        _descriptor(weights, [1, BLOCK_ROWS, BLOCK_F]),
+        _descriptor(a, BLOCK_T, BLOCK_ROWS),
+        _descriptor(z, BLOCK_T, BLOCK_F),
+        _descriptor(weights, 1, BLOCK_ROWS, BLOCK_F),
         base,
         before,
         after,

@@ -1,0 +1,168 @@
+"""A wire between GPUs of one host: each rank writes what it sends into memory of the receiver.
+
+A *mailbox* is memory that its owner's neighbours have mapped: the rank before it and the rank after it each have a
+side. Blocks are copied into it by the copy engines and flags are written and waited for by the streams themselves, so
+nothing that is exchanged needs a processor of the GPU: NCCL's transfers are kernels, which wait for products to end
+and hold processors while they wait for each other.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MAX_BLOCKS = 1024  # flags that a side has
+_ARRIVED, _TAKEN = 0, 1  # flags: a block of the neighbour's is there; the neighbour has taken ours out
+
+
+class Mailbox:
+    """The wire. Blocks of one number have one place, and a sender waits until what it put there last was taken out.
+
+    Made by all ranks of the group together; for blocks of one set of sizes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.rank, self.dtype = group.rank(), dtype
+        self.numels = numels
+        self.starts = [sum(numels[:number]) for number in range(len(numels))]
+        side = sum(numels) * dtype.itemsize
+        flags = 2 * 2 * MAX_BLOCKS * 4  # sides x kinds x blocks x bytes
+        offset = -(-2 * side // 16) * 16
+        memory = symmetric_memory.empty(offset + flags, dtype=torch.uint8, device=device)
+        memory.zero_()
+        torch.cuda.synchronize(device)
+        self.handle = symmetric_memory.rendezvous(memory, group)
+        self.handle.barrier()  # nobody's flags are set before they are cleared
+        torch.cuda.synchronize(device)
+
+        def views(peer: int) -> tuple[Tensor, Tensor]:
+            blocks = self.handle.get_buffer(peer, (2, sum(numels)), dtype)
+            numbers = self.handle.get_buffer(peer, (2, 2, MAX_BLOCKS), torch.int32, storage_offset=offset // 4)
+            return blocks, numbers
+
+        neighbours = {peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < group.size()}
+        self.memory = memory
+        self.views = {peer: views(peer) for peer in (self.rank, *neighbours)}
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.expected: dict[tuple[int, int], Tensor] = {}
+        self.sent: list[Tensor] = []
+        self.counts: dict[tuple[str, int, int], int] = {}
+
+    def expect(self, peer: int, number: int, block: Tensor) -> None:
+        self.expected[peer, number] = block
+
+    def take(self, peer: int, number: int) -> None:
+        count = self._count("took", peer, number)
+        stream = torch.cuda.current_stream()
+        _wait_until(stream, self._flag(self.rank, peer, _ARRIVED, number), count)
+        block = self.expected.pop((peer, number))
+        block.copy_(self._place(self.rank, peer, number).view(block.shape))
+        _write(stream, self._flag(peer, self.rank, _TAKEN, number), count)
+
+    def send(self, peer: int, number: int, block: Tensor) -> None:
+        count = self._count("sent", peer, number)
+        message = block.to(self.dtype)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            _wait_until(self.stream, self._flag(self.rank, peer, _TAKEN, number), count - 1)
+            self._place(peer, self.rank, number).view(block.shape).copy_(message)
+            _write(self.stream, self._flag(peer, self.rank, _ARRIVED, number), count)
+        self.sent.append(message)
+
+    def let_go(self) -> None:
+        pass  # products do not keep the copy engines from starting
+
+    def finish(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.sent.clear()
+
+    def _count(self, what: str, peer: int, number: int) -> int:
+        """How often it was done, this time included."""
+        count = self.counts[what, peer, number] = self.counts.get((what, peer, number), 0) + 1
+        return count
+
+    def _place(self, owner: int, sender: int, number: int) -> Tensor:
+        """Where a sender's block lies in its owner's mailbox."""
+        start = self.starts[number]
+        return self.views[owner][0][int(sender > owner), start : start + self.numels[number]]
+
+    def _flag(self, owner: int, writer: int, kind: int, number: int) -> int:
+        """Address of a flag of the owner's that a neighbour writes."""
+        return self.views[owner][1][int(writer > owner), kind, number].data_ptr()
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
+    status = getattr(_driver(), name)(
+        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(0)
+    )
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA driver error {status}")
+
+
+def _wait_until(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Have the stream wait until the number at an address is at least ``value``."""
+    _call("cuStreamWaitValue32_v2", stream, address, value)
+
+
+def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    _call("cuStreamWriteValue32_v2", stream, address, value)
+
+
+_mailboxes: dict[tuple, Mailbox] = {}
+
+
+def mailbox(
+    group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Mailbox | None:
+    """The group's mailbox for blocks of these sizes, made at the first call; None where its ranks cannot have one.
+
+    All ranks of the group call it with the same sizes.
+    """
+    if device.type != "cuda" or len(numels) > MAX_BLOCKS or not _possible(group):
+        return None
+    key = group, numels, dtype
+    if key not in _mailboxes:
+        _mailboxes[key] = Mailbox(group, numels, dtype, device)
+    return _mailboxes[key]
+
+
+@functools.cache
+def _possible(group: dist.ProcessGroup) -> bool:
+    """Whether the ranks of a group are on one host and can map each other's memory; found out together, once."""
+    # What is sent has one receiver: the multicast objects that torch would make besides are of no use here.
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = socket.gethostname(), boot.read_text() if boot.exists() else ""
+    hosts = [None] * group.size()
+    dist.all_gather_object(hosts, host, group=group)
+    if len(set(hosts)) > 1:
+        return False
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        Mailbox(group, (16,), torch.float32, device)
+        failure = None
+    except (RuntimeError, ImportError, OSError, AttributeError) as error:
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    failures = [None] * group.size()
+    dist.all_gather_object(failures, failure, group=group)
+    if any(failures):
+        if group.rank() == 0:
+            reason = next(filter(None, failures))
+            logging.getLogger(__name__).warning(
+                "GPUs of this host cannot map each other's memory, so chunk states go through NCCL: %s", reason
+            )
+        return False
+    return True
