@@ -131,6 +131,7 @@ class Train:
     seed: int = 1234
     precision: str = "auto"  # auto: bf16 with CUDA, fp32 without
     recompute: str = "none"  # none, selective, full
+    recompute_core_attn: bool = True  # of full; false: queries, keys, values and output are kept instead
     recompute_modules: list[str] = field(
         default_factory=lambda: ["core_attn"]
     )  # of selective: core_attn, mlp, layernorm

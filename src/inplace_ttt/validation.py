@@ -106,6 +106,11 @@ def _choices(config: Config) -> None:
             "model.transformer_impl=transformer_engine needs CUDA and the package transformer-engine, which are not "
             "here: use auto or local"
         )
+    if config.train.recompute != "full" and not config.train.recompute_core_attn:
+        raise UserError(
+            f"train.recompute_core_attn=false is about what train.recompute=full leaves out, but train.recompute="
+            f"{config.train.recompute}: set it to full"
+        )
     if config.train.recompute == "selective":
         for module in config.train.recompute_modules:
             _one_of("train.recompute_modules", module, RECOMPUTE_MODULES)

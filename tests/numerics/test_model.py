@@ -36,6 +36,30 @@ def test_recompute_changes_nothing():
     assert run_ranks(1, train_losses, 2, {"train": {"recompute": "full"}})[0] == plain
 
 
+def losses_and_attentions(*changes):
+    """What two steps give, and how often attention is computed in them."""
+    from inplace_ttt.megatron.attention import DocumentAttention
+
+    calls, attend = [], DocumentAttention.attend
+
+    def counted(self, *args):
+        calls.append(self)
+        return attend(self, *args)
+
+    DocumentAttention.attend = counted
+    return train_losses(2, *changes), len(calls)
+
+
+@pytest.mark.parametrize("cp", [1, 2])
+def test_recompute_without_attention_changes_nothing(cp):
+    parallel = {"parallel": {"context_parallel_size": cp}}
+    full = {"recompute": "full"}
+    losses, attentions = run_ranks(cp, losses_and_attentions, parallel)[0]
+    assert run_ranks(cp, losses_and_attentions, parallel, {"train": full})[0] == (losses, 2 * attentions)
+    kept = {"train": full | {"recompute_core_attn": False}}
+    assert run_ranks(cp, losses_and_attentions, parallel, kept)[0] == (losses, attentions)
+
+
 def attention_error(window, documents):
     from types import SimpleNamespace
 

@@ -69,6 +69,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.global_batch_size=3", None),
         ("train.micro_batch_size=4", "train.global_batch_size=2 is not a multiple"),
         ("train.recompute=some", "none, selective, full"),
+        ("train.recompute_core_attn=false", "train.recompute=none: set it to full"),
         ("train.precision=fp8", "auto, bf16, fp32"),
         ("checkpoint.load=/nowhere", "is not a folder"),
         ("checkpoint.keep=0", "use 1 or more"),

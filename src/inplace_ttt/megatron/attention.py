@@ -1,6 +1,9 @@
 """Causal attention inside documents, on any device and under context parallelism, without Transformer Engine.
 
 Keys and values of all context-parallel ranks are gathered (their gradients reduce-scattered); queries stay.
+
+Under full recompute attention may be left out of what is computed a second time: at long context it is most of a
+layer's work, and what its backward needs (queries, keys, values, output) is a fraction of what a layer's would.
 """
 
 from functools import lru_cache
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
 from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, query_spans
@@ -32,6 +36,7 @@ class DocumentAttention(MegatronModule):
         self.cp_group = pg_collection.cp
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.keep = getattr(config, "keep_core_attn", False)  # from the forward, when the layer is recomputed
 
     def forward(
         self,
@@ -43,13 +48,26 @@ class DocumentAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params: SequenceLayout | None = None,
     ) -> Tensor:  # (s, b, heads * channels)
+        layout = packed_seq_params
+        if not (self.training and self.keep):
+            return self.attend(query, key, value, layout)
+        if torch.is_grad_enabled():
+            kept = layout.attention.pop(self, None)  # the recompute of a forward that kept it
+            return self.attend(query, key, value, layout) if kept is None else _Kept.apply(query, key, value, kept)
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+            out = self.attend(*inputs, layout)
+        layout.attention[self] = inputs, out
+        return out.detach()
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
         cp_size = self.cp_group.size()
         if cp_size > 1:
             key, value = (
                 in_sequence_order(gather_from_sequence_parallel_region(t, group=self.cp_group), cp_size)
                 for t in (key, value)
             )
-        documents = packed_seq_params.documents if packed_seq_params is not None else None
+        documents = layout.documents if layout is not None else None
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (b, heads, s, channels)
         if repeats > 1:
@@ -71,6 +89,23 @@ class DocumentAttention(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return {}
+
+
+class _Kept(torch.autograd.Function):
+    """Attention that was computed before, of the same queries, keys and values."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, kept: tuple[list[Tensor], Tensor]) -> Tensor:
+        ctx.kept = kept
+        return kept[1].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        inputs, out = ctx.kept
+        ctx.kept = None
+        torch.autograd.backward(out, grad)
+        return *(tensor.grad for tensor in inputs), None
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> dict:

@@ -13,8 +13,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at a time, in numbers of fp32: 256 MB
-PART_NUMEL = 2**26
+
+def default_part_numel(device: torch.device) -> int:
+    """Logits held at a time, in numbers of fp32: 256 MB, or 1 GB on a GPU, where small products waste it."""
+    return 2**28 if device.type == "cuda" else 2**26
 
 
 def linear_cross_entropy(
@@ -25,7 +27,7 @@ def linear_cross_entropy(
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
-    part_numel: int = PART_NUMEL,
+    part_numel: int | None = None,  # logits held at a time
 ) -> Tensor:  # (2, b, s) fp32
     """-log softmax(hidden W^T)[label] of each token, and 1 where no entry is likelier than the label, else 0.
 
@@ -37,7 +39,12 @@ def linear_cross_entropy(
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     s, b, h = hidden.shape
     loss, correct = _LinearCrossEntropy.apply(
-        hidden.reshape(s * b, h), weight, labels.t().reshape(s * b), vocab_size, tp_group, part_numel
+        hidden.reshape(s * b, h),
+        weight,
+        labels.t().reshape(s * b),
+        vocab_size,
+        tp_group,
+        part_numel or default_part_numel(hidden.device),
     )
     return torch.stack([loss.view(s, b).t(), correct.view(s, b).t()])
 
@@ -53,11 +60,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         log_sum, picked, best = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
         for start in range(0, labels.shape[0], rows):
-            part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, here)
-            log_sum[part] = torch.logsumexp(logits, dim=-1)
-            best[part] = logits.amax(dim=-1)
-            picked[part] = logits.gather(1, column[part, None]).squeeze(1) if here > 0 else 0.0
+            tokens = slice(start, start + rows)
+            logits = _logits(hidden[tokens], weight, here)
+            picked[tokens] = logits.gather(1, column[tokens, None]).squeeze(1) if here > 0 else 0.0
+            best[tokens] = logits.amax(dim=-1)
+            # exp in place: torch.logsumexp would hold the logits twice
+            shift = best[tokens, None].clamp(min=-torch.finfo(torch.float32).max)  # all padding: -inf less it is 0
+            log_sum[tokens] = logits.sub_(shift).exp_().sum(dim=-1).log_().add_(shift.squeeze(1))
         picked = torch.where(mine, picked, 0.0)
         if group.size() > 1:
             top = log_sum.clone()
@@ -80,19 +89,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, grad.shape[0], ctx.rows):
-            part = slice(start, start + ctx.rows)
-            softmax = _logits(hidden[part], weight, ctx.here).sub_(log_sum[part, None]).exp_()
+            tokens = slice(start, start + ctx.rows)
+            softmax = _logits(hidden[tokens], weight, ctx.here).sub_(log_sum[tokens, None]).exp_()
             if ctx.here > 0:
-                softmax.scatter_add_(1, column[part, None], -mine[part, None].float())
-            dlogits = softmax.mul_(grad[part, None]).to(hidden.dtype)
-            dhidden[part] = dlogits @ weight
-            dweight += dlogits.t() @ hidden[part]
+                softmax.scatter_add_(1, column[tokens, None], -mine[tokens, None].float())
+            dlogits = softmax.mul_(grad[tokens, None]).to(hidden.dtype)
+            del softmax
+            dhidden[tokens] = dlogits @ weight
+            dweight += _product(dlogits.t(), hidden[tokens])
         return dhidden, dweight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
     """(tokens, vocabulary / TP) fp32, -inf where the vocabulary is padding."""
-    logits = (hidden @ weight.t()).float()
+    logits = _product(hidden, weight.t())
     if here < weight.shape[0]:
         logits[:, max(here, 0) :] = -torch.inf
     return logits
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """fp32, not rounded on the way where the device can."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()

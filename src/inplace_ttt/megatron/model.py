@@ -27,7 +27,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         recompute = dict(recompute_granularity="selective", recompute_modules=list(train.recompute_modules))
     on_gpu = torch.cuda.is_available()
     fused = transformer_impl == "transformer_engine"
-    return TransformerConfig(
+    megatron_config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -56,12 +56,27 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu,  # compiled
         gradient_accumulation_fusion=False,  # needs apex, or see build_model
-        apply_rope_fusion=fused and config.model.rope_scaling.rope_type != "yarn",  # which scales cos and sin
+        apply_rope_fusion=fused,
+        softmax_scale=_softmax_scale(config),
         bias_dropout_fusion=False,  # there is neither
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute,
     )
+    megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # ours
+    return megatron_config
+
+
+def _softmax_scale(config: Config) -> float:
+    """YaRN's attention factor multiplies queries and keys; here it is in the scale of their product instead, for
+    fused rotary embeddings know no factor."""
+    _, attention_factor = model_rope(config)
+    return attention_factor**2 * config.model.kv_channels**-0.5
+
+
+def model_rope(config: Config) -> tuple[Tensor, float]:
+    """Inverse frequencies and attention factor of a configuration's model."""
+    return rope_frequencies(config.model, config.model.max_position_embeddings or config.data.seq_length)
 
 
 class TTTGPTModel(GPTModel):
@@ -86,12 +101,7 @@ class TTTGPTModel(GPTModel):
             pg_collection=pg_collection,
         )
         self.true_vocab_size = vocab_size
-        inv_freq, attention_factor = rope_frequencies(
-            config.model, config.model.max_position_embeddings or config.data.seq_length
-        )
-        self.rope = RotaryEmbedding(inv_freq.to(next(self.parameters()).device))
-        for layer in self.decoder.layers:
-            layer.self_attention._yarn_concentration_factor = attention_factor
+        self.rope = RotaryEmbedding(model_rope(config)[0].to(next(self.parameters()).device))
         self.carries_input_embed = bool(ttt_layers(config.ttt, config.model.num_layers)) and (
             config.ttt.target == "input_embed"
         )

@@ -11,6 +11,7 @@ import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
 
 from inplace_ttt.megatron.attention import DocumentAttention
 from inplace_ttt.megatron.layout import SequenceLayout
@@ -31,15 +32,15 @@ class TEDocumentAttention(DocumentAttention):
             pg_collection=kwargs["pg_collection"],
         )
 
-    def forward(self, query, key, value, attention_mask=None, packed_seq_params: SequenceLayout | None = None, **_):
-        documents = packed_seq_params.documents if packed_seq_params is not None else None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
+        documents = layout.documents if layout is not None else None
         split = self.cp_group.size() > 1
         if query.dtype == torch.float32 or (split and (documents is not None or self.window is not None)):
-            return super().forward(query, key, value, packed_seq_params=packed_seq_params)
+            return super().attend(query, key, value, layout)
         if documents is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
         tokens = [t.squeeze(1) for t in (query, key, value)]  # a packed micro batch is one row
-        out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(packed_seq_params, query.device))
+        out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(layout, query.device))
         return out.reshape(query.shape[0], 1, -1)
 
 
