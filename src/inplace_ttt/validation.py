@@ -233,4 +233,7 @@ def _numbers(config: Config) -> None:
         if not source.weight > 0:
             raise UserError(f"data.sources gives '{source.path}' the weight {source.weight}: use a number above 0")
     if checkpoint.load is not None and not os.path.isdir(checkpoint.load):
-        raise UserError(f"checkpoint.load='{checkpoint.load}' is not a folder: name a run's checkpoints/step_N folder")
+        raise UserError(
+            f"checkpoint.load='{checkpoint.load}' is not a folder: name a run, one of its checkpoints, or what "
+            "launch/import_hf.py made"
+        )

@@ -1,24 +1,37 @@
 """Floating-point operations of a model, as the field counts them: a multiply and an add are two."""
 
+from dataclasses import dataclass
+
 from inplace_ttt.config import Config, ttt_layers
 
 
-def training_flops_per_sequence(config: Config) -> float:
-    """Forward and backward of one sequence; causal attention counted once, nothing for recompute.
+@dataclass(frozen=True)
+class Flops:
+    """Of the forward of one sequence."""
 
-    The backward is twice the forward everywhere but in what fast weights add: update and its gradients are three
-    products of s d f, and the projection of the targets three of s d d.
-    """
+    layers: float  # products with weights in the layers
+    attention: float  # causal, counted once
+    logits: float
+    fast: float  # what fast weights add: the updates and the projection of the targets
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, nothing for recompute. The backward is twice the forward everywhere: of fast weights
+        update and its gradients are three products of s d f, and the projection three of s d d."""
+        return 3 * (self.layers + self.attention + self.logits + self.fast)
+
+
+def forward_flops(config: Config) -> Flops:
     model, s = config.model, config.data.seq_length
     d, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
-    projections = 2 * s * d * (2 * heads + 2 * groups)
     seen = s if model.sliding_window is None else min(s, 2 * model.sliding_window)
-    attention = 2 * 2 * s * (seen / 2) * heads
-    mlp = 3 * 2 * s * d * f
-    logits = 2 * s * d * (model.vocab_size or 0)
-    fast = len(ttt_layers(config.ttt, model.num_layers)) * 2 * s * d * (f + (d if config.ttt.project else 0))
-    return 3 * (model.num_layers * (projections + attention + mlp) + logits + fast)
+    return Flops(
+        layers=model.num_layers * (2 * s * d * (2 * heads + 2 * groups) + 3 * 2 * s * d * f),
+        attention=model.num_layers * 2 * 2 * s * (seen / 2) * heads,
+        logits=2 * s * d * (model.vocab_size or 0),
+        fast=len(ttt_layers(config.ttt, model.num_layers)) * 2 * s * d * (f + (d if config.ttt.project else 0)),
+    )
 
 
 def peak_flops(device_name: str) -> float | None:

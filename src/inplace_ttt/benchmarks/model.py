@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from inplace_ttt.benchmarks.flops import peak_flops, training_flops_per_sequence
+from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.megatron import runtime
@@ -73,7 +73,7 @@ def measure(config: Config, rounds: int, steps: int) -> list[dict]:
     records = []
     for name, variant in configs.items():
         seconds = statistics.median(times[name])
-        flops = training_flops_per_sequence(variant) * config.train.global_batch_size
+        flops = forward_flops(variant).training * config.train.global_batch_size
         records.append(
             dict(
                 ttt=name,

@@ -18,7 +18,7 @@ from torch import Tensor
 from inplace_ttt.config import Config, Model, UserError, first_line, ttt_layers
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
-from inplace_ttt.megatron.checkpoint import Progress, damage, whole_checkpoints, write_manifest
+from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in, damage, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
 
 # What comes along unchanged: the tokenizer and how to generate
@@ -208,14 +208,8 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
         hf_config = _read_json(checkpoint / "hf" / "config.json")
         config = _config(dict(model=asdict(read_model(hf_config, str(checkpoint))), ttt=asdict(read_ttt(hf_config))))
         return checkpoint, config, checkpoint / "hf"
-    run, folder = checkpoint, checkpoint
-    if (checkpoint / "checkpoints").is_dir():
-        whole, faults = whole_checkpoints(checkpoint / "checkpoints")
-        if not whole:
-            raise UserError(f"run '{checkpoint}' has no whole checkpoint{': ' + faults[0] if faults else ''}")
-        folder = whole[0]
-    else:
-        run = checkpoint.parent.parent
+    folder = checkpoint_in(checkpoint)
+    run = folder.parent.parent
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"'{checkpoint}' is no run, no checkpoint of a run and no imported checkpoint: there is no "
@@ -226,8 +220,16 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
 
 
 def _companions_of(config: Config) -> Path | None:
-    """Where a run's tokenizer and generation config lie: with what it was imported from, or with its data."""
-    candidates = [Path(config.checkpoint.load) / "hf"] if config.checkpoint.load else []
+    """Where a run's tokenizer and generation config lie: with what it or the run before it was imported as, or with
+    its data."""
+    candidates = []
+    if config.checkpoint.load:
+        load = Path(config.checkpoint.load)
+        candidates.append(load / "hf")
+        before = next((run for run in (load, load.parent.parent) if (run / "config.yaml").is_file()), None)
+        if before:
+            earlier = _companions_of(_config(yaml.safe_load((before / "config.yaml").read_text())))
+            candidates += [earlier] if earlier else []
     candidates += [Path(config.data.tokenizer)] if config.data.tokenizer else []
     candidates += [Path(f"{source.path}.tokenizer") for source in config.data.sources[:1]]
     return next((folder for folder in candidates if folder.is_dir()), None)

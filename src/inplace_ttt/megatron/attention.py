@@ -62,11 +62,7 @@ class DocumentAttention(MegatronModule):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
         cp_size = self.cp_group.size()
-        if cp_size > 1:
-            key, value = (
-                in_sequence_order(gather_from_sequence_parallel_region(t, group=self.cp_group), cp_size)
-                for t in (key, value)
-            )
+        key, value = self.gather(key), self.gather(value)
         documents = layout.documents if layout is not None else None
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (b, heads, s, channels)
@@ -86,6 +82,13 @@ class DocumentAttention(MegatronModule):
             )
         out = torch.cat(outputs, dim=2)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Keys or values of the whole sequence, in its order."""
+        if self.cp_group.size() == 1:
+            return tensor
+        gathered = gather_from_sequence_parallel_region(tensor, group=self.cp_group)
+        return in_sequence_order(gathered, self.cp_group.size())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return {}

@@ -71,6 +71,16 @@ def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
     return [path for path in names if faults[path] is None], [fault for fault in faults.values() if fault]
 
 
+def checkpoint_in(folder: Path) -> Path:
+    """The folder itself, or the last whole checkpoint of the run that it is. Raises UserError where it has none."""
+    if not (folder / "checkpoints").is_dir():
+        return folder
+    whole, faults = whole_checkpoints(folder / "checkpoints")
+    if not whole:
+        raise UserError(f"run '{folder}' has no whole checkpoint{': ' + faults[0] if faults else ''}")
+    return whole[0]
+
+
 def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / "run.json").read_text()))
 
@@ -165,10 +175,12 @@ class Checkpointer:
         return read_progress(folder)
 
     def load_weights(self, folder: Path) -> list[str]:
-        """Start from a checkpoint's weights alone; the names of new parameters that it lacks, which stay as they are.
+        """Start from the weights alone of a checkpoint, or of a run's last one; the names of new parameters that it
+        lacks, which stay as they are.
 
         Raises UserError naming any other tensor that is missing or has another shape.
         """
+        folder = checkpoint_in(folder)
         fault = damage(folder)
         if fault:
             raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")

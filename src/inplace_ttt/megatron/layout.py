@@ -89,3 +89,18 @@ def query_spans(
                 spans.append(QuerySpan(local, slice(oldest, stop)))
         base += last - first
     return tuple(spans)
+
+
+@lru_cache(maxsize=64)
+def query_runs(
+    seq_length: int, documents: tuple[int, ...] | None, cp_size: int, cp_rank: int
+) -> tuple[tuple[QuerySpan, ...], ...]:
+    """The query spans in runs whose queries, and whose keys, lie one after the other."""
+    runs = []
+    for span in query_spans(seq_length, documents, cp_size, cp_rank, None):
+        last = runs[-1][-1] if runs else None
+        if last and (last.local.stop, last.keys.stop) == (span.local.start, span.keys.start):
+            runs[-1].append(span)
+        else:
+            runs.append([span])
+    return tuple(map(tuple, runs))

@@ -2,7 +2,8 @@
 
 Transformer Engine cuts packed sequences per document under context parallelism, and this project cuts the whole
 sequence, so that chunks stay whole: packed samples with context parallelism gather keys and values instead, and so
-do sliding windows. fp32 has no fused kernel.
+do sliding windows. Queries of a slice and the keys they may see are then sequences of different length whose ends
+meet, which its kernels know. fp32 has no fused kernel.
 """
 
 import itertools
@@ -12,9 +13,10 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from transformer_engine.pytorch import DotProductAttention
 
 from inplace_ttt.megatron.attention import DocumentAttention
-from inplace_ttt.megatron.layout import SequenceLayout
+from inplace_ttt.megatron.layout import SequenceLayout, query_runs
 
 
 class TEDocumentAttention(DocumentAttention):
@@ -31,17 +33,62 @@ class TEDocumentAttention(DocumentAttention):
             cp_comm_type=kwargs.get("cp_comm_type"),
             pg_collection=kwargs["pg_collection"],
         )
+        tp_size = kwargs["pg_collection"].tp.size()
+        self.of_documents = DotProductAttention(
+            config.num_attention_heads // tp_size,
+            config.kv_channels,
+            num_gqa_groups=config.num_query_groups // tp_size,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            window_size=config.window_size,
+            softmax_scale=self.scale,
+            layer_number=layer_number,
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
         documents = layout.documents if layout is not None else None
-        split = self.cp_group.size() > 1
-        if query.dtype == torch.float32 or (split and (documents is not None or self.window is not None)):
+        rows, split = query.shape[1], self.cp_group.size() > 1
+        gathered = split and (documents is not None or self.window is not None)
+        if query.dtype == torch.float32 or (gathered and rows > 1):
             return super().attend(query, key, value, layout)
+        if gathered:
+            return self._with_gathered_keys(query, key, value, layout)
         if documents is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
         tokens = [t.squeeze(1) for t in (query, key, value)]  # a packed micro batch is one row
         out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(layout, query.device))
         return out.reshape(query.shape[0], 1, -1)
+
+    def _with_gathered_keys(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+        key, value = self.gather(key), self.gather(value)
+        outputs = []
+        for number, run in enumerate(
+            query_runs(key.shape[0], layout.documents, self.cp_group.size(), self.cp_group.rank())
+        ):
+            local, keys = (
+                slice(getattr(run[0], name).start, getattr(run[-1], name).stop) for name in ("local", "keys")
+            )
+            bounds = {}
+            for name in ("local", "keys"):
+                lengths = [getattr(span, name).stop - getattr(span, name).start for span in run]
+                cumulated = list(itertools.accumulate(lengths, initial=0))
+                on_device = layout.on_device(
+                    (name, number), lambda c=cumulated: torch.tensor(c, dtype=torch.int32), query.device
+                )
+                bounds[name] = on_device, max(lengths)
+            outputs.append(
+                self.of_documents(
+                    query[local, 0],
+                    key[keys, 0],
+                    value[keys, 0],
+                    cu_seqlens_q=bounds["local"][0],
+                    cu_seqlens_kv=bounds["keys"][0],
+                    max_seqlen_q=bounds["local"][1],
+                    max_seqlen_kv=bounds["keys"][1],
+                )
+            )
+        return torch.cat(outputs)[:, None]
 
 
 def _packed(layout: SequenceLayout, device: torch.device) -> PackedSeqParams:

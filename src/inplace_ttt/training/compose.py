@@ -14,6 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from inplace_ttt.config import Config, UserError, first_line
 
 ConfigStore.instance().store(name="schema", node=Config)
+# for parallel layouts that follow the length of the samples
+OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=True)
 
 
 def compose_config(overrides: list[str], recipes: Path) -> DictConfig:

@@ -1,0 +1,248 @@
+"""What a run needs before it is started: memory of each part on the fullest GPU, the work of a step, its time.
+
+Memory is counted tensor by tensor as the training code holds it; time is FLOPs over what such products and such
+attention were seen to reach (README, "On a GPU node"). Transformer Engine layers in bf16 are assumed.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
+from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.validation import validate
+
+GIB = 2**30
+# Bytes of a number: weights and activations bf16, gradients and the optimizer's three numbers fp32
+WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+# Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
+OUTSIDE_TORCH = 2.5 * GIB
+# Share of torch's allocations that it holds and cannot use, for blocks do not fit
+FRAGMENTED = 0.03
+# Shares of the peak that products and attention reach (of attention's backward too, and of its forward alone), and
+# the time of all else on top of theirs
+PRODUCTS, ATTENTION, ATTENTION_FORWARD, REST = 0.66, 0.475, 0.6, 0.12
+# A TTT layer's fast weights take this much longer than their FLOPs at the rate of products
+FAST_WEIGHTS = 1.1
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory: float  # bytes that a process can have
+
+    @property
+    def peak(self) -> float:
+        return peak_flops(self.name)
+
+
+GPUS = {gpu.name: gpu for gpu in (Gpu("H100", 78.5 * GIB), Gpu("H200", 139.0 * GIB), Gpu("A100", 78.5 * GIB))}
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of the model and of a sample one GPU has."""
+
+    config: Config
+    world: int
+
+    @property
+    def tp(self) -> int:
+        return self.config.parallel.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.config.parallel.pipeline_model_parallel_size
+
+    @property
+    def cp(self) -> int:
+        return self.config.parallel.context_parallel_size
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro batch."""
+        return self.config.data.seq_length * self.config.train.micro_batch_size // self.cp
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step."""
+        return self.config.train.global_batch_size // (self.dp * self.config.train.micro_batch_size)
+
+    def layers(self, stage: int) -> range:
+        count = self.config.model.num_layers // self.pp
+        return range(stage * count, (stage + 1) * count)
+
+    def fast_layers(self, stage: int) -> int:
+        chosen = ttt_layers(self.config.ttt, self.config.model.num_layers)
+        return sum(layer in self.layers(stage) for layer in chosen)
+
+    def parameters(self, stage: int) -> int:
+        """On one GPU of a pipeline stage."""
+        model, ttt = self.config.model, self.config.ttt
+        d, f, channels = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+        queries, keys = model.num_attention_heads * channels, model.num_query_groups * channels
+        split = d * (2 * queries + 2 * keys + 3 * f)
+        whole = 2 * d + 2 * channels * model.qk_layernorm
+        fast = d * ttt.conv_kernel + d * d * ttt.project
+        ends = (stage == 0) + (stage == self.pp - 1)  # embedding and output
+        if self.pp == 1 and model.tie_word_embeddings:
+            ends = 1
+        vocabulary = -(-(model.vocab_size or 0) // 128) * 128
+        layers = len(self.layers(stage))
+        return int(
+            layers * (split / self.tp + whole)
+            + self.fast_layers(stage) * fast
+            + ends * vocabulary * d / self.tp
+            + (stage == self.pp - 1) * d
+        )
+
+
+def memory(config: Config, world: int, gpu: Gpu) -> dict[str, float]:
+    """Bytes of each part on a GPU of the fullest pipeline stage."""
+    share = Share(config, world)
+    return max((_stage_memory(share, stage, gpu) for stage in range(share.pp)), key=lambda parts: sum(parts.values()))
+
+
+def _stage_memory(share: Share, stage: int, gpu: Gpu) -> dict[str, float]:
+    config, parameters = share.config, share.parameters(stage)
+    shards = share.dp * share.cp if config.parallel.use_distributed_optimizer else 1
+    parts = {
+        "weights": WEIGHT * parameters,
+        "gradients": GRADIENT * parameters,
+        "optimizer": OPTIMIZER * parameters / shards,
+    }
+    in_flight = min(share.pp - stage, share.micro_batches)
+    layers, fast = len(share.layers(stage)), share.fast_layers(stage)
+    parts["states of the ring"] = _ring(share, fast, in_flight)
+    sizes = _Activations(share)
+    kept = sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast
+    parts["activations"] = kept * in_flight
+    at_work = sizes.at_work
+    if fast:
+        free = gpu.memory - OUTSIDE_TORCH - sum(parts.values()) - at_work
+        at_work += sizes.fast_at_work(free)
+    logits = _logits(share) if stage == share.pp - 1 else 0.0
+    # the loss is over before a layer's backward begins
+    parts["a layer at work"] = at_work
+    parts["logits"] = max(0.0, logits - at_work)
+    parts["fragmented"] = FRAGMENTED * sum(parts.values())
+    parts["outside torch"] = OUTSIDE_TORCH
+    return parts
+
+
+def allocated(parts: dict[str, float]) -> float:
+    """What torch reports as its peak (``peak_memory_gib`` of metrics.jsonl), in bytes."""
+    return sum(size for name, size in parts.items() if name not in ("fragmented", "outside torch"))
+
+
+class _Activations:
+    """Bytes that a micro batch takes in a layer of one GPU."""
+
+    def __init__(self, share: Share):
+        config, t, tp = share.config, share.tokens, share.tp
+        model, train = config.model, config.train
+        queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+        hidden = 2 * model.hidden_size * t / (tp if config.parallel.sequence_parallel else 1)
+        self.whole_hidden = 2 * model.hidden_size * t
+        self.z = 2 * model.ffn_hidden_size * t / tp
+        attention = 2 * t * (2 * queries + 2 * keys) / tp + 4 * t * model.num_attention_heads / tp  # q, k, v, out, lse
+        before_attention = 2 * hidden + 2 * t * (queries + keys) / tp  # input, its norm, q and k before theirs
+        mlp = 2 * hidden + 3 * self.z  # input, its norm, gate and up, their product
+        fast = self.whole_hidden  # targets
+        self.share = share
+        saved = before_attention + attention + mlp
+        if train.recompute == "full":
+            self.kept_plain = hidden + (0 if train.recompute_core_attn else attention)
+            self.kept_fast = self.kept_plain
+            self.at_work = saved + 3 * self.z + 2 * hidden  # gradients of gate, up and their product
+        else:
+            recomputed = set(train.recompute_modules) if train.recompute == "selective" else set()
+            self.kept_plain = saved - ("mlp" in recomputed) * 3 * self.z - ("layernorm" in recomputed) * 2 * hidden
+            self.kept_fast = self.kept_plain + ("mlp" not in recomputed) * (fast + self._chunk_weights())
+            self.at_work = 3 * self.z + 2 * hidden + ("mlp" in recomputed) * 3 * self.z
+
+    def _chunk_weights(self) -> float:
+        """bf16, of all chunks of a micro batch."""
+        config = self.share.config
+        chunks = math.ceil(self.share.tokens / config.ttt.chunk_size)
+        return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp * chunks
+
+    def fast_at_work(self, free: float) -> float:
+        """What a TTT layer's recompute and backward hold beyond a plain one's."""
+        config, weights = self.share.config, self._chunk_weights()
+        keep = config.ttt.keep_chunk_weights
+        if keep is None:
+            keep = weights <= free / 8
+        state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp
+        # targets and their gradient; sums on their way. The gradients of gate and up come after the chunk weights.
+        return max(0.0, 2 * self.whole_hidden + state + (weights if keep else 768 * 2**20) - 2 * self.z)
+
+
+def _ring(share: Share, fast: int, in_flight: int) -> float:
+    """Mailboxes of both neighbours, the sums of one layer on their way, and those that a recompute will need."""
+    config = share.config
+    if share.cp == 1 or not fast:
+        return 0.0
+    numbers = config.model.hidden_size * config.model.ffn_hidden_size / share.tp * config.train.micro_batch_size
+    wire = {"fp32": 4, "bf16": 2}[config.ttt.comm_dtype]
+    return numbers * (2 * wire + 4 * 4 + 2 * 4 * fast * in_flight)
+
+
+def _logits(share: Share) -> float:
+    """Of one part of the tokens in fp32 and bf16, the weight's gradient in fp32 and bf16, hidden states and theirs."""
+    model = share.config.model
+    vocabulary = -(-(model.vocab_size or 0) // 128) * 128 / share.tp
+    return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * share.tokens
+
+
+def need(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
+    """Expected time of a step."""
+    share, flops = Share(config, world), forward_flops(config)
+    full = config.train.recompute == "full"
+    products = 3 * (flops.layers + flops.logits) + flops.logits + FAST_WEIGHTS * 3 * flops.fast
+    products += full * (flops.layers + flops.fast)
+    again = flops.attention * (full and config.train.recompute_core_attn)
+    seconds = products / PRODUCTS + 3 * flops.attention / ATTENTION + again / ATTENTION_FORWARD
+    bubble = (share.micro_batches + share.pp - 1) / share.micro_batches
+    return config.train.global_batch_size * seconds * (1 + REST) / (gpu.peak * world) * bubble
+
+
+def smaller(config: Config, world: int, gpu: Gpu) -> list[str] | None:
+    """Settings that make a configuration fit: the first that do, from those that cost least; None: none known."""
+    recompute = [dict(recompute="full", recompute_core_attn=False), dict(recompute="full", recompute_core_attn=True)]
+    layouts = []
+    for factor in (1, 2, 4, 8):
+        for key in ("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            changed = {key: getattr(config.parallel, key) * factor}
+            if key == "tensor_model_parallel_size" and factor > 1:
+                changed["sequence_parallel"] = True
+            if changed not in layouts:
+                layouts.append(changed)
+    for layout in layouts:
+        for options in recompute:
+            candidate = replace(
+                config, train=replace(config.train, **options), parallel=replace(config.parallel, **layout)
+            )
+            try:
+                validate(candidate, world)
+            except UserError:
+                continue
+            if need(memory(candidate, world, gpu)) <= gpu.memory:
+                return _differences(config, candidate)
+    return None
+
+
+def _differences(before: Config, after: Config) -> list[str]:
+    changed = []
+    for section in ("parallel", "train"):
+        for key, value in vars(getattr(after, section)).items():
+            if value != getattr(getattr(before, section), key):
+                changed.append(f"{section}.{key}={str(value).lower()}")
+    return changed
