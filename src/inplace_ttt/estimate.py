@@ -18,9 +18,9 @@ WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 OUTSIDE_TORCH = 2.5 * GIB
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
 FRAGMENTED = 0.03
-# Shares of the peak that products and attention reach (of attention's backward too, and of its forward alone), and
-# the time of all else on top of theirs
-PRODUCTS, ATTENTION, ATTENTION_FORWARD, REST = 0.66, 0.475, 0.6, 0.12
+# Shares of the peak that products, attention and attention's forward alone reach, and the time of all else beside
+# that of products
+PRODUCTS, ATTENTION, ATTENTION_FORWARD, REST = 0.66, 0.475, 0.6, 0.4
 # A TTT layer's fast weights take this much longer than their FLOPs at the rate of products
 FAST_WEIGHTS = 1.1
 
@@ -177,8 +177,10 @@ class _Activations:
         if keep is None:
             keep = weights <= free / 8
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp
-        # targets and their gradient; sums on their way. The gradients of gate and up come after the chunk weights.
-        return max(0.0, 2 * self.whole_hidden + state + (weights if keep else 768 * 2**20) - 2 * self.z)
+        window = 768 * 2**20 * (1 if self.share.cp == 1 else 2)
+        held = weights if keep else min(weights, window)
+        # targets and their gradient; a sum on its way. The gradients of gate and up come after the chunk weights.
+        return max(0.0, 2 * self.whole_hidden + state + held - 2 * self.z)
 
 
 def _ring(share: Share, fast: int, in_flight: int) -> float:
@@ -209,9 +211,9 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     products = 3 * (flops.layers + flops.logits) + flops.logits + FAST_WEIGHTS * 3 * flops.fast
     products += full * (flops.layers + flops.fast)
     again = flops.attention * (full and config.train.recompute_core_attn)
-    seconds = products / PRODUCTS + 3 * flops.attention / ATTENTION + again / ATTENTION_FORWARD
+    seconds = products / PRODUCTS * (1 + REST) + 3 * flops.attention / ATTENTION + again / ATTENTION_FORWARD
     bubble = (share.micro_batches + share.pp - 1) / share.micro_batches
-    return config.train.global_batch_size * seconds * (1 + REST) / (gpu.peak * world) * bubble
+    return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 
 
 def smaller(config: Config, world: int, gpu: Gpu) -> list[str] | None:

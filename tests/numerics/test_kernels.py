@@ -72,6 +72,7 @@ def worst_error(seeds):
         )
         expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
         kernels.WINDOW_BYTES = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
+        kernels.EXCHANGE_BYTES = kernels.WINDOW_BYTES * rng.choice([1, 4])
         keep = dict(keep_chunk_weights=rng.choice([True, False]))
         group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
         local = [t.float() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]

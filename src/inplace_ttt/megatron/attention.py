@@ -54,10 +54,10 @@ class DocumentAttention(MegatronModule):
         if torch.is_grad_enabled():
             kept = layout.attention.pop(self, None)  # the recompute of a forward that kept it
             return self.attend(query, key, value, layout) if kept is None else _Kept.apply(query, key, value, kept)
+        gradients: list[Tensor] = []
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-            out = self.attend(*inputs, layout)
-        layout.attention[self] = inputs, out
+            out = self.attend(*_Inputs.apply(query.new_empty(0).requires_grad_(), query, key, value, gradients), layout)
+        layout.attention[self] = out, gradients
         return out.detach()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
@@ -94,21 +94,35 @@ class DocumentAttention(MegatronModule):
         return {}
 
 
+class _Inputs(torch.autograd.Function):
+    """Tensors as inputs of a graph of their own that does not hold them: only what its nodes save stays alive."""
+
+    @staticmethod
+    def forward(ctx, trigger: Tensor, query: Tensor, key: Tensor, value: Tensor, gradients: list[Tensor]):
+        ctx.gradients = gradients
+        return query.view_as(query), key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        ctx.gradients += grads
+        return None, None, None, None, None
+
+
 class _Kept(torch.autograd.Function):
     """Attention that was computed before, of the same queries, keys and values."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, kept: tuple[list[Tensor], Tensor]) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, list[Tensor]]) -> Tensor:
         ctx.kept = kept
-        return kept[1].detach()
+        return kept[0].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        inputs, out = ctx.kept
-        ctx.kept = None
+        (out, gradients), ctx.kept = ctx.kept, None
         torch.autograd.backward(out, grad)
-        return *(tensor.grad for tensor in inputs), None
+        return *gradients, None
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> dict:

@@ -24,10 +24,10 @@ class SequenceLayout(PackedSeqParams):
     documents: tuple[int, ...] | None = None  # bounds in the whole sequence; None: each row is one document
     cached: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    # Of a forward that will be recomputed, by module: what it received from other context-parallel ranks, and its
-    # attention's inputs and output
+    # Of a forward that will be recomputed, by module: what it received from other context-parallel ranks; its
+    # attention's output, with the graph behind it, and where that puts the gradients of its inputs
     received: dict[object, Received] = field(default_factory=dict, repr=False, compare=False)
-    attention: dict[object, tuple[list[Tensor], Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    attention: dict[object, tuple[Tensor, list[Tensor]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def cu_seqlens(self) -> Tensor | None:

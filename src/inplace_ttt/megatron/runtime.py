@@ -48,6 +48,8 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
             # Megatron overlaps tensor parallelism's communication with products by the order in which they are queued.
             # Where there is none, streams are better left alone: one waiting in the only queue holds up all others.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # long samples make tensors of many sizes: without it a tenth of the memory is held and cannot be used
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
         dist.init_process_group(

@@ -162,13 +162,13 @@ class Walk:
         before it sends at a time would wait for products of that rank."""
         if self.sweep is chunked.sweep or len(blocks) == 1:
             return 0
-        from inplace_ttt.ttt.kernels.chunk_weights import WINDOW_BYTES, takes
+        from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES, takes
 
         segments = [segment for stop in self.stops for segment in stop.segments]
         if not all(map(takes, segments)):
             return 0
         bytes_of_row = self.z.element_size() * self.z.shape[2] * sum(len(segment.chunks) for segment in segments)
-        rows = (WINDOW_BYTES if self.room is None else self.room) // bytes_of_row
+        rows = (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row
         return min(len(blocks), rows // max(block.stop - block.start for block in blocks))
 
     def _together(self, sums, leg, batch: int, blocks: range, complete) -> Iterator:

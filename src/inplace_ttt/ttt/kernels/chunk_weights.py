@@ -32,8 +32,10 @@ from inplace_ttt.ttt.plan import Segment
 BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
 # Chunk sizes are multiples of this
 CHUNK_MULTIPLE = 64
-# Chunk weights held at a time where they are not kept, in bytes
+# Chunk weights held at a time where they are not kept, in bytes; and where sums are exchanged between ranks, who would
+# wait for each other's products between one window and the next
 WINDOW_BYTES = 768 * 2**20
+EXCHANGE_BYTES = 2 * WINDOW_BYTES
 
 
 @gluon.jit
