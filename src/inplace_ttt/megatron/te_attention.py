@@ -77,11 +77,12 @@ class TEDocumentAttention(DocumentAttention):
                     (name, number), lambda c=cumulated: torch.tensor(c, dtype=torch.int32), query.device
                 )
                 bounds[name] = on_device, max(lengths)
+            # Transformer Engine takes no tensor that begins within another's memory
             outputs.append(
                 self.of_documents(
-                    query[local, 0],
-                    key[keys, 0],
-                    value[keys, 0],
+                    query[local, 0].clone(),
+                    key[keys, 0].clone(),
+                    value[keys, 0].clone(),
                     cu_seqlens_q=bounds["local"][0],
                     cu_seqlens_kv=bounds["keys"][0],
                     max_seqlen_q=bounds["local"][1],
