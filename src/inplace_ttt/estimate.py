@@ -4,6 +4,7 @@ Memory is counted tensor by tensor as the training code holds it; time is FLOPs 
 attention were seen to reach (README, "On a GPU node"). Transformer Engine layers in bf16 are assumed.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,9 @@ GIB = 2**30
 # Bytes of a number: weights and activations bf16, gradients and the optimizer's three numbers fp32
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 # Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
-OUTSIDE_TORCH = 2.5 * GIB
+OUTSIDE_TORCH = 4.0 * GIB
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
-FRAGMENTED = 0.03
+FRAGMENTED = 0.05
 # Shares of the peak that products, attention and attention's forward alone reach, and the time of all else beside
 # that of products
 PRODUCTS, ATTENTION, ATTENTION_FORWARD, REST = 0.66, 0.475, 0.6, 0.4
@@ -100,42 +101,47 @@ class Share:
         )
 
 
-def memory(config: Config, world: int, gpu: Gpu) -> dict[str, float]:
-    """Bytes of each part on a GPU of the fullest pipeline stage."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. The logits are gone before the first layer's backward begins."""
+
+    always: dict[str, float]
+    in_turn: dict[str, float]
+
+    @property
+    def allocated(self) -> float:
+        """What torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
+        return sum(self.always.values()) + max(self.in_turn.values())
+
+    @property
+    def needed(self) -> float:
+        return self.allocated * (1 + FRAGMENTED) + OUTSIDE_TORCH
+
+
+def memory(config: Config, world: int, gpu: Gpu) -> Memory:
+    """Of a GPU of the fullest pipeline stage."""
     share = Share(config, world)
-    return max((_stage_memory(share, stage, gpu) for stage in range(share.pp)), key=lambda parts: sum(parts.values()))
+    return max((_stage_memory(share, stage, gpu) for stage in range(share.pp)), key=lambda stage: stage.needed)
 
 
-def _stage_memory(share: Share, stage: int, gpu: Gpu) -> dict[str, float]:
+def _stage_memory(share: Share, stage: int, gpu: Gpu) -> Memory:
     config, parameters = share.config, share.parameters(stage)
     shards = share.dp * share.cp if config.parallel.use_distributed_optimizer else 1
-    parts = {
+    in_flight = min(share.pp - stage, share.micro_batches)
+    layers, fast = len(share.layers(stage)), share.fast_layers(stage)
+    sizes = _Activations(share)
+    always = {
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
         "optimizer": OPTIMIZER * parameters / shards,
+        "states of the ring": _ring(share, fast, in_flight),
+        "activations": (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight,
     }
-    in_flight = min(share.pp - stage, share.micro_batches)
-    layers, fast = len(share.layers(stage)), share.fast_layers(stage)
-    parts["states of the ring"] = _ring(share, fast, in_flight)
-    sizes = _Activations(share)
-    kept = sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast
-    parts["activations"] = kept * in_flight
     at_work = sizes.at_work
     if fast:
-        free = gpu.memory - OUTSIDE_TORCH - sum(parts.values()) - at_work
-        at_work += sizes.fast_at_work(free)
+        at_work += sizes.fast_at_work(gpu.memory - OUTSIDE_TORCH - sum(always.values()) - at_work)
     logits = _logits(share) if stage == share.pp - 1 else 0.0
-    # the loss is over before a layer's backward begins
-    parts["a layer at work"] = at_work
-    parts["logits"] = max(0.0, logits - at_work)
-    parts["fragmented"] = FRAGMENTED * sum(parts.values())
-    parts["outside torch"] = OUTSIDE_TORCH
-    return parts
-
-
-def allocated(parts: dict[str, float]) -> float:
-    """What torch reports as its peak (``peak_memory_gib`` of metrics.jsonl), in bytes."""
-    return sum(size for name, size in parts.items() if name not in ("fragmented", "outside torch"))
+    return Memory(always, {"a layer at work": at_work, "logits": logits})
 
 
 class _Activations:
@@ -200,10 +206,6 @@ def _logits(share: Share) -> float:
     return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * share.tokens
 
 
-def need(parts: dict[str, float]) -> float:
-    return sum(parts.values())
-
-
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     """Expected time of a step."""
     share, flops = Share(config, world), forward_flops(config)
@@ -216,35 +218,34 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 
 
-def smaller(config: Config, world: int, gpu: Gpu) -> list[str] | None:
-    """Settings that make a configuration fit: the first that do, from those that cost least; None: none known."""
-    recompute = [dict(recompute="full", recompute_core_attn=False), dict(recompute="full", recompute_core_attn=True)]
-    layouts = []
-    for factor in (1, 2, 4, 8):
-        for key in ("context_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            changed = {key: getattr(config.parallel, key) * factor}
-            if key == "tensor_model_parallel_size" and factor > 1:
-                changed["sequence_parallel"] = True
-            if changed not in layouts:
-                layouts.append(changed)
-    for layout in layouts:
-        for options in recompute:
-            candidate = replace(
-                config, train=replace(config.train, **options), parallel=replace(config.parallel, **layout)
-            )
+def what_fits(config: Config, world: int, gpu: Gpu) -> list[str] | None:
+    """Settings with which a configuration fits, those first that cost least; None: none known for so many GPUs."""
+    sizes = [2**power for power in range(world.bit_length()) if world % 2**power == 0]
+    layouts = sorted(itertools.product(sizes, sizes, sizes), key=lambda sizes: (math.prod(sizes), *sizes[::-1]))
+    for cp, tp, pp in layouts:
+        parallel = replace(
+            config.parallel,
+            context_parallel_size=cp,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=tp > 1,
+        )
+        for again in (False, True):
+            train = replace(config.train, recompute="full", recompute_core_attn=again)
+            candidate = replace(config, train=train, parallel=parallel)
             try:
                 validate(candidate, world)
             except UserError:
                 continue
-            if need(memory(candidate, world, gpu)) <= gpu.memory:
+            if memory(candidate, world, gpu).needed <= gpu.memory:
                 return _differences(config, candidate)
     return None
 
 
 def _differences(before: Config, after: Config) -> list[str]:
-    changed = []
-    for section in ("parallel", "train"):
-        for key, value in vars(getattr(after, section)).items():
-            if value != getattr(getattr(before, section), key):
-                changed.append(f"{section}.{key}={str(value).lower()}")
-    return changed
+    return [
+        f"{section}.{key}={str(value).lower()}"
+        for section in ("parallel", "train")
+        for key, value in vars(getattr(after, section)).items()
+        if value != getattr(getattr(before, section), key)
+    ]

@@ -25,6 +25,7 @@ CP2_TP2_SP = parallel(context=2, tensor_model=2, sequence_parallel=True)
 CP2_PP2 = parallel(context=2, pipeline_model=2)
 FULL = {"train": {"recompute": "full"}}
 SELECTIVE = {"train": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
+OVERLAP = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 ONE_DOCUMENT = {"data": {"reset_at_documents": False}}
 INPUT_EMBED = {"ttt": {"target": "input_embed"}}
 UNTIED = {"model": {"tie_word_embeddings": False}}
@@ -58,6 +59,7 @@ VARIANTS = {
         ("packed", 2, [PP2]),
         ("packed", 2, [{}]),
         ("packed", 2, [{"parallel": {"use_distributed_optimizer": False}}]),
+        ("packed", 2, [OVERLAP]),
         ("packed", 2, [CP2]),
         ("packed", 4, [CP4]),
         ("packed", 4, [CP2_TP2_SP, FULL]),

@@ -1,0 +1,112 @@
+"""Say what a run needs before a node is burnt: memory of each part, work of a step, time of the whole.
+
+python launch/plan.py recipe=qwen3_4b_ttt_128k parallel=8xh100
+python launch/plan.py recipe=qwen3_4b_ttt parallel.context_parallel_size=2 --gpus 32 --gpu H200
+
+Exits with 2, and says what would fit, where the run does not.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB, DAY = 2**30, 86400
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
+    parser.add_argument("--gpus", type=int, help="how many (what parallel=8xh100 says, else 8)")
+    parser.add_argument(
+        "--gpu", type=str.upper, help="H100, H200 or A100, of 80 GB where there are two (likewise, H100)"
+    )
+    arguments = parser.parse_intermixed_args()
+    for override in arguments.overrides:
+        count, x, name = override.removeprefix("parallel=").partition("x")
+        if override.startswith("parallel=") and x and count.isdigit():
+            arguments.gpus = arguments.gpus or int(count)
+            arguments.gpu = arguments.gpu or name.upper()
+    arguments.gpus = 8 if arguments.gpus is None else arguments.gpus
+    arguments.gpu = arguments.gpu or "H100"
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from inplace_ttt import estimate
+    from inplace_ttt.config import UserError
+    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.validation import validate
+
+    try:
+        if arguments.gpus < 1:
+            raise UserError(f"--gpus {arguments.gpus}: use 1 or more")
+        if arguments.gpu not in estimate.GPUS:
+            raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
+        config = to_config(compose_config(arguments.overrides, ROOT / "recipes"))
+        config.checkpoint.load = None  # the weights to start from need not be here yet
+        if config.model.vocab_size is None:
+            raise UserError("model.vocab_size is null, the tokenizer's: set it to have the vocabulary counted")
+        validate(config, arguments.gpus)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    return report(console, config, arguments.gpus, estimate.GPUS[arguments.gpu])
+
+
+def report(console: Console, config, gpus: int, gpu) -> int:
+    from inplace_ttt import estimate
+    from inplace_ttt.benchmarks.flops import forward_flops
+
+    memory, share = estimate.memory(config, gpus, gpu), estimate.Share(config, gpus)
+    console.print(
+        f"{config.run.name}: {gpus} x {gpu.name}, TP {share.tp} PP {share.pp} CP {share.cp} DP {share.dp}, "
+        f"{share.tokens:,} tokens a GPU in a micro batch, micro batches a step: {share.micro_batches}",
+        highlight=False,
+    )
+    table = Table(title="memory of the fullest GPU", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in memory.always.items():
+        table.add_row(name, f"{size / GIB:.1f}")
+    for name, size in memory.in_turn.items():
+        table.add_row(f"{name}, the larger of two", f"{size / GIB:.1f}")
+    table.add_row("torch's peak", f"{memory.allocated / GIB:.1f}", style="bold")
+    table.add_row("with what it cannot use, and what is outside torch", f"{memory.needed / GIB:.1f}")
+    table.add_row(f"{gpu.name} has", f"{gpu.memory / GIB:.1f}")
+    console.print(table)
+
+    tokens = config.train.global_batch_size * config.data.seq_length
+    flops = config.train.global_batch_size * forward_flops(config).training
+    seconds = estimate.step_seconds(config, gpus, gpu)
+    table = Table(title="work", title_justify="left")
+    table.add_column("of")
+    table.add_column("", justify="right")
+    for name, value in (
+        ("tokens a step", f"{tokens:,}"),
+        ("tokens of the run", f"{tokens * config.train.steps / 1e9:.1f} billion"),
+        ("FLOPs a step, causal attention counted once, no recompute", f"{flops:.2e}"),
+        ("expected seconds a step", f"{seconds:.1f}"),
+        ("expected tokens a second", f"{tokens / seconds:,.0f}"),
+        ("expected MFU", f"{flops / seconds / gpus / gpu.peak:.0%}"),
+        (f"expected days for {config.train.steps:,} steps", f"{seconds * config.train.steps / DAY:.1f}"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    if memory.needed <= gpu.memory:
+        console.print("it fits")
+        return 0
+    settings = estimate.what_fits(config, gpus, gpu)
+    helps = f"it fits with {' '.join(settings)}" if settings else "no layout of so many helps: use more GPUs"
+    lack = f"needs {memory.needed / GIB:.0f} GiB a GPU, and {gpu.name} has {gpu.memory / GIB:.0f}"
+    print(f"error: {config.run.name} {lack}; {helps}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
