@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=["materialised", "chunk loop", "kept", "recomputed"],
     )
     prefix.add_argument("--keep", action="store_true", help="keep chunk weights for the backward")
+    prefix.add_argument("--prefix", choices=["ring", "ring_messages"], default="ring", help="as ttt.prefix")
     prefix.add_argument("--comm-dtype", choices=["fp32", "bf16"], default="fp32")
     model = commands.add_parser("model")
     model.add_argument(
@@ -87,7 +88,8 @@ def run_prefix(arguments):
     dist.init_process_group("nccl")
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
     comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]
-    records = prefix.measure(shape, arguments.chunks, arguments.keep, comm_dtype, arguments.rounds)
+    options = dict(keep_chunk_weights=arguments.keep, comm_dtype=comm_dtype, prefix=arguments.prefix)
+    records = prefix.measure(shape, arguments.chunks, options, arguments.rounds)
     dist.destroy_process_group()
     return records, {}
 

@@ -8,6 +8,7 @@ OUTPUT/model.yaml has the model's keys: copy it to recipes/model/ for sizes that
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -17,17 +18,18 @@ from inplace_ttt.config import UserError, one_line
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, or name of a model on the hub")
+    parser.add_argument("source", help="folder, .gguf file, or name of a model on the hub")
     parser.add_argument("output", type=Path, help="folder to make")
     arguments = parser.parse_args()
     console = Console(stderr=True)
     try:
-        source = local_folder(arguments.source)
         from inplace_ttt.hf.convert import import_checkpoint
         from inplace_ttt.hf.progress import bytes_bar
 
-        with bytes_bar(console, "importing") as advance:
-            model = import_checkpoint(source, arguments.output, advance)
+        with tempfile.TemporaryDirectory() as unpacked:
+            source = local_folder(arguments.source, Path(unpacked))
+            with bytes_bar(console, "importing") as advance:
+                model = import_checkpoint(source, arguments.output, advance)
     except (UserError, OSError) as error:
         console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         return 2
@@ -40,8 +42,13 @@ def main() -> int:
     return 0
 
 
-def local_folder(name: str) -> Path:
-    """The folder itself, or what the hub has under the name."""
+def local_folder(name: str, unpacked: Path) -> Path:
+    """The folder itself, what a GGUF file holds, or what the hub has under the name."""
+    if name.endswith(".gguf"):
+        from inplace_ttt.hf.gguf import unpack
+
+        unpack(Path(name), unpacked)
+        return unpacked
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -72,6 +72,7 @@ class TTT:
     conv_kernel: int = 5
     project: bool = True
     proj_init_std: float = 0.02
+    prefix: str = "ring"  # how chunk states pass between context-parallel ranks: ring, ring_messages (no mapped memory)
     comm_dtype: str = "fp32"  # of the chunk states between context-parallel ranks: fp32, bf16
     keep_chunk_weights: bool | None = None  # for the backward, rather than make them twice; null: where memory is free
     lr_multiplier: float = 1.0  # learning rate of the new parameters over optim.lr

@@ -10,6 +10,7 @@ import os
 import torch
 
 from inplace_ttt.config import VOCAB_MULTIPLE, Config, UserError, ttt_layers
+from inplace_ttt.ttt.function import PREFIXES
 
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
@@ -96,6 +97,7 @@ def _model(config: Config) -> None:
 def _choices(config: Config) -> None:
     _one_of("model.transformer_impl", config.model.transformer_impl, ("auto", "local", "transformer_engine"))
     _one_of("ttt.target", config.ttt.target, ("hidden_states", "input_embed"))
+    _one_of("ttt.prefix", config.ttt.prefix, PREFIXES)
     _one_of("ttt.comm_dtype", config.ttt.comm_dtype, ("fp32", "bf16"))
     _one_of("data.kind", config.data.kind, ("indexed", "recall"))
     _one_of("train.precision", config.train.precision, ("auto", "bf16", "fp32"))

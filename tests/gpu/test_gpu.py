@@ -35,7 +35,7 @@ def test_operation_against_fp64(dtype, bound):
         assert relative_error(value.double().cpu(), reference) < bound
 
 
-def ring_errors(seeds):
+def ring_errors(seeds, prefix):
     size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
     for seed in seeds:
         (z, v, weight, g), options = random_case(seed, size)
@@ -43,7 +43,7 @@ def ring_errors(seeds):
         expected = fast_weight_linear(*whole, **options)
         gradients = torch.autograd.grad(expected, whole, g.cuda())
         local = [zigzag(t, size, rank).cuda().requires_grad_() for t in (z, v)] + [weight.cuda().requires_grad_()]
-        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, **options)
+        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, prefix=prefix, **options)
         dz, dv, dweight = torch.autograd.grad(out, local, zigzag(g, size, rank).cuda())
         dist.all_reduce(dweight)
         for value, reference in zip((out, dz, dv), (expected, *gradients[:2]), strict=True):
@@ -53,11 +53,12 @@ def ring_errors(seeds):
 
 
 @two_gpus
-def test_ring_over_nccl():
-    assert max(run_ranks(2, ring_errors, range(40), backend="nccl")) < 1e-12
+@pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
+def test_ring(prefix):
+    assert max(run_ranks(2, ring_errors, range(40), prefix, backend="nccl")) < 1e-12
 
 
-def ring_with_kernels_errors(seeds):
+def ring_with_kernels_errors(seeds, prefix):
     """Of bf16 operands over ranks, against the definition in fp64 on one."""
     size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
     for seed in seeds:
@@ -71,9 +72,8 @@ def ring_with_kernels_errors(seeds):
         expected = naive.fast_weight_linear(*whole, **options)
         gradients = torch.autograd.grad(expected, whole, g.double().cuda(), materialize_grads=True)
         local = [zigzag(t, size, rank).cuda().requires_grad_() for t in (z, v)] + [weight.cuda().requires_grad_()]
-        out = fast_weight_linear(
-            *local, cp_group=dist.group.WORLD, keep_chunk_weights=rng.choice([True, False]), **options
-        )
+        keep = rng.choice([True, False])
+        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, prefix=prefix, keep_chunk_weights=keep, **options)
         dz, dv, dweight = (
             t.double() for t in torch.autograd.grad(out, local, zigzag(g, size, rank).cuda(), materialize_grads=True)
         )
@@ -85,8 +85,9 @@ def ring_with_kernels_errors(seeds):
 
 
 @two_gpus
-def test_ring_with_kernels():
-    assert max(run_ranks(2, ring_with_kernels_errors, range(60), backend="nccl")) < 1e-2
+@pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
+def test_ring_with_kernels(prefix):
+    assert max(run_ranks(2, ring_with_kernels_errors, range(60), prefix, backend="nccl")) < 1e-2
 
 
 def assert_close(results, expected, bound):

@@ -68,6 +68,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("data.validation_fraction=1", "below 1"),
         ("train.global_batch_size=3", None),
         ("train.micro_batch_size=4", "train.global_batch_size=2 is not a multiple"),
+        ("ttt.prefix=tree", "ring, ring_messages"),
         ("train.recompute=some", "none, selective, full"),
         ("train.recompute_core_attn=false", "train.recompute=none: set it to full"),
         ("train.precision=fp8", "auto, bf16, fp32"),

@@ -14,12 +14,13 @@ from inplace_ttt.ttt import fast_weight_linear
 from inplace_ttt.ttt.walk import Walk
 
 
-def measure(
-    shape: Shape, chunk_sizes: list[int], keep: bool, comm_dtype: torch.dtype | None, rounds: int
-) -> list[dict]:
-    """A record for each chunk size; ``shape.tokens`` is the length on each rank. Every rank calls it."""
+def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) -> list[dict]:
+    """A record for each chunk size; ``shape.tokens`` is the length on each rank, ``options`` are fast_weight_linear's.
+
+    Every rank calls it.
+    """
     layer = Layer(shape)
-    ours = partial(fast_weight_linear, keep_chunk_weights=keep, cp_group=dist.group.WORLD, comm_dtype=comm_dtype)
+    ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, **options)
     records = []
     for chunk_size in chunk_sizes:
         run = partial(layer.forward_backward, partial(layer.fast, ours, chunk_size))
@@ -30,7 +31,8 @@ def measure(
             dict(
                 ranks=dist.get_world_size(),
                 chunk_size=chunk_size,
-                kept=keep,
+                prefix=options["prefix"],
+                kept=options["keep_chunk_weights"],
                 ms=statistics.median(times["over ranks"]),
                 alone_ms=statistics.median(times["alone"]),
                 exposed_ms=statistics.median(exposed),

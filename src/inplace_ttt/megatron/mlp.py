@@ -86,6 +86,7 @@ class TTTMLP(MLP):
             cu_seqlens=layout.cu_seqlens,
             cp_group=self.cp_group,
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
+            prefix=self.ttt.prefix,
             keep_chunk_weights=self.ttt.keep_chunk_weights,
             received=received,
             return_update_norms=note_norms,

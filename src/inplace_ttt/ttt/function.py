@@ -27,6 +27,8 @@ from inplace_ttt.ttt.chunked import apply, state_dtype
 from inplace_ttt.ttt.plan import Plan, make_plan
 from inplace_ttt.ttt.walk import Exchange, Walk
 
+# Ways in which sums pass between context-parallel ranks
+PREFIXES = ("ring", "ring_messages")
 # Chunk weights are kept for the backward where they take no more than this share of the free device memory
 KEPT_SHARE = 0.125
 
@@ -48,6 +50,7 @@ def fast_weight_linear(
     cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32
     cp_group: dist.ProcessGroup | None = None,
     comm_dtype: torch.dtype | None = None,
+    prefix: str = "ring",
     keep_chunk_weights: bool | None = None,
     received: Received | None = None,
     return_update_norms: bool = False,
@@ -71,6 +74,8 @@ def fast_weight_linear(
             must start on chunk boundaries. The gradient of weight is to be summed over the group: each rank has that
             of the documents that start on it.
         comm_dtype: dtype of the sums on the wire; None is the dtype they are summed in.
+        prefix: how the sums pass between ranks, one of PREFIXES. ``ring``: through memory that the GPUs of a host map
+            into each other where they can, else by messages. ``ring_messages``: by messages of the group's backend.
         keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
             rather than make it a second time there, which costs one product of s d f more. None: where kernels run and
             what is to be kept is at most an eighth of the free device memory.
@@ -81,13 +86,16 @@ def fast_weight_linear(
 
     Raises:
         LayoutError: the sequence, its documents, the slices and the chunks do not fit together.
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or ``prefix`` is none of PREFIXES.
     """
     _check_operands(z, v, weight)
+    if prefix not in PREFIXES:
+        raise ValueError(f"prefix='{prefix}' is not known: use one of {', '.join(PREFIXES)}")
     cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     plan = make_plan(z.shape[0] * cp_size, chunk_size, documents, cp_size, cp_rank)
-    exchange = Exchange(cp_group if cp_size > 1 else None, comm_dtype or state_dtype(z.dtype))
+    group = cp_group if cp_size > 1 else None
+    exchange = Exchange(group, comm_dtype or state_dtype(z.dtype), mailboxes=prefix == "ring")
     sweep = _choose_sweep(z, v, chunk_size, eta)
     if sweep is not chunked.sweep:
         z, v, weight = _aligned(z), _aligned(v), _aligned(weight)

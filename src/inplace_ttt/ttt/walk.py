@@ -47,6 +47,7 @@ class Exchange:
 
     group: dist.ProcessGroup | None
     comm_dtype: torch.dtype
+    mailboxes: bool = True  # where the ranks can have them
 
     def blocks_and_wire(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Wire | None]:
         """The row blocks that travel, and by what.
@@ -59,7 +60,7 @@ class Exchange:
         two = self.group.size() == 2
         blocks = row_blocks(d, 4 if two else 8)
         numels = tuple(f * (rows.stop - rows.start) for rows in blocks) * b
-        wire = mailbox(self.group, numels, self.comm_dtype, device)
+        wire = mailbox(self.group, numels, self.comm_dtype, device) if self.mailboxes else None
         if wire is not None:
             return blocks, wire
         return row_blocks(d, 2 if two else 4), Messages(self.group, self.comm_dtype)
