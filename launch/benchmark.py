@@ -14,6 +14,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The model step's configuration where no recipe is named
+DEFAULT_MODEL = [
+    "model=qwen3_4b",
+    "run.name=benchmark",
+    "data.kind=recall",
+    "data.seq_length=32768",
+    "data.reset_at_documents=false",
+    "optim.lr=1e-5",
+    "train.steps=1",
+    "train.global_batch_size=1",
+]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -40,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     prefix.add_argument("--comm-dtype", choices=["fp32", "bf16"], default="fp32")
     model = commands.add_parser("model")
     model.add_argument(
-        "overrides", nargs="*", help="configuration keys, such as model.num_layers=12 ttt.chunk_size=512"
+        "overrides", nargs="*", help="a recipe, or keys of the configuration, such as model.num_layers=12"
     )
     model.add_argument("--rounds", type=int, default=2)
     model.add_argument("--steps", type=int, default=3, help="timed in a round")
@@ -102,17 +113,11 @@ def run_model(arguments):
     from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
-    defaults = [
-        "model=qwen3_4b",
-        "run.name=benchmark",
-        "data.kind=recall",
-        "data.seq_length=32768",
-        "data.reset_at_documents=false",
-        "optim.lr=1e-5",
-        "train.steps=1",
-        "train.global_batch_size=1",
-    ]
-    config = to_config(compose_config([*defaults, *arguments.overrides], ROOT / "recipes"))
+    overrides = arguments.overrides
+    if not any(override.startswith("recipe=") for override in overrides):
+        overrides = [*DEFAULT_MODEL, *overrides]
+    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    config.checkpoint.load = None  # weights are random
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
     try:
         return model.measure(config, arguments.rounds, arguments.steps), {}
