@@ -84,6 +84,8 @@ def write_config(config: Config, dtype: str, base: dict | None) -> dict:
         vocab_size=model.vocab_size,
         rms_norm_eps=model.layernorm_epsilon,
         rope_parameters={"rope_theta": model.rotary_base, **rope},
+        rope_theta=model.rotary_base,  # these two as transformers 4, and modeling code written for it, read them
+        rope_scaling=rope if model.rope_scaling.rope_type != "default" else None,
         max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
         tie_word_embeddings=model.tie_word_embeddings,
         initializer_range=model.init_method_std,

@@ -217,6 +217,7 @@ class FastWeightsMixin:
             self.fast_mlps.append(mlp)
         if self.fast_mlps:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            self.model.register_forward_hook(self._after, always_call=True)
         self.post_init()
 
     def _before(self, model, args, kwargs):
@@ -241,6 +242,10 @@ class FastWeightsMixin:
         for mlp in self.fast_mlps:
             mlp.reading = reading
         return args, kwargs
+
+    def _after(self, *_):
+        for mlp in self.fast_mlps:
+            mlp.reading = None  # the fast weights of a batch end with it
 
     @torch.no_grad()
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_) -> FastWeights:
@@ -269,25 +274,30 @@ class FastWeightsMixin:
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-@dataclass
-class FastWeightKeys:
-    """What a config.json says of fast weights."""
+# What a config.json says of fast weights, and what it means where it does not say it
+FAST_WEIGHT_KEYS = dict(
+    ttt_mode=True,
+    ttt_layers=(),
+    ttt_chunk=1024,
+    ttt_lr=1.0,
+    ttt_proj=True,
+    ttt_target="hidden_states",
+    ttt_conv_kernel=5,
+)
 
-    ttt_mode: bool = True
-    ttt_layers: list[int] | None = None
-    ttt_chunk: int = 1024
-    ttt_lr: float = 1.0
-    ttt_proj: bool = True
-    ttt_target: str = "hidden_states"
-    ttt_conv_kernel: int = 5
 
-
-class InPlaceTTTQwen3Config(FastWeightKeys, Qwen3Config):
+class InPlaceTTTQwen3Config(Qwen3Config):
     model_type = "inplace_ttt_qwen3"
 
+    def __init__(self, **keys):
+        super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
 
-class InPlaceTTTLlamaConfig(FastWeightKeys, LlamaConfig):
+
+class InPlaceTTTLlamaConfig(LlamaConfig):
     model_type = "inplace_ttt_llama"
+
+    def __init__(self, **keys):
+        super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
 
 
 class InPlaceTTTQwen3ForCausalLM(FastWeightsMixin, Qwen3ForCausalLM):
