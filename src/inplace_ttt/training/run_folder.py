@@ -40,7 +40,11 @@ FREE = (
     "run",
     "data.num_workers",
     "train.micro_batch_size",
+    "train.recompute",
+    "train.recompute_core_attn",
+    "train.recompute_modules",
     "model.transformer_impl",
+    "ttt.prefix",
     "ttt.keep_chunk_weights",
 )
 
