@@ -8,10 +8,10 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC
 RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train test lint proof clean
+.PHONY: help setup data train test test-cluster lint proof clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## create .venv with everything in it
 
@@ -26,6 +26,9 @@ train: data ## the main job: a model with fast weights on real long documents, o
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q
+
+test-cluster: setup ## the tests on a real Slurm, started here (root; packages slurmctld slurmd slurm-client munge iproute2)
+	@$(BIN)/python -m pytest -q tests/cluster
 
 lint: setup ## check the style
 	@$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """``launch/train.py``: from the command line to a trained model, and every error in one sentence."""
 
+import contextlib
 import json
 import os
 import sys
@@ -130,11 +131,16 @@ def _describe(config: Config, model, groups) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    """Say it once a machine, and tell torchrun, whose summary then has it too."""
+    """Say it once a machine, and tell torchrun, whose summary then has it too, and whoever started it, who does not
+    see the code through torchrun."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(message, file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    told = os.environ.get("INPLACE_TTT_EXIT_FILE")
+    if told:
+        with contextlib.suppress(OSError):  # such as the full disk that is the reason
+            Path(told).write_text(f"{code}\n")
     return code

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# On each node, by srun: torchrun for this node's processes.
+set -euo pipefail
+trap '' USR1 # it is for the ranks, who save and leave; torchrun would die of it
+command=("$INPLACE_TTT_PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$PROCESSES"
+  --node-rank="$SLURM_NODEID" --rdzv-backend=c10d --rdzv-endpoint="$HEAD_ADDRESS"
+  --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --max-restarts=0
+  --no-python bash launch/slurm/rank.sh "$@")
+if [ -n "$INPLACE_TTT_CONTAINER" ] && [ "$INPLACE_TTT_CONTAINER_RUNTIME" = apptainer ]; then
+  command=(apptainer exec --nv --bind "$INPLACE_TTT_MOUNTS" --pwd "$PWD" "$INPLACE_TTT_CONTAINER" "${command[@]}")
+fi
+exec "${command[@]}"

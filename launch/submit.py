@@ -1,0 +1,122 @@
+"""Submit a run to Slurm, its configuration checked first.
+
+python launch/submit.py --nodes 2 --time 24:00:00 recipe=qwen3_4b_ttt parallel=16xh100
+python launch/submit.py --nodes 2 recipe=qwen3_4b_ttt parallel=16xh100 \\
+  --then "recipe=qwen3_4b_ttt_128k parallel=16xh100"
+
+--dry-run shows what would be submitted. The job saves and requeues itself before its time limit and after a crash:
+launch/slurm/train.sbatch. Each --then waits for the run before it to be done.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = Path("launch/slurm/train.sbatch")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
+    parser.add_argument("--then", action="append", default=[], metavar="KEYS", help="a run for when this one is done")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="and processes (8)")
+    parser.add_argument("--time", help="limit of a start, such as 24:00:00; the run goes on in the next")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--container", metavar="IMAGE", help="run in this image")
+    parser.add_argument("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis")
+    parser.add_argument("--mounts", help="of the container besides the checkout, such as /data:/data")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch's options")
+    parser.add_argument("--dry-run", action="store_true", help="show, and submit nothing")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from inplace_ttt.config import UserError
+
+    runs = [arguments.overrides, *(shlex.split(keys) for keys in arguments.then)]
+    try:
+        if arguments.nodes < 1 or arguments.gpus_per_node < 1:
+            raise UserError(
+                f"--nodes {arguments.nodes} --gpus-per-node {arguments.gpus_per_node}: use 1 or more of each"
+            )
+        configs = [check(overrides, arguments, first=number == 0) for number, overrides in enumerate(runs)]
+        if not arguments.dry_run and shutil.which("sbatch") is None:
+            raise UserError("there is no sbatch here: run this on a Slurm login node, or look at it with --dry-run")
+        before, environment = None, of_the_job(arguments)
+        for config, overrides in zip(configs, runs, strict=True):
+            command = sbatch(config, overrides, arguments, before)
+            if arguments.dry_run:
+                print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
+                before = f"JOB_OF_{config.run.name}"
+            else:
+                Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+                before = submit(command, environment)
+                print(f"{config.run.name}: job {before}, log {config.run.dir}/slurm-{before}.log")
+        if arguments.dry_run:
+            print(f"\n# {SCRIPT}\n{(ROOT / SCRIPT).read_text()}", end="")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check(overrides: list[str], arguments: argparse.Namespace, first: bool):
+    """The run's configuration. Raises UserError for a configuration that cannot work on so many processes."""
+    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.validation import validate
+
+    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    if not first:
+        config.checkpoint.load = None  # what an earlier run is yet to write
+    validate(config, arguments.nodes * arguments.gpus_per_node)
+    return config
+
+
+def of_the_job(arguments: argparse.Namespace) -> dict[str, str]:
+    """What launch/slurm/environment.sh is told."""
+    told = {"INPLACE_TTT_ROOT": str(ROOT), "INPLACE_TTT_PROCESSES": str(arguments.gpus_per_node)}
+    if arguments.container:
+        told |= {
+            "INPLACE_TTT_CONTAINER": arguments.container,
+            "INPLACE_TTT_CONTAINER_RUNTIME": arguments.container_runtime,
+            "INPLACE_TTT_MOUNTS": arguments.mounts or "",
+        }
+    return told
+
+
+def sbatch(config, overrides: list[str], arguments: argparse.Namespace, before: str | None) -> list[str]:
+    options = {
+        "job-name": config.run.name,
+        "output": f"{config.run.dir}/slurm-%j.log",
+        "nodes": arguments.nodes,
+        "gpus-per-node": arguments.gpus_per_node,
+        "time": arguments.time,
+        "partition": arguments.partition,
+        "account": arguments.account,
+        "dependency": before and f"afterok:{before}",
+    }
+    given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    return ["sbatch", "--export=ALL", *given, *arguments.sbatch, str(ROOT / SCRIPT), *overrides]
+
+
+def submit(command: list[str], environment: dict[str, str]) -> str:
+    """The job's number."""
+    from inplace_ttt.config import UserError, one_line
+
+    command = [command[0], "--parsable", *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        raise UserError(f"Slurm does not take the job: {one_line(RuntimeError(done.stderr))}")
+    return done.stdout.strip().partition(";")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
