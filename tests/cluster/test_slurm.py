@@ -90,7 +90,8 @@ def test_a_worker_crashes(slurm, unbroken, tmp_path):
     finally:
         slurm.boot("node2")
     assert slurm.job(number)["JobState"] == "COMPLETED", log
-    assert "requeued" in log and "node[1,3]" in log
+    assert "contact with another rank was lost" in log
+    assert "start 2: 2 nodes (node[1,3])" in log
     assert numbers(run) == unbroken
 
 

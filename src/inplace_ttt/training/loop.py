@@ -17,7 +17,7 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import Sets, micro_batches, numbers_of_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import device
-from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient
+from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder
 from inplace_ttt.training.signals import StopRequest
@@ -218,6 +218,8 @@ class Loop:
         try:
             action()
         except (Exception, CheckpointException) as error:  # the latter is not an Exception
+            if lost_rank(error):
+                raise
             folder = self.folder.checkpoints
             free = shutil.disk_usage(folder).free / 1e6
             self._give_up(

@@ -23,7 +23,8 @@ Without torchrun it runs one process. A run goes on from the last checkpoint in 
 
 
 def main(arguments: list[str], recipes: Path) -> int:
-    """Returns the exit code: 0 trained or saved and stopped as asked, 2 the user must change something, 3 stopped."""
+    """Returns the exit code: 0 trained or saved and stopped as asked, 2 the user must change something, 3 stopped
+    itself, 4 contact with another rank was lost."""
     from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
@@ -46,9 +47,11 @@ def main(arguments: list[str], recipes: Path) -> int:
 
 def train(config: Config) -> int:
     """Build everything, train, save. All ranks call it with the same configuration."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     from inplace_ttt.data.build import build_sets
     from inplace_ttt.megatron import runtime
-    from inplace_ttt.training.health import TrainingStopped
+    from inplace_ttt.training.health import TrainingStopped, lost_rank
     from inplace_ttt.training.signals import StopRequest
 
     with StopRequest() as stop:
@@ -59,6 +62,15 @@ def train(config: Config) -> int:
             return _train(config, sets, groups, stop)
         except TrainingStopped as stopped:
             return _fail(f"stopped: {stopped}", 3)
+        except (RuntimeError, CheckpointException) as error:
+            said = lost_rank(error)
+            if said is None:
+                raise
+            return _fail(
+                f"stopped: contact with another rank was lost ({said[:200]}); "
+                f"the same command goes on from what was saved",
+                4,
+            )
         except OSError as error:  # metrics, pictures: checkpoints say it themselves
             return _fail(f"stopped: '{config.run.dir}' cannot be written any more: {error}", 3)
         finally:
