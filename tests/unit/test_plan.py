@@ -1,93 +1,66 @@
-"""What a run is said to need, against what was seen, and what is said of runs that do not fit."""
+"""The cutting of sequences: every token in exactly one chunk, every edge crossed by whoever must cross it."""
 
-import subprocess
-import sys
+import itertools
+import random
 
 import pytest
 
-from inplace_ttt import estimate
-from inplace_ttt.training.compose import compose_config, to_config
-from launching import ROOT
-
-STEP_24 = [
-    "model=qwen3_4b",
-    "model.num_layers=24",
-    "data.kind=recall",
-    "data.seq_length=32768",
-    "train.recompute=full",
-    "train.global_batch_size=1",
-    "train.steps=1",
-    "optim.lr=1e-5",
-    "run.name=seen",
-]
-STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=2xh200", "train.global_batch_size=1"]
-OFF = ["ttt.enabled=false"]
+from inplace_ttt.ttt.plan import LayoutError, local_slices, make_plan, owner, slice_bounds
 
 
-def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def test_owner_is_the_inverse_of_local_slices():
+    for cp_size in (1, 2, 3, 4, 8):
+        for rank in range(cp_size):
+            assert all(owner(index, cp_size) == rank for index in local_slices(cp_size, rank))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "gpus", "gpu", "seen_gib", "seen_seconds"),
-    [
-        (STEP_24, 1, "H100", 57.6, 3.339),
-        (STEP_24 + OFF, 1, "H100", 56.6, 3.337),
-        (STEP_128K, 2, "H200", 111.7, 20.4),
-        (STEP_128K + OFF, 2, "H200", 110.7, 20.7),
-    ],
-)
-def test_says_what_was_seen(overrides, gpus, gpu, seen_gib, seen_seconds):
-    config = to_config(compose_config(overrides, ROOT / "recipes"))
-    memory = estimate.memory(config, gpus, estimate.GPUS[gpu])
-    assert memory.allocated / estimate.GIB == pytest.approx(seen_gib, rel=0.1)
-    assert estimate.step_seconds(config, gpus, estimate.GPUS[gpu]) == pytest.approx(seen_seconds, rel=0.1)
+@pytest.mark.parametrize("seed", range(50))
+def test_chunks_tile_the_sequence_and_hops_meet(seed):
+    rng = random.Random(seed)
+    chunk_size, cp_size = rng.randint(1, 5), rng.choice([1, 2, 3, 4])
+    length = 2 * cp_size * chunk_size * rng.randint(1, 4)
+    places = range(chunk_size, length, chunk_size)
+    documents = (0, *sorted(rng.sample(places, min(len(places), rng.randint(0, 5)))), length)
+    plans = [make_plan(length, chunk_size, documents, cp_size, rank) for rank in range(cp_size)]
+
+    edges = slice_bounds(length, cp_size)
+    chunk_starts = set()
+    for rank, plan in enumerate(plans):
+        local = [t for index in local_slices(cp_size, rank) for t in range(edges[index], edges[index + 1])]
+        offsets = itertools.accumulate(plan.chunk_lengths, initial=0)
+        chunk_starts.update(local[offset] for offset in offsets if offset < len(local))
+        for sweep in (plan.prefix, plan.suffix):
+            chunks = [chunk for stop in sweep for segment in stop.segments for chunk in segment.chunks]
+            assert sorted(t for a, b in chunks for t in range(a, b)) == list(range(len(local)))
+            assert tuple(b - a for a, b in sorted(chunks)) == plan.chunk_lengths
+    expected = {t for a, b in itertools.pairwise(documents) for t in range(a, b, chunk_size)}
+    assert chunk_starts == expected
+
+    stops = {
+        index: stop
+        for rank, plan in enumerate(plans)
+        for index, stop in zip(local_slices(cp_size, rank), plan.prefix, strict=True)
+    }
+    for index, edge in enumerate(edges[1:-1]):
+        crossed = edge not in documents
+        assert stops[index].target == (owner(index + 1, cp_size) if crossed else None)
+        assert stops[index + 1].source == (owner(index, cp_size) if crossed else None)
 
 
-LAYOUTS = sorted(path.stem for path in (ROOT / "recipes" / "parallel").glob("*x*.yaml"))
-CURRICULA = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*_ttt_128k.yaml"))
+def test_suffix_mirrors_prefix():
+    plan = make_plan(32, 4, (0, 12, 32), 2, 0)
+    assert [stop.source for stop in plan.suffix] == [stop.target for stop in reversed(plan.prefix)]
+    assert plan.suffix[-1].segments[-1].chunks == plan.prefix[0].segments[0].chunks[::-1]
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("2x")])
-def test_every_curriculum_fits_every_layout(layout):
-    from inplace_ttt.validation import validate
-
-    count, name = layout.split("x")
-    gpu = estimate.GPUS[name.upper()]
-    for recipe in (*CURRICULA, *(name.removesuffix("_128k") for name in CURRICULA)):
-        config = to_config(compose_config([f"recipe={recipe}", f"parallel={layout}"], ROOT / "recipes"))
-        config.checkpoint.load = None
-        validate(config, int(count))
-        assert estimate.memory(config, int(count), gpu).needed <= gpu.memory
+def test_slices_inside_a_chunk_are_refused_by_name():
+    with pytest.raises(LayoutError, match=r"slice 1 of 4 starts at token 6, .* token 0 \(chunk_size=4\)"):
+        make_plan(24, 4, None, 2, 0)
+    with pytest.raises(LayoutError, match=r"slice 2 of 4 starts at token 8, inside a chunk .* at token 6"):
+        make_plan(16, 4, (0, 6, 16), 2, 1)
+    make_plan(24, 4, (0, 6, 12, 18, 24), 2, 0)  # each slice starts a document: nothing straddles
 
 
-def test_says_that_it_fits():
-    done = plan("recipe=qwen3_4b_ttt_128k", "parallel=16xh200")
-    assert done.returncode == 0, done.stderr
-    assert "16 x H200" in done.stdout and "CP 2 DP 8" in done.stdout and "it fits" in done.stdout
-
-
-def test_what_does_not_fit_gets_a_layout_that_does():
-    done = plan("recipe=llama3_8b_ttt", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
-                "train.recompute=none")  # fmt: skip
-    assert done.returncode == 2
-    settings = [word for word in done.stderr.split() if "=" in word]
-    assert settings and plan("recipe=llama3_8b_ttt", *settings).returncode == 0
-    none = plan("recipe=llama3_8b_ttt_128k", "--gpus", "2")
-    assert none.returncode == 2 and "use more GPUs" in none.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["recipe=qwen3_4b_ttt", "--gpu", "B300"], "H100, H200, A100"),
-        (["recipe=qwen3_4b_ttt", "--gpus", "0"], "use 1 or more"),
-        (["recipe=qwen3_4b_ttt", "--gpus", "7"], "use 133"),
-        (["recipe=tiny_ttt", "--gpus", "2"], "model.vocab_size is null"),
-        (["recipe=qwen3_4b_tt"], "did you mean recipe=qwen3_4b_ttt?"),
-    ],
-)
-def test_bad_input_gets_one_sentence(arguments, said):
-    done = plan(*arguments)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_unequal_slices_are_refused():
+    with pytest.raises(LayoutError, match="multiple of 8"):
+        make_plan(36, 1, None, 4, 0)

@@ -1,0 +1,93 @@
+"""What a run is said to need, against what was seen, and what is said of runs that do not fit."""
+
+import subprocess
+import sys
+
+import pytest
+
+from inplace_ttt import estimate
+from inplace_ttt.training.compose import compose_config, to_config
+from launching import ROOT
+
+STEP_24 = [
+    "model=qwen3_4b",
+    "model.num_layers=24",
+    "data.kind=recall",
+    "data.seq_length=32768",
+    "train.recompute=full",
+    "train.global_batch_size=1",
+    "train.steps=1",
+    "optim.lr=1e-5",
+    "run.name=seen",
+]
+STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=2xh200", "train.global_batch_size=1"]
+OFF = ["ttt.enabled=false"]
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "gpu", "seen_gib", "seen_seconds"),
+    [
+        (STEP_24, 1, "H100", 57.6, 3.339),
+        (STEP_24 + OFF, 1, "H100", 56.6, 3.337),
+        (STEP_128K, 2, "H200", 111.7, 20.4),
+        (STEP_128K + OFF, 2, "H200", 110.7, 20.7),
+    ],
+)
+def test_says_what_was_seen(overrides, gpus, gpu, seen_gib, seen_seconds):
+    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    memory = estimate.memory(config, gpus, estimate.GPUS[gpu])
+    assert memory.allocated / estimate.GIB == pytest.approx(seen_gib, rel=0.1)
+    assert estimate.step_seconds(config, gpus, estimate.GPUS[gpu]) == pytest.approx(seen_seconds, rel=0.1)
+
+
+LAYOUTS = sorted(path.stem for path in (ROOT / "recipes" / "parallel").glob("*x*.yaml"))
+CURRICULA = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*_ttt_128k.yaml"))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("2x")])
+def test_every_curriculum_fits_every_layout(layout):
+    from inplace_ttt.validation import validate
+
+    count, name = layout.split("x")
+    gpu = estimate.GPUS[name.upper()]
+    for recipe in (*CURRICULA, *(name.removesuffix("_128k") for name in CURRICULA)):
+        config = to_config(compose_config([f"recipe={recipe}", f"parallel={layout}"], ROOT / "recipes"))
+        config.checkpoint.load = None
+        validate(config, int(count))
+        assert estimate.memory(config, int(count), gpu).needed <= gpu.memory
+
+
+def test_says_that_it_fits():
+    done = plan("recipe=qwen3_4b_ttt_128k", "parallel=16xh200")
+    assert done.returncode == 0, done.stderr
+    assert "16 x H200" in done.stdout and "CP 2 DP 8" in done.stdout and "it fits" in done.stdout
+
+
+def test_what_does_not_fit_gets_a_layout_that_does():
+    done = plan("recipe=llama3_8b_ttt", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
+                "train.recompute=none")  # fmt: skip
+    assert done.returncode == 2
+    settings = [word for word in done.stderr.split() if "=" in word]
+    assert settings and plan("recipe=llama3_8b_ttt", *settings).returncode == 0
+    none = plan("recipe=llama3_8b_ttt_128k", "--gpus", "2")
+    assert none.returncode == 2 and "use more GPUs" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recipe=qwen3_4b_ttt", "--gpu", "B300"], "H100, H200, A100"),
+        (["recipe=qwen3_4b_ttt", "--gpus", "0"], "use 1 or more"),
+        (["recipe=qwen3_4b_ttt", "--gpus", "7"], "use 133"),
+        (["recipe=tiny_ttt", "--gpus", "2"], "model.vocab_size is null"),
+        (["recipe=qwen3_4b_tt"], "did you mean recipe=qwen3_4b_ttt?"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, said):
+    done = plan(*arguments)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
