@@ -21,9 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
     parser.add_argument("--gpus", type=int, help="how many (what parallel=8xh100 says, else 8)")
-    parser.add_argument(
-        "--gpu", type=str.upper, help="H100, H200 or A100, of 80 GB where there are two (likewise, H100)"
-    )
+    parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (likewise, else H100)")
     arguments = parser.parse_intermixed_args()
     for override in arguments.overrides:
         count, x, name = override.removeprefix("parallel=").partition("x")

@@ -13,6 +13,10 @@ from omegaconf import MISSING
 VOCAB_MULTIPLE = 128
 
 
+def padded_vocab_size(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 class UserError(Exception):
     """Something the user gave cannot work; the message is one sentence that says what would."""
 

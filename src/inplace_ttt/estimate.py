@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
-from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
 from inplace_ttt.validation import validate
 
 GIB = 2**30
@@ -91,7 +91,7 @@ class Share:
         ends = (stage == 0) + (stage == self.pp - 1)  # embedding and output
         if self.pp == 1 and model.tie_word_embeddings:
             ends = 1
-        vocabulary = -(-(model.vocab_size or 0) // 128) * 128
+        vocabulary = padded_vocab_size(model.vocab_size or 0)
         layers = len(self.layers(stage))
         return int(
             layers * (split / self.tp + whole)
@@ -202,7 +202,7 @@ def _ring(share: Share, fast: int, in_flight: int) -> float:
 def _logits(share: Share) -> float:
     """Of one part of the tokens in fp32 and bf16, the weight's gradient in fp32 and bf16, hidden states and theirs."""
     model = share.config.model
-    vocabulary = -(-(model.vocab_size or 0) // 128) * 128 / share.tp
+    vocabulary = padded_vocab_size(model.vocab_size or 0) / share.tp
     return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * share.tokens
 
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from inplace_ttt.ttt import fast_weight_linear, naive
 from inplace_ttt.validation import transformer_engine_available
 from models import train_losses
-from numerics.cases import operands, random_documents, relative_error
-from parallel.test_prefix_ring import random_case, zigzag
+from numerics.cases import operands, random_documents, relative_error, with_gradients
+from parallel.test_prefix_ring import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -35,20 +35,20 @@ def test_operation_against_fp64(dtype, bound):
         assert relative_error(value.double().cpu(), reference) < bound
 
 
+def error_over_ranks(tensors, expected, **options) -> float:
+    """Of this rank's slices, and of the weight's gradient summed over ranks."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    z, v, weight, g = tensors
+    local = [t.cuda() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]
+    return error_of_slices(with_gradients(fast_weight_linear, *local, cp_group=dist.group.WORLD, **options), expected)
+
+
 def ring_errors(seeds, prefix):
-    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    worst = 0.0
     for seed in seeds:
-        (z, v, weight, g), options = random_case(seed, size)
-        whole = [t.cuda().requires_grad_() for t in (z, v, weight)]
-        expected = fast_weight_linear(*whole, **options)
-        gradients = torch.autograd.grad(expected, whole, g.cuda())
-        local = [zigzag(t, size, rank).cuda().requires_grad_() for t in (z, v)] + [weight.cuda().requires_grad_()]
-        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, prefix=prefix, **options)
-        dz, dv, dweight = torch.autograd.grad(out, local, zigzag(g, size, rank).cuda())
-        dist.all_reduce(dweight)
-        for value, reference in zip((out, dz, dv), (expected, *gradients[:2]), strict=True):
-            worst = max(worst, relative_error(value, zigzag(reference, size, rank)))
-        worst = max(worst, relative_error(dweight, gradients[2]))
+        tensors, options = random_case(seed, dist.get_world_size())
+        expected = with_gradients(fast_weight_linear, *(t.cuda() for t in tensors), **options)
+        worst = max(worst, error_over_ranks(tensors, expected, prefix=prefix, **options))
     return worst
 
 
@@ -60,27 +60,17 @@ def test_ring(prefix):
 
 def ring_with_kernels_errors(seeds, prefix):
     """Of bf16 operands over ranks, against the definition in fp64 on one."""
-    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    size, worst = dist.get_world_size(), 0.0
     for seed in seeds:
         rng = random.Random(seed)
         chunk_size, d, f = rng.choice([64, 128, 256]), 64 * rng.randint(1, 9), 64 * rng.randint(1, 7)
         length, b = 2 * size * chunk_size * rng.randint(1, 3), rng.randint(1, 2)
         bounds = random_documents(rng, length, unit=chunk_size)
         options = dict(eta=0.01, chunk_size=chunk_size, cu_seqlens=bounds)
-        z, v, weight, g = (t.to(torch.bfloat16) for t in operands(seed, length, b, d, f))
-        whole = [t.double().cuda().requires_grad_() for t in (z, v, weight)]
-        expected = naive.fast_weight_linear(*whole, **options)
-        gradients = torch.autograd.grad(expected, whole, g.double().cuda(), materialize_grads=True)
-        local = [zigzag(t, size, rank).cuda().requires_grad_() for t in (z, v)] + [weight.cuda().requires_grad_()]
-        keep = rng.choice([True, False])
-        out = fast_weight_linear(*local, cp_group=dist.group.WORLD, prefix=prefix, keep_chunk_weights=keep, **options)
-        dz, dv, dweight = (
-            t.double() for t in torch.autograd.grad(out, local, zigzag(g, size, rank).cuda(), materialize_grads=True)
-        )
-        dist.all_reduce(dweight)
-        for value, reference in zip((out, dz, dv), (expected, *gradients[:2]), strict=True):
-            worst = max(worst, relative_error(value.double(), zigzag(reference, size, rank)))
-        worst = max(worst, relative_error(dweight, gradients[2]))
+        tensors = [t.to(torch.bfloat16) for t in operands(seed, length, b, d, f)]
+        expected = with_gradients(naive.fast_weight_linear, *(t.double().cuda() for t in tensors), **options)
+        options |= dict(prefix=prefix, keep_chunk_weights=rng.choice([True, False]))
+        worst = max(worst, error_over_ranks(tensors, expected, **options))
     return worst
 
 

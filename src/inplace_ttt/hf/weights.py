@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inplace_ttt.config import Model, UserError
-from inplace_ttt.megatron.model import padded_vocab_size
+from inplace_ttt.config import Model, UserError, padded_vocab_size
 
 Shape = tuple[int, ...]
 

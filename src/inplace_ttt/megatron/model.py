@@ -5,16 +5,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from inplace_ttt.config import VOCAB_MULTIPLE, Config, ttt_layers
+from inplace_ttt.config import Config, padded_vocab_size, ttt_layers
 from inplace_ttt.megatron.layer import block_spec, make_parts
 from inplace_ttt.megatron.layout import SequenceLayout
 from inplace_ttt.megatron.loss import linear_cross_entropy
 from inplace_ttt.megatron.mlp import TTTMLP
 from inplace_ttt.megatron.rope import RotaryEmbedding, rope_frequencies
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
