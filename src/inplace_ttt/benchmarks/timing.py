@@ -11,14 +11,14 @@ def milliseconds(
 ) -> dict[str, list[float]]:
     """Device time of each variant in each round, after one round that does not count.
 
-    ``together`` is called before each run: a barrier, where ranks are to start at one time.
+    ``together`` is called before each run, with an idle device: a barrier, where ranks are to start at one time.
     """
     times = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in variants.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            together()
             torch.cuda.synchronize()
+            together()
             start.record()
             run()
             end.record()
