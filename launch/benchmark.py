@@ -3,6 +3,7 @@
 python launch/benchmark.py layer                                   # one MLP layer: plain, formula, chunk loop, ours
 torchrun --nproc-per-node 2 launch/benchmark.py prefix             # chunk states between context-parallel ranks
 python launch/benchmark.py model model.num_layers=12 ...           # a step at Qwen3-4B's shapes, on against off
+python launch/benchmark.py decode                                  # the exported model, token by token, on against off
 
 Prints a table, and writes the numbers (JSON) and a picture to --output.
 """
@@ -50,11 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     prefix.add_argument("--prefix", choices=["ring", "ring_messages"], default="ring", help="as ttt.prefix")
     prefix.add_argument("--comm-dtype", choices=["fp32", "bf16"], default="fp32")
     model = commands.add_parser("model")
-    model.add_argument(
-        "overrides", nargs="*", help="a recipe, or keys of the configuration, such as model.num_layers=12"
-    )
+    overrides_help = "a recipe, or keys of the configuration, such as model.num_layers=12"
+    model.add_argument("overrides", nargs="*", help=overrides_help)
     model.add_argument("--rounds", type=int, default=2)
     model.add_argument("--steps", type=int, default=3, help="timed in a round")
+    decode = commands.add_parser("decode")
+    decode.add_argument("overrides", nargs="*", help=overrides_help)
+    decode.add_argument("--tokens", type=int, default=1024, help="to decode with each (1024)")
+    decode.add_argument("--rounds", type=int, default=16)
     return parser.parse_args()
 
 
@@ -68,7 +72,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             raise UserError("benchmarks need a CUDA GPU, and torch sees none: run them on a GPU node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        records, errors = {"layer": run_layer, "prefix": run_prefix, "model": run_model}[arguments.command](arguments)
+        records, errors = COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -82,8 +86,14 @@ def run_layer(arguments):
 
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
     records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
-    small = layer.Shape(min(arguments.tokens, 8192), arguments.hidden, arguments.ffn, arguments.documents)
-    return records, {size: layer.errors(small, size, arguments.variants) for size in arguments.chunks}
+    errors = {}
+    for (
+        size
+    ) in arguments.chunks:  # of fewer tokens, which float64 needs; of two chunks at least, so that one is learned
+        tokens = min(arguments.tokens, max(8192, 2 * size * arguments.documents))
+        small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
+        errors[size] = layer.errors(small, size, arguments.variants)
+    return records, errors
 
 
 def run_prefix(arguments):
@@ -110,14 +120,9 @@ def run_model(arguments):
 
     from inplace_ttt.benchmarks import model
     from inplace_ttt.config import UserError
-    from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
-    overrides = arguments.overrides
-    if not any(override.startswith("recipe=") for override in overrides):
-        overrides = [*DEFAULT_MODEL, *overrides]
-    config = to_config(compose_config(overrides, ROOT / "recipes"))
-    config.checkpoint.load = None  # weights are random
+    config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
     try:
         return model.measure(config, arguments.rounds, arguments.steps), {}
@@ -126,6 +131,35 @@ def run_model(arguments):
             f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length} does not fit in "
             f"this GPU's memory: use fewer layers, or train.recompute=full"
         ) from error
+
+
+def run_decode(arguments):
+    import torch
+
+    from inplace_ttt.benchmarks import decode
+    from inplace_ttt.config import UserError
+
+    if arguments.tokens < arguments.rounds or arguments.rounds < 1:
+        raise UserError(f"--tokens={arguments.tokens} is less than --rounds={arguments.rounds}: ask for more tokens")
+    config = configuration(arguments.overrides)
+    return decode.measure(config, arguments.tokens, arguments.rounds, torch.cuda.synchronize), {}
+
+
+def configuration(overrides: list[str]):
+    """What the command line says, at Qwen3-4B's shapes where it names no recipe; weights are random."""
+    from inplace_ttt.config import UserError
+    from inplace_ttt.training.compose import compose_config, to_config
+
+    if not any(override.startswith("recipe=") for override in overrides):
+        overrides = [*DEFAULT_MODEL, *overrides]
+    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    config.checkpoint.load = None
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is not set, and no data are read to take it from: add model.vocab_size=32768")
+    return config
+
+
+COMMANDS = {"layer": run_layer, "prefix": run_prefix, "model": run_model, "decode": run_decode}
 
 
 def report(arguments, records: list[dict], errors: dict) -> None:
@@ -171,6 +205,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),
         "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
+        "decode": ("layers", "ttt", "ratio", "Decoding one text", "time a token / without fast weights"),
     }[command]
     ranks = series == "ranks"
     names = list(dict.fromkeys(record[series] for record in records))

@@ -166,5 +166,6 @@ def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict
 def _values(operation, operands, g, chunk_size, dtype) -> dict[str, Tensor]:
     inputs = [t.detach().to(dtype).requires_grad_() for t in operands]
     out = operation(*inputs, eta=ETA, chunk_size=chunk_size)
-    gradients = torch.autograd.grad(out, inputs, g.to(dtype))
+    # The last chunk's update is used by nothing, so with one chunk v has no gradient in the definition's graph
+    gradients = torch.autograd.grad(out, inputs, g.to(dtype), allow_unused=True, materialize_grads=True)
     return dict(zip(("out", "dz", "dv", "dW"), (t.double() for t in (out.detach(), *gradients)), strict=True))

@@ -1,0 +1,84 @@
+"""Decoding with the exported model, fast weights on against off: one text, token by token."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from inplace_ttt.config import Config
+from inplace_ttt.hf import modeling_inplace_ttt as exported
+from inplace_ttt.hf.config import write_config
+
+BASE = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}
+OURS = {"qwen3": exported.InPlaceTTTQwen3ForCausalLM, "llama": exported.InPlaceTTTLlamaForCausalLM}
+
+
+class Text:
+    """A model with random weights that has read a prompt of ``prompt`` tokens and goes on from it."""
+
+    def __init__(self, config: Config, prompt: int, device: torch.device):
+        keys = write_config(config, "bfloat16", base=None)
+        family = keys.pop("model_type").removeprefix("inplace_ttt_")
+        if config.ttt.enabled:
+            kind, configuration = OURS[family], OURS[family].config_class
+        else:
+            kind, configuration = BASE[family]
+        with torch.device(device):
+            torch.manual_seed(0)
+            self.model = kind._from_config(configuration(**keys), dtype=torch.bfloat16).eval()
+        self.tokens = torch.randint(0, config.model.vocab_size, (1, prompt), device=device)
+        self.cache = None
+        self.read(self.tokens)
+
+    @torch.no_grad()
+    def read(self, tokens: torch.Tensor) -> None:
+        found = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache, self.tokens = found.past_key_values, found.logits[:, -1:].argmax(-1)
+
+    def decode(self, count: int) -> None:
+        for _ in range(count):
+            self.read(self.tokens)
+
+
+def measure(config: Config, tokens: int, rounds: int, synchronize: Callable[[], None]) -> list[dict]:
+    """A record with fast weights and one without; each decodes ``tokens``, in ``rounds`` parts that take turns.
+
+    The prompt is one chunk, so every token is decoded with weights that were learned; with ``tokens`` a multiple of the
+    chunk size an update is paid as often as in a long text.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configs = {"off": replace(config, ttt=replace(config.ttt, enabled=False)), "on": config}
+    texts = {name: Text(variant, config.ttt.chunk_size, device) for name, variant in configs.items()}
+    for text in texts.values():
+        text.decode(min(16, tokens))  # kernels are loaded, libraries have chosen
+    times = {name: [] for name in texts}
+    for _ in range(rounds):
+        for name, text in texts.items():
+            synchronize()
+            started = time.perf_counter()
+            text.decode(tokens // rounds)
+            synchronize()
+            times[name].append((time.perf_counter() - started) / (tokens // rounds))
+    return [
+        dict(
+            ttt=name,
+            layers=config.model.num_layers,
+            prompt=config.ttt.chunk_size,
+            decoded=tokens // rounds * rounds,
+            ms_per_token=1e3 * statistics.mean(times[name]),
+            device_ms_per_token=_device_ms(text) if device.type == "cuda" else None,
+            ratio=sum(times[name]) / sum(times["off"]),
+        )
+        for name, text in texts.items()
+    ]
+
+
+def _device_ms(text: Text, count: int = 16) -> float:
+    """Milliseconds of kernels a token: what is left where the host does not stand in the way (CUDA graphs)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        text.decode(count)
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / count / 1e3
