@@ -87,9 +87,7 @@ def run_layer(arguments):
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
     records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
     errors = {}
-    for (
-        size
-    ) in arguments.chunks:  # of fewer tokens, which float64 needs; of two chunks at least, so that one is learned
+    for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
         tokens = min(arguments.tokens, max(8192, 2 * size * arguments.documents))
         small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
         errors[size] = layer.errors(small, size, arguments.variants)

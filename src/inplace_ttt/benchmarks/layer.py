@@ -157,7 +157,7 @@ def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict
         operation = layer.variants(chunk_size, [name])[name].args[0]
         values = _values(operation, operands, layer.g, chunk_size, torch.bfloat16)
         found[name] = {
-            key: ((value - reference).norm() / reference.norm()).item()
+            key: ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()
             for (key, value), reference in zip(values.items(), exact.values(), strict=True)
         }
     return found
