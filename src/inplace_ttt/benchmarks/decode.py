@@ -6,14 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from inplace_ttt.config import Config
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import write_config
-
-BASE = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "llama": (LlamaForCausalLM, LlamaConfig)}
-OURS = {"qwen3": exported.InPlaceTTTQwen3ForCausalLM, "llama": exported.InPlaceTTTLlamaForCausalLM}
 
 
 class Text:
@@ -21,14 +17,10 @@ class Text:
 
     def __init__(self, config: Config, prompt: int, device: torch.device):
         keys = write_config(config, "bfloat16", base=None)
-        family = keys.pop("model_type").removeprefix("inplace_ttt_")
-        if config.ttt.enabled:
-            kind, configuration = OURS[family], OURS[family].config_class
-        else:
-            kind, configuration = BASE[family]
+        kind = getattr(exported, keys["architectures"][0])  # transformers' own class without fast weights
         with torch.device(device):
             torch.manual_seed(0)
-            self.model = kind._from_config(configuration(**keys), dtype=torch.bfloat16).eval()
+            self.model = kind._from_config(kind.config_class.from_dict(keys), dtype=torch.bfloat16).eval()
         self.tokens = torch.randint(0, config.model.vocab_size, (1, prompt), device=device)
         self.cache = None
         self.read(self.tokens)
