@@ -132,15 +132,13 @@ def run_model(arguments):
 
 
 def run_decode(arguments):
-    import torch
-
     from inplace_ttt.benchmarks import decode
     from inplace_ttt.config import UserError
 
     if arguments.tokens < arguments.rounds or arguments.rounds < 1:
         raise UserError(f"--tokens={arguments.tokens} is less than --rounds={arguments.rounds}: ask for more tokens")
     config = configuration(arguments.overrides)
-    return decode.measure(config, arguments.tokens, arguments.rounds, torch.cuda.synchronize), {}
+    return decode.measure(config, arguments.tokens, arguments.rounds), {}
 
 
 def configuration(overrides: list[str]):

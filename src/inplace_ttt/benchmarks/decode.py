@@ -2,11 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from inplace_ttt.benchmarks.timing import ratio
 from inplace_ttt.config import Config
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import write_config
@@ -35,13 +35,16 @@ class Text:
             self.read(self.tokens)
 
 
-def measure(config: Config, tokens: int, rounds: int, synchronize: Callable[[], None]) -> list[dict]:
+def measure(config: Config, tokens: int, rounds: int) -> list[dict]:
     """A record with fast weights and one without; each decodes ``tokens``, in ``rounds`` parts that take turns.
 
     The prompt is one chunk, so every token is decoded with weights that were learned; with ``tokens`` a multiple of the
     chunk size an update is paid as often as in a long text.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of the two
+    # models torch gives to it depends on their masks, so neither gets it
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device("cuda", torch.cuda.current_device())
     configs = {"off": replace(config, ttt=replace(config.ttt, enabled=False)), "on": config}
     texts = {name: Text(variant, config.ttt.chunk_size, device) for name, variant in configs.items()}
     for text in texts.values():
@@ -49,10 +52,10 @@ def measure(config: Config, tokens: int, rounds: int, synchronize: Callable[[], 
     times = {name: [] for name in texts}
     for _ in range(rounds):
         for name, text in texts.items():
-            synchronize()
+            torch.cuda.synchronize()
             started = time.perf_counter()
             text.decode(tokens // rounds)
-            synchronize()
+            torch.cuda.synchronize()
             times[name].append((time.perf_counter() - started) / (tokens // rounds))
     return [
         dict(
@@ -60,9 +63,10 @@ def measure(config: Config, tokens: int, rounds: int, synchronize: Callable[[], 
             layers=config.model.num_layers,
             prompt=config.ttt.chunk_size,
             decoded=tokens // rounds * rounds,
-            ms_per_token=1e3 * statistics.mean(times[name]),
-            device_ms_per_token=_device_ms(text) if device.type == "cuda" else None,
-            ratio=sum(times[name]) / sum(times["off"]),
+            ms_per_token=1e3 * statistics.median(times[name]),
+            slowest_round_ms=1e3 * max(times[name]),
+            device_ms_per_token=_device_ms(text),
+            ratio=ratio(times[name], times["off"]),
         )
         for name, text in texts.items()
     ]
