@@ -84,12 +84,33 @@ def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
     assert numbers(run) == numbers(unbroken)
 
 
-def test_a_rank_that_dies_ends_the_job(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_every_process_of_a_job_may_be_asked_to_stop(number, unbroken, tmp_path):
+    """As schedulers do: writers of checkpoints, readers of data and W&B's process hear it too."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ["checkpoint.interval=1", "data.num_workers=1", "log.wandb=offline"]
+    process = torchrun(2, *TRAIN, *options, CP2, f"run.dir={run}", log=log)
+    wait_for(lambda: len(numbers(run)) >= 4, process)
+    for rank in workers(process):
+        for helper in rank.children(recursive=True):
+            helper.send_signal(number)
+        rank.send_signal(number)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    assert "asked to stop: saved step" in log.read_text() and "Traceback" not in log.read_text()
+    (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
+    assert code == 0 and "going on from step" in text
+    assert numbers(run) == numbers(unbroken)
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_no_process(tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, *TRAIN, "train.steps=100000", CP2, f"run.dir={run}", log=tmp_path / "log")
-    wait_for(lambda: len(numbers(run)) >= 1, process)
+    wait_for(lambda: len(numbers(run)) >= 4, process)
+    started = psutil.Process(process.pid).children(recursive=True)
     workers(process)[1].kill()
     assert process.wait(timeout=40) != 0
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left
 
 
 @pytest.mark.parametrize(

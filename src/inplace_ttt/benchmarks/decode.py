@@ -41,8 +41,8 @@ def measure(config: Config, tokens: int, rounds: int) -> list[dict]:
     The prompt is one chunk, so every token is decoded with weights that were learned; with ``tokens`` a multiple of the
     chunk size an update is paid as often as in a long text.
     """
-    # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of the two
-    # models torch gives to it depends on their masks, so neither gets it
+    # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of the
+    # two models torch gives to it depends on their masks, so neither gets it
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = torch.device("cuda", torch.cuda.current_device())
     configs = {"off": replace(config, ttt=replace(config.ttt, enabled=False)), "on": config}

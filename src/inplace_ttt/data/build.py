@@ -12,6 +12,7 @@ from inplace_ttt.data.packed import Blend, PackedDocuments, open_indexed, split_
 from inplace_ttt.data.prepare import read_description
 from inplace_ttt.data.recall import KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.signals import unheard
 
 
 @dataclass
@@ -108,7 +109,9 @@ def micro_batches(
         num_workers=num_workers,
         pin_memory=False,
     )
-    for group in loader:
+    with unheard():
+        groups = iter(loader)
+    for group in groups:
         yield MicroBatch.collate(group, cp_size, cp_rank, device)
 
 

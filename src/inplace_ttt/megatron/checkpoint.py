@@ -7,21 +7,25 @@ manifest, is not a checkpoint.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from inplace_ttt.config import UserError
+from inplace_ttt.signals import end_with_parent, unheard
 
 NAME = re.compile(r"step_(\d{8})")
 
@@ -110,6 +114,7 @@ class Checkpointer:
         partial = self._open_partial(target)
         if partial is None:
             return
+        _start_results_queue()
         request = dist_checkpointing.save(
             self._state(loading=False),
             str(partial),
@@ -212,6 +217,16 @@ class Checkpointer:
         unknown = [name for name in result.unexpected_keys if "_extra_state" not in name]
         if len(missing) > len(allowed) or unknown:
             raise RuntimeError(f"checkpoint and model differ: missing {missing}, unknown {unknown}")
+
+
+def _start_results_queue() -> None:
+    """The queue by which writers report: in a process of its own, as Megatron starts it, but one that a request to stop
+    does not end while a checkpoint is written, and that does not outlive this rank."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        with unheard():
+            manager.start(initializer=end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _flush(path: Path) -> None:

@@ -12,30 +12,34 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from inplace_ttt.config import Config, ttt_layers
+from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import Sets, micro_batches, numbers_of_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import device
+from inplace_ttt.signals import StopRequest
 from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
-from inplace_ttt.training.run_folder import RunFolder
-from inplace_ttt.training.signals import StopRequest
+from inplace_ttt.training.run_folder import RunFolder, agree
 from inplace_ttt.training.step import Stepper, Totals, unwrap
 
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop
 
 
 class Recorder:
-    """Rank 0's outputs; on other ranks every call does nothing."""
+    """Rank 0's outputs; on other ranks every call does nothing. All ranks make theirs together."""
 
     def __init__(self, config: Config, resolved: dict, folder: RunFolder, first_step: int):
-        self.outputs = []
+        self.outputs, error = [], None
         if dist.get_rank() == 0:
-            self.metrics = MetricsFile(folder.metrics, first_step)
-            self.screen = Screen(config, first_step)
-            self.wandb = WandB(config, resolved, folder.path)
-            self.outputs = [self.metrics, self.screen, self.wandb]
+            try:
+                self.wandb = WandB(config, resolved, folder.path)
+                self.metrics = MetricsFile(folder.metrics, first_step)
+                self.screen = Screen(config, first_step)
+                self.outputs = [self.metrics, self.screen, self.wandb]
+            except UserError as caught:
+                error = caught
+        agree(error)
 
     def write(self, record: dict) -> None:
         if self.outputs:

@@ -51,8 +51,8 @@ def train(config: Config) -> int:
 
     from inplace_ttt.data.build import build_sets
     from inplace_ttt.megatron import runtime
+    from inplace_ttt.signals import StopRequest
     from inplace_ttt.training.health import TrainingStopped, lost_rank
-    from inplace_ttt.training.signals import StopRequest
 
     with StopRequest() as stop:
         sets = build_sets(config)

@@ -4,13 +4,15 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from inplace_ttt.config import Config
+from inplace_ttt.config import Config, UserError, one_line
+from inplace_ttt.signals import unheard
 
 
 class MetricsFile:
@@ -111,26 +113,41 @@ class WandB:
         remembered = folder / "wandb_id"
         if not remembered.is_file():
             remembered.write_text(uuid.uuid4().hex[:12])
-        self.run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.run.name,
-            id=remembered.read_text().strip(),
-            resume="allow",
-            mode=mode,
-            dir=str(folder),
-            config=resolved,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            with unheard():
+                self.run = wandb.init(
+                    project=config.log.wandb_project,
+                    name=config.run.name,
+                    id=remembered.read_text().strip(),
+                    resume="allow",
+                    mode=mode,
+                    dir=str(folder),
+                    config=resolved,
+                    settings=wandb.Settings(silent=True, console="off"),
+                )
+        except Exception as error:
+            raise UserError(
+                f"log.wandb={config.log.wandb}: W&B does not start ({one_line(error)}): repair that, or use "
+                f"log.wandb=offline, which keeps its numbers in the run's folder"
+            ) from error
 
     def write(self, record: dict) -> None:
         if self.run is not None:
             prefix = "eval/" if record.get("eval") else "train/"
             numbers = {key if "/" in key else prefix + key: value for key, value in record.items() if key != "eval"}
-            self.run.log(numbers, step=record["step"])
+            self._carefully(lambda: self.run.log(numbers, step=record["step"]))
 
     def close(self) -> None:
         if self.run is not None:
-            self.run.finish()
+            self._carefully(self.run.finish)
+
+    def _carefully(self, action: Callable[[], None]) -> None:
+        """Training does not end because W&B's own process has: a scheduler that ends a job may ask that one first."""
+        try:
+            action()
+        except Exception as error:
+            self.run = None
+            print(f"W&B gets no more numbers ({one_line(error)}); metrics.jsonl has them all", flush=True)
 
 
 def _has_wandb_login() -> bool:

@@ -1,7 +1,11 @@
 """SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and stop; ranks hear them at different times and agree in the step."""
 
+import contextlib
+import ctypes
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 
 class StopRequest:
@@ -28,3 +32,23 @@ class StopRequest:
             raise KeyboardInterrupt
         self._heard = now
         self.received = signal.Signals(number).name
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Processes started inside never hear a request to stop.
+
+    A scheduler sends it to every process of a job. A rank saves and leaves; what helps it to save must not die first.
+    """
+    resource_tracker.ensure_running()  # starting it later would open the mask again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it is gone."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
