@@ -4,12 +4,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from inplace_ttt.megatron.manifest import corruption
 from launching import SMALL, numbers, run_main, torchrun
 from ranks import run_ranks
 
@@ -102,15 +104,25 @@ def test_every_process_of_a_job_may_be_asked_to_stop(number, unbroken, tmp_path)
     assert numbers(run) == numbers(unbroken)
 
 
-def test_a_rank_that_dies_ends_the_job_and_leaves_no_process(tmp_path):
-    run = tmp_path / "run"
-    process = torchrun(2, *TRAIN, "train.steps=100000", CP2, f"run.dir={run}", log=tmp_path / "log")
+@pytest.mark.parametrize(("how", "rank"), [("dies", 1), ("hangs", 0)])
+def test_a_rank_that_does_not_go_on_is_named_and_no_process_is_left(how, rank, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = ["train.steps=100000", "parallel.timeout_minutes=0.1"]
+    process = torchrun(2, *TRAIN, *options, CP2, f"run.dir={run}", log=log)
     wait_for(lambda: len(numbers(run)) >= 4, process)
     started = psutil.Process(process.pid).children(recursive=True)
-    workers(process)[1].kill()
-    assert process.wait(timeout=40) != 0
+    victim = workers(process)[rank]
+    if how == "dies":
+        victim.kill()
+    else:
+        victim.suspend()
+    assert process.wait(timeout=80) != 0
     _, left = psutil.wait_procs(started, timeout=10)
     assert not left
+    said = f"rank {rank} ({socket.gethostname()}, process {victim.pid}) does not answer any more, last heard of in "
+    assert said in log.read_text() and "the same command goes on from what was saved" in log.read_text()
+    if how == "hangs":
+        assert f"; rank {1 - rank} waits in " in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -137,24 +149,36 @@ def damaged_copy(unbroken, folder: Path, *, both: bool, how: str) -> Path:
     shutil.copytree(unbroken, run)
     for step in (12, 9) if both else (12,):
         shard = sorted((run / f"checkpoints/step_{step:08d}").glob("*.distcp"))[0]
+        size = shard.stat().st_size
         if how == "missing":
             shard.unlink()
+        elif how == "truncated":
+            os.truncate(shard, size // 2)
         else:
-            os.truncate(shard, shard.stat().st_size // 2)
+            with shard.open("r+b") as file:  # a bit that flipped
+                file.seek(size // 2)
+                byte = file.read(1)[0]
+                file.seek(size // 2)
+                file.write(bytes([byte ^ 1]))
     return run
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated"])
+HOW = dict(missing="is missing", truncated="bytes where", corrupt="is corrupt: its checksum is")
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_damaged_checkpoint_is_passed_over_by_name(how, unbroken, tmp_path):
     run = damaged_copy(unbroken, tmp_path, both=False, how=how)
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
     assert code == 0 and "going on from step 9" in text
-    assert "step_00000012" in text and ("is missing" if how == "missing" else "bytes where") in text
+    assert "step_00000012" in text and HOW[how] in text
     assert numbers(run) == numbers(unbroken)
+    assert [corruption(folder) for folder in (run / "checkpoints").glob("step_*")] == [None, None]
 
 
-def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(unbroken, tmp_path):
-    run = damaged_copy(unbroken, tmp_path, both=True, how="truncated")
+@pytest.mark.parametrize("how", ["truncated", "corrupt"])
+def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(how, unbroken, tmp_path):
+    run = damaged_copy(unbroken, tmp_path, both=True, how=how)
     assert [code for code, _ in run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")] == [2, 2]
     assert numbers(run) == numbers(unbroken)
 

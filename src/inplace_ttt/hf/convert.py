@@ -18,7 +18,8 @@ from torch import Tensor
 from inplace_ttt.config import Config, Model, UserError, first_line, ttt_layers
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
-from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in, damage, write_manifest
+from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
+from inplace_ttt.megatron.manifest import corruption, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
 
 # What comes along unchanged: the tokenizer and how to generate
@@ -149,7 +150,7 @@ def export_checkpoint(
     """
     folder, config, known_base = _describe(checkpoint)
     base = base or known_base
-    fault = damage(folder)
+    fault = corruption(folder)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
     reader, model = TensorReader(folder), config.model

@@ -1,9 +1,9 @@
 """Sharded checkpoints: written beside training, whole or not there, readable at any parallel layout.
 
 A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two files of ours:
-``run.json`` (step, samples seen) and ``manifest.json`` (size of every file). It is written under a name that starts
-with a dot and renamed when all ranks are done; a folder without that name, or whose files are not those of its
-manifest, is not a checkpoint.
+``run.json`` (step, samples seen) and ``manifest.json`` (size and checksum of every file). It is written under a name
+that starts with a dot and renamed when all ranks are done; a folder without that name, or whose files are not those of
+its manifest, is not a checkpoint.
 """
 
 import json
@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from inplace_ttt.config import UserError
+from inplace_ttt.megatron.manifest import corruption, damage, flush, write_manifest, write_sums
 from inplace_ttt.signals import end_with_parent, unheard
 
 NAME = re.compile(r"step_(\d{8})")
@@ -42,34 +45,8 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if every file is there and as long as it was written."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return f"'{folder}' has no manifest.json: it is not a whole checkpoint"
-    try:
-        sizes = json.loads(manifest.read_text())
-    except ValueError:
-        return f"'{manifest}' is damaged"
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"'{path}' is missing"
-        if path.stat().st_size != size:
-            return f"'{path}' has {path.stat().st_size} bytes where {size} were written"
-    return None
-
-
-def write_manifest(folder: Path) -> None:
-    """Say how long every file is, and have the disk hold them all."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    (folder / "manifest.json").write_text(json.dumps(sizes, indent=1))
-    for path in folder.iterdir():
-        _flush(path)
-
-
 def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
-    """Whole checkpoints, the newest first, and what is wrong with the others."""
+    """Checkpoints that are whole at a glance, the newest first, and what is wrong with the others."""
     names = sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), reverse=True)
     faults = {path: damage(path) for path in names}
     return [path for path in names if faults[path] is None], [fault for fault in faults.values() if fault]
@@ -111,19 +88,21 @@ class Checkpointer:
         """
         self.poll(blocking=True)  # one at a time
         target = self.folder / folder_name(progress.step)
-        partial = self._open_partial(target)
-        if partial is None:
+        folder = self._open_partial(target)
+        if folder is None:
             return
         _start_results_queue()
         request = dist_checkpointing.save(
             self._state(loading=False),
-            str(partial),
+            str(folder),
             self.strategy,
             async_sharded_save=True,
             async_strategy="mcore",
             content_metadata={key: value for key, value in self.metadata.items() if key != "dp_cp_group"},
         )
-        request.add_finalize_fn(lambda: self._finish(partial, target, progress))
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(_write, request.async_fn, folder))
+        request.add_finalize_fn(lambda: self._finish(folder, target, progress))
         # a process of its own writes, also where we wait for it: what fails on one rank is then raised on all
         self.queue.schedule_async_request(request)
         if wait or not self.async_save:
@@ -148,19 +127,28 @@ class Checkpointer:
         self.poll(blocking=True)
         self.queue.close()
 
-    def _finish(self, partial: Path, target: Path, progress: Progress) -> None:
+    def _finish(self, folder: Path, target: Path, progress: Progress) -> None:
+        errors = [None]
         if dist.get_rank() == 0:
-            (partial / "run.json").write_text(json.dumps(vars(progress)))
-            write_manifest(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.chmod(0o755)
-            os.replace(partial, target)
-            _flush(self.folder)
-            whole, _ = whole_checkpoints(self.folder)
-            for old in whole[self.keep :]:
-                shutil.rmtree(old)
-        dist.barrier()
+            try:
+                self._give_name(folder, target, progress)
+            except OSError as error:
+                errors = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(errors, src=0)
+        if errors[0] is not None:
+            raise RuntimeError(errors[0])
+
+    def _give_name(self, folder: Path, target: Path, progress: Progress) -> None:
+        (folder / "run.json").write_text(json.dumps(vars(progress)))
+        write_manifest(folder)
+        if target.exists():
+            shutil.rmtree(target)
+        folder.chmod(0o755)
+        os.replace(folder, target)
+        flush(self.folder)
+        whole, _ = whole_checkpoints(self.folder)
+        for old in whole[self.keep :]:
+            shutil.rmtree(old)
 
     def _model_state(self) -> dict:
         """Weights alone: what Transformer Engine keeps for fp8 is empty, and other layers do not have it."""
@@ -186,7 +174,7 @@ class Checkpointer:
         Raises UserError naming any other tensor that is missing or has another shape.
         """
         folder = checkpoint_in(folder)
-        fault = damage(folder)
+        fault = corruption(folder)
         if fault:
             raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")
         state = {"model": self._model_state()}
@@ -219,6 +207,13 @@ class Checkpointer:
             raise RuntimeError(f"checkpoint and model differ: missing {missing}, unknown {unknown}")
 
 
+def _write(write: Callable, folder: Path, rank: int, buckets: list, results) -> None:
+    """What a rank's writing process does: Megatron's part, then the checksums of the files it wrote."""
+    end_with_parent()
+    write(rank, buckets, results)
+    write_sums(folder, rank, [name for _, name, _ in buckets])
+
+
 def _start_results_queue() -> None:
     """The queue by which writers report: in a process of its own, as Megatron starts it, but one that a request to stop
     does not end while a checkpoint is written, and that does not outlive this rank."""
@@ -227,12 +222,3 @@ def _start_results_queue() -> None:
         with unheard():
             manager.start(initializer=end_with_parent)
         filesystem_async._results_queue = manager.Queue()
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold it before its name says so."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

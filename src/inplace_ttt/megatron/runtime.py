@@ -1,5 +1,6 @@
 """Processes, devices and process groups: what must stand before a model is built."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,9 @@ import torch.distributed as dist
 
 from inplace_ttt.config import Parallel
 from inplace_ttt.megatron import cpu
+
+# The watch ends a run that hangs after parallel.timeout_minutes and says why; collectives would not, so they end later
+LATER = 1.5
 
 cpu.install()
 
@@ -56,13 +60,13 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
             "nccl" if on_gpu else "gloo",
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(minutes=parallel.timeout_minutes),
+            timeout=timedelta(minutes=LATER * parallel.timeout_minutes),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
+        distributed_timeout_minutes=max(1, math.ceil(LATER * parallel.timeout_minutes)),
         # what passes between context-parallel ranks goes before products that could also run later
         high_priority_stream_groups=["cp"] if on_gpu else None,
     )

@@ -22,6 +22,7 @@ from inplace_ttt.training.health import TrainingStopped, first_broken_layer, las
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder, agree
 from inplace_ttt.training.step import Stepper, Totals, unwrap
+from inplace_ttt.watch import Watch
 
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop
 
@@ -71,11 +72,12 @@ class Loop:
         recorder: Recorder,
         folder: RunFolder,
         stop: StopRequest,
+        watch: Watch,
         groups,
     ):
         self.config, self.sets, self.stepper, self.groups = config, sets, stepper, groups
         self.optimizer, self.scheduler, self.checkpointer = optimizer, scheduler, checkpointer
-        self.recorder, self.folder, self.stop = recorder, folder, stop
+        self.recorder, self.folder, self.stop, self.watch = recorder, folder, stop, watch
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
         self.device = device()
 
@@ -87,8 +89,10 @@ class Loop:
         stream = self._training_stream(step)
         while step < train.steps:
             step += 1
+            self.watch.mark(f"reading the data of step {step}")
             batches = list(itertools.islice(stream, micro))
             stopped = self._step(step, batches)
+            self.watch.mark(f"looking after a checkpoint after step {step}")
             self._writing(self.checkpointer.poll)
             last = step == train.steps
             if not stopped and (last or (train.eval_interval and step % train.eval_interval == 0)):
@@ -126,7 +130,8 @@ class Loop:
     def _step(self, step: int, batches: list[MicroBatch]) -> bool:
         """One update of the parameters; True if any rank was asked to stop."""
         started = time.perf_counter()
-        totals = self.stepper.train(iter(batches), len(batches))
+        totals = self.stepper.train(self._marked(batches, f"step {step}"), len(batches))
+        self.watch.mark(f"the gradients of step {step}")
         if not math.isfinite(totals.loss):
             where = first_broken_layer(
                 unwrap(self.stepper.model), lambda: self.stepper.evaluate(iter(batches), len(batches))
@@ -140,7 +145,9 @@ class Loop:
         if not math.isfinite(norm):
             where = last_broken_gradient(unwrap(self.stepper.model))
             self._give_up(f"gradient norm is {norm} at step {step}: {where} is the first whose gradient is not finite")
+        self.watch.mark(f"the agreement of all ranks in step {step}")
         stopped, ratios = self._agree()
+        self.watch.mark(f"the optimizer of step {step}")
         self.optimizer.step_with_ready_grads()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
@@ -170,6 +177,11 @@ class Loop:
                 )
         return stopped
 
+    def _marked(self, batches: list[MicroBatch], of: str) -> Iterator[MicroBatch]:
+        for number, batch in enumerate(batches, 1):
+            self.watch.mark(f"micro batch {number} of {len(batches)} in {of}")
+            yield batch
+
     def _learning_rate(self) -> float:
         """Of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
@@ -195,13 +207,14 @@ class Loop:
             return False
         size, rank = self.groups.dp.size(), self.groups.dp.rank()
         share = math.ceil(count / (size * micro)) * micro
+        self.watch.mark(f"reading data to evaluate after step {step}")
         batches = list(
             self._micro_batches(_Padded(self.sets.validation, count), numbers_of_rank(0, share * size, size, rank))
         )
         totals = Totals()
         for first in range(0, len(batches), EVAL_GROUP):
             group = batches[first : first + EVAL_GROUP]
-            totals += self.stepper.evaluate(iter(group), len(group))
+            totals += self.stepper.evaluate(self._marked(group, f"the evaluation after step {step}"), len(group))
             if self._any_asked_to_stop():
                 return True
         self.recorder.write(dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy))
@@ -214,6 +227,7 @@ class Loop:
         return bool(asked.item())
 
     def _save(self, step: int, wait: bool) -> None:
+        self.watch.mark(f"saving step {step}", patience=6)
         progress = Progress(step, step * self.config.train.global_batch_size)
         self._writing(lambda: self.checkpointer.save(progress, wait=wait))
 

@@ -8,9 +8,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 from omegaconf import OmegaConf
 
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, UserError, one_line
+
+SLOW = 6.0  # times parallel.timeout_minutes: what may take that long, by the patience of the watch
+GO_ON = "the same command goes on from what was saved"
 
 HELP = """\
 torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=value ...]
@@ -53,32 +57,57 @@ def train(config: Config) -> int:
     from inplace_ttt.megatron import runtime
     from inplace_ttt.signals import StopRequest
     from inplace_ttt.training.health import TrainingStopped, lost_rank
+    from inplace_ttt.watch import Watch
 
+    world = runtime.World.from_environment()
     with StopRequest() as stop:
-        sets = build_sets(config)
-        config.model.vocab_size = sets.vocab_size
-        groups = runtime.start(config.parallel, config.train.seed)
+        watch = Watch.join(world.rank, world.size, 60 * config.parallel.timeout_minutes, _hang)
+
+        def fail(why: str, code: int) -> int:
+            watch.leave(why)
+            return _fail(f"stopped: {why}", code)
+
         try:
-            return _train(config, sets, groups, stop)
+            watch.mark("opening the data", SLOW)
+            sets = build_sets(config)
+            config.model.vocab_size = sets.vocab_size
+            watch.mark("joining the other ranks", SLOW)
+            groups = runtime.start(config.parallel, config.train.seed)
+            code = _train(config, sets, groups, stop, watch)
+            watch.close()
+            runtime.stop()
+            return code
         except TrainingStopped as stopped:
-            return _fail(f"stopped: {stopped}", 3)
+            return fail(str(stopped), 3)
         except (RuntimeError, CheckpointException) as error:
             said = lost_rank(error)
             if said is None:
+                watch.leave(one_line(error))
                 raise
-            return _fail(
-                f"stopped: contact with another rank was lost ({said[:200]}); "
-                f"the same command goes on from what was saved",
-                4,
-            )
+            why = watch.explain_loss() or said[:200]
+            return fail(f"contact with another rank was lost: {why}; {GO_ON}", 4)
         except OSError as error:  # metrics, pictures: checkpoints say it themselves
-            return _fail(f"stopped: '{config.run.dir}' cannot be written any more: {error}", 3)
-        finally:
-            if sys.exc_info()[0] is None:
-                runtime.stop()
+            return fail(f"'{config.run.dir}' cannot be written any more: {error}", 3)
+        except UserError as error:
+            watch.leave(str(error))
+            raise
 
 
-def _train(config: Config, sets, groups, stop) -> int:
+def _hang(why: str) -> None:
+    """Called beside a training that stands still."""
+    leave(_fail(f"stopped: {why}; {GO_ON}", 4))
+
+
+def leave(code: int) -> None:
+    """End this process and those it started, at once: a rank that failed must not wait for peers in a teardown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(code)
+
+
+def _train(config: Config, sets, groups, stop, watch) -> int:
     from inplace_ttt.megatron.checkpoint import Checkpointer
     from inplace_ttt.megatron.initialize import initialize
     from inplace_ttt.megatron.model import build_model
@@ -89,7 +118,9 @@ def _train(config: Config, sets, groups, stop) -> int:
     from inplace_ttt.training.step import Stepper
     from inplace_ttt.validation import precision, transformer_impl
 
+    watch.mark("opening the run's folder", SLOW)
     folder = RunFolder(config)
+    watch.mark("building the model", SLOW)
     model = build_model(config, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
     megatron_config = model.config
@@ -103,6 +134,7 @@ def _train(config: Config, sets, groups, stop) -> int:
         keep=config.checkpoint.keep,
         async_save=config.checkpoint.async_save,
     )
+    watch.mark("loading a checkpoint", SLOW)
     step, notes = 0, list(folder.notes)
     if folder.resume_from is not None:
         step = checkpointer.resume(folder.resume_from).step
@@ -112,12 +144,13 @@ def _train(config: Config, sets, groups, stop) -> int:
         new = checkpointer.load_weights(Path(config.checkpoint.load))
         notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))
 
+    watch.mark("opening metrics and W&B")
     recorder = Recorder(config, asdict(config), folder, step)
     recorder.say(_describe(config, model, groups))
     for note in notes:
         recorder.say(note)
     stepper = Stepper(config, wrapped, megatron_config, groups)
-    loop = Loop(config, sets, stepper, optimizer, scheduler, checkpointer, recorder, folder, stop, groups)
+    loop = Loop(config, sets, stepper, optimizer, scheduler, checkpointer, recorder, folder, stop, watch, groups)
     try:
         finished = loop.run(step)
     finally:
@@ -153,6 +186,8 @@ def _fail(message: str, code: int) -> int:
         Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     told = os.environ.get("INPLACE_TTT_EXIT_FILE")
     if told:
-        with contextlib.suppress(OSError):  # such as the full disk that is the reason
-            Path(told).write_text(f"{code}\n")
+        # A rank that only lost contact does not speak for the one that knows why. OSError: that file is there, or the
+        # disk is full, which may be the reason
+        with contextlib.suppress(OSError), Path(told).open("x" if code == 4 else "w") as file:
+            file.write(f"{code}\n")
     return code

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from inplace_ttt.config import Config, UserError
 from inplace_ttt.megatron.checkpoint import whole_checkpoints
+from inplace_ttt.megatron.manifest import corruption
 
 # Another value of one of these is another run: a checkpoint would be continued into something it is not.
 IDENTITY = (
@@ -67,12 +69,16 @@ class RunFolder:
         dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: the first one's counts
         self.path = Path(names[0])
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
-        self.notes: list[str] = []
-        self.resume_from: Path | None = None
-        error = None
+        candidates, self.notes = self._first_rank(self._open)
+        self.resume_from = self._newest_sound(candidates)
+        self._first_rank(lambda: self._record(config))
+
+    def _first_rank(self, action: Callable):
+        """What ``action`` returns on the first rank, and its errors, on all."""
+        result, error = [None], None
         if dist.get_rank() == 0:
             try:
-                self._open(config)
+                result = [action()]
             except UserError as caught:
                 error = caught
             except OSError as caught:
@@ -81,11 +87,11 @@ class RunFolder:
                     f"choose a folder that can, with room for checkpoints"
                 )
         agree(error)
-        found = [self.resume_from, self.notes]
-        dist.broadcast_object_list(found, src=0)
-        self.resume_from, self.notes = found
+        dist.broadcast_object_list(result, src=0)
+        return result[0]
 
-    def _open(self, config: Config) -> None:
+    def _open(self) -> tuple[list[Path], list[str]]:
+        """The checkpoints that are whole at a glance, the newest first, and what is wrong with others."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         probe = self.path / ".writable"
         probe.write_bytes(b"\0" * 65536)
@@ -93,17 +99,33 @@ class RunFolder:
         for abandoned in self.checkpoints.glob(".step_*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         whole, faults = whole_checkpoints(self.checkpoints)
-        self.notes += [f"not resumed from: {fault}" for fault in faults]
-        if faults and not whole:
+        return whole, [f"not resumed from: {fault}" for fault in faults]
+
+    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+        """The first in which every byte is what was written; all ranks look together."""
+        for folder in candidates:
+            fault = corruption(folder)
+            if fault is None:
+                return folder
+            self._first_rank(lambda folder=folder: self._set_aside(folder))
+            self.notes.append(f"not resumed from: {fault}")
+        if self.notes:
             raise UserError(
-                f"run.dir='{self.path}' holds no whole checkpoint ({faults[0]}): restore it, or remove "
-                f"'{self.checkpoints}' to begin anew"
+                f"run.dir='{self.path}' holds no whole checkpoint ({self.notes[0].partition(': ')[2]}): restore it, or "
+                f"remove '{self.checkpoints}' to begin anew"
             )
+        return None
+
+    def _set_aside(self, folder: Path) -> None:
+        """A corrupt checkpoint looks whole: under its own name the same step would not be saved again."""
+        aside = folder.with_name(f"corrupt.{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+
+    def _record(self, config: Config) -> None:
         record = self.path / "config.yaml"
-        if whole:
-            self.resume_from = whole[0]
-            if record.is_file():
-                self._compare(yaml.safe_load(record.read_text()), json.loads(json.dumps(asdict(config))))
+        if self.resume_from is not None and record.is_file():
+            self._compare(yaml.safe_load(record.read_text()), json.loads(json.dumps(asdict(config))))
         partial = record.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         os.replace(partial, record)

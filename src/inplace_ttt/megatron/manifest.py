@@ -1,0 +1,107 @@
+"""``manifest.json``: how long every file of a checkpoint is, and its checksum.
+
+Every rank sums the files that it has written, in the process that writes them; sums are compared by all ranks together,
+each reading a share of the files, before a checkpoint is used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed as dist
+import xxhash
+
+NAME = "manifest.json"
+READERS = 4  # files at a time
+
+
+def checksum(path: Path) -> str:
+    """XXH3 with 128 bits: finds damage at the speed of memory, and is no proof against forgery."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def write_sums(folder: Path, rank: int, names: Iterable[str]) -> None:
+    """Keep the checksums of what a rank has written until the manifest is."""
+    sums = {name: checksum(folder / name) for name in names}
+    _sums_of(folder, rank).write_text(json.dumps(sums))
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file, by the sums that ranks have left where they have, and have the disk hold them all."""
+    sums = {}
+    for path in folder.glob(".sums_*.json"):
+        sums |= json.loads(path.read_text())
+        path.unlink()
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    entries = {path.name: [path.stat().st_size, sums.get(path.name) or checksum(path)] for path in paths}
+    (folder / NAME).write_text(json.dumps(entries, indent=1))
+    for path in folder.iterdir():
+        flush(path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder at a glance; None if every file is there and as long as it was written."""
+    manifest = folder / NAME
+    if not manifest.is_file():
+        return f"'{folder}' has no {NAME}: it is not a whole checkpoint"
+    try:
+        sizes = {name: size for name, (size, _) in _entries(folder).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"'{manifest}' is damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"'{path}' is missing"
+        if path.stat().st_size != size:
+            return f"'{path}' has {path.stat().st_size} bytes where {size} were written"
+    return None
+
+
+def corruption(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder when all of it is read; None: nothing.
+
+    Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same.
+    """
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    try:
+        fault = damage(folder) or _compare(folder, rank, size)
+    except OSError as error:
+        fault = f"'{error.filename}' cannot be read ({error.strerror})"
+    faults = [fault]
+    if size > 1:
+        faults = [None] * size
+        dist.all_gather_object(faults, fault)
+    return next((fault for fault in faults if fault), None)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold it before its name says so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _compare(folder: Path, rank: int, size: int) -> str | None:
+    mine = list(_entries(folder).items())[rank::size]
+    with ThreadPoolExecutor(READERS) as readers:
+        found = readers.map(lambda entry: checksum(folder / entry[0]), mine)
+        for (name, (_, expected)), read in zip(mine, found, strict=True):
+            if expected is not None and read != expected:
+                return f"'{folder / name}' is corrupt: its checksum is {read} where {expected} was written"
+    return None
+
+
+def _entries(folder: Path) -> dict[str, tuple[int, str | None]]:
+    """Size and checksum of each file; earlier versions wrote sizes alone."""
+    entries = json.loads((folder / NAME).read_text())
+    return {name: (entry, None) if isinstance(entry, int) else tuple(entry) for name, entry in entries.items()}
+
+
+def _sums_of(folder: Path, rank: int) -> Path:
+    return folder / f".sums_{rank}.json"

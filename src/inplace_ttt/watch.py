@@ -1,0 +1,282 @@
+"""Notice that a rank hangs, and say which one it is and where the others wait for it.
+
+A collective waits for the slowest of its ranks: where one is stopped or cut off, all stand still and none knows why.
+So every rank marks what it goes about, and a thread beside it tells the job's store every second that it is there and
+what it does. When a rank's marks stand still for too long, or another rank is silent for as long, it reads what all
+have told and ends the job in a sentence. Only durations of a machine's own monotonic clock count: clocks may differ,
+and may jump.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+# Innermost Python frames of a rank that waits for others, rather than being what others wait for
+_WAITING = ("torch/distributed/", "ttt/prefix.py", "ttt/mailbox.py", "p2p_communication.py", "tensor_parallel/mappings")
+PACKAGE = Path(__file__).parent
+DONE = "done"  # why a rank left that has nothing to complain of
+
+
+@dataclass
+class Beat:
+    """What a rank tells of itself."""
+
+    number: int  # grows with every beat
+    host: str
+    process: int
+    marks: int  # how many it has set
+    doing: str  # the last one
+    where: str  # in the code, where it has stood for a while
+    waits: bool  # for other ranks; likewise
+    left: str | None = None  # why it ended, once it has
+
+
+@dataclass
+class Seen:
+    """What is known of another rank: its last beat, and for how many seconds it has been the last."""
+
+    beat: Beat
+    silent: float
+
+
+class Watch:
+    """Of one rank. ``mark`` costs nothing; without a job's store nothing is watched."""
+
+    INTERVAL = 1.0  # seconds between beats
+
+    def __init__(self, rank: int, size: int, limit: float, on_hang: Callable[[str], None], store=None):
+        """``on_hang`` is called in the watching thread with a sentence, and ends the process. ``limit``: seconds."""
+        self.rank, self.size, self.limit, self.on_hang, self.store = rank, size, limit, on_hang, store
+        self.interval = min(self.INTERVAL, limit / 10)
+        self._marks, self._doing, self._since, self._patience = 0, "starting", time.monotonic(), 1.0
+        self._main, self._host = threading.get_ident(), socket.gethostname()
+        self._number, self._left = 0, None
+        self._seen: dict[int, tuple[int, float]] = {}  # of each rank: its last beat's number, and when that was new
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        if store is not None:
+            self._beat()
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def join(cls, rank: int, size: int, limit: float, on_hang: Callable[[str], None]) -> "Watch":
+        """Watch through the store of torchrun's agents; alone, or without torchrun, watch nothing."""
+        store = None
+        if size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"watch/{attempt}", store)
+        return cls(rank, size, limit, on_hang, store)
+
+    def mark(self, doing: str, patience: float = 1.0) -> None:
+        """What the rank goes about now, and how many times the limit that may take."""
+        self._marks, self._doing, self._patience, self._since = self._marks + 1, doing, patience, time.monotonic()
+
+    def leave(self, why: str) -> None:
+        """Tell the others why this rank ends: they will lose contact with it."""
+        if self.store is not None and not self._ended.is_set():
+            self._left = why
+            with contextlib.suppress(RuntimeError):  # the store is gone: nobody is left to tell
+                self._beat()
+            self._ended.set()
+
+    def close(self) -> None:
+        """End watching; the rank has done its work."""
+        self.leave(DONE)
+
+    def explain_loss(self) -> str | None:
+        """Why contact with others may be lost: a sentence, or None where all are heard from."""
+        if self.store is None:
+            return None
+        try:
+            self._look()
+            for _ in range(4):
+                time.sleep(self.interval)
+                known = self._look()
+                if any(seen.beat.left not in (None, DONE) for rank, seen in known.items() if rank != self.rank):
+                    break
+        except RuntimeError:
+            return _unreachable()
+        return who_is_gone(known, self.rank, 2.5 * self.interval)
+
+    def _run(self) -> None:
+        looks_around = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one of a machine is enough
+        told = time.monotonic()  # when the store was last reached
+        while not self._ended.wait(self.interval):
+            now, known = time.monotonic(), None
+            try:
+                self._beat()
+                if looks_around and self._number % 5 == 0:
+                    known = self._look()
+                told = now
+            except RuntimeError:
+                if now - told > self.limit:
+                    self._end(f"{_unreachable()} for {now - told:.0f} s")
+                continue
+            if known is not None:
+                others = {rank: seen for rank, seen in known.items() if rank != self.rank}
+                failed = [seen for seen in others.values() if seen.beat.left not in (None, DONE)]
+                if any(seen.silent > 10 * self.interval for seen in failed):
+                    # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
+                    self._end(who_is_gone(known, self.rank, self.limit))
+                elif any(seen.silent > self.limit and not seen.beat.left for seen in others.values()):
+                    self._end(who_hangs(known, self.limit / 2))
+            if now - self._since > self.limit * self._patience:
+                self._end(self._diagnosis())
+
+    def _diagnosis(self) -> str:
+        """Looks for as long as it takes to tell who is silent."""
+        try:
+            self._look()
+            for _ in range(3):
+                time.sleep(self.interval)
+                self._beat()
+            return who_hangs(self._look(), 2.5 * self.interval)
+        except RuntimeError:
+            return _unreachable()
+
+    def _end(self, why: str) -> None:
+        if not self._ended.is_set():
+            self.leave(why)
+            self.on_hang(why)
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._number += 1
+            stands = time.monotonic() - self._since > 2 * self.interval
+            where, waits = _where(self._main) if stands else ("", False)
+            beat = Beat(self._number, self._host, os.getpid(), self._marks, self._doing, where, waits, self._left)
+            self.store.set(str(self.rank), json.dumps(asdict(beat)))
+
+    def _look(self) -> dict[int, Seen]:
+        """What every rank that has told anything told last."""
+        ranks = range(self.size)
+        if len(self._seen) < self.size:
+            ranks = [rank for rank in ranks if rank in self._seen or self.store.check([str(rank)])]
+        known, now = {}, time.monotonic()
+        for rank, text in zip(ranks, self.store.multi_get([str(rank) for rank in ranks]), strict=True):
+            beat = Beat(**json.loads(text))
+            number, since = self._seen.get(rank, (None, now))
+            if beat.number != number:
+                since = now
+            self._seen[rank] = beat.number, since
+            known[rank] = Seen(beat, now - since)
+        return known
+
+
+def who_hangs(known: dict[int, Seen], silence: float) -> str:
+    """The rank that the others wait for, and where: silent for longer than ``silence`` seconds, else at work while the
+    others wait, else behind them."""
+    silent = [rank for rank, seen in known.items() if seen.silent > silence and not seen.beat.left]
+    heard = {rank: seen.beat for rank, seen in known.items() if rank not in silent and not seen.beat.left}
+    if silent:
+        return f"{_gone(known, silent)}{_others(heard)}"
+    working = [rank for rank, beat in heard.items() if not beat.waits]
+    least = min((beat.marks for beat in heard.values()), default=0)
+    behind = [rank for rank, beat in heard.items() if beat.marks == least]
+    late = next((group for group in (working, behind) if 0 < len(group) < len(heard)), None)
+    if late is None:
+        rank, beat = next(iter(heard.items()))
+        return f"no rank goes on; rank {rank} waits in {_place(beat)}"
+    named = _list(known, late)
+    first = heard[late[0]]
+    rest = {rank: beat for rank, beat in heard.items() if rank not in late}
+    return f"{named} {_does(late)} not go on from {_place(first)}{_others(rest)}"
+
+
+def who_is_gone(known: dict[int, Seen], me: int, silence: float) -> str | None:
+    """Of ranks that cannot be reached: why they ended, else which are not heard from; None: all are there."""
+    ended = [rank for rank, seen in known.items() if rank != me and seen.beat.left not in (None, DONE)]
+    if ended:
+        first = known[ended[0]].beat
+        return f"rank {ended[0]} ({first.host}) ended: {first.left}"
+    silent = [rank for rank, seen in known.items() if rank != me and seen.silent > silence and not seen.beat.left]
+    return _gone(known, silent) if silent else None
+
+
+def _gone(known: dict[int, Seen], silent: list[int]) -> str:
+    last = known[silent[0]].beat.doing
+    return f"{_list(known, silent)} {_does(silent)} not answer any more, last heard of in {last}"
+
+
+def _others(heard: dict[int, Beat]) -> str:
+    if not heard:
+        return ""
+    rank, beat = next(iter(heard.items()))
+    many = f"; {len(heard)} others wait, rank {rank}" if len(heard) > 1 else f"; rank {rank} waits"
+    return f"{many} in {_place(beat)}"
+
+
+def _place(beat: Beat) -> str:
+    return f"{beat.doing} ({beat.where})" if beat.where else beat.doing
+
+
+def _list(known: dict[int, Seen], ranks: list[int]) -> str:
+    named = [f"rank {rank} ({known[rank].beat.host}, process {known[rank].beat.process})" for rank in ranks[:4]]
+    return ", ".join(named) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+
+
+def _does(ranks: list[int]) -> str:
+    return "does" if len(ranks) == 1 else "do"
+
+
+def _unreachable() -> str:
+    return f"the job's first node ({os.environ.get('MASTER_ADDR')}) cannot be reached"
+
+
+def _where(thread: int) -> tuple[str, bool]:
+    """The function that a thread is in and the line of ours that called it; whether it waits for other ranks.
+
+    faulthandler reads other threads' frames as they lie. sys._current_frames would make objects of them, which outlive
+    the call that they are of, and with it what that call holds: Python 3.12.1 crashed of it.
+    """
+    with open(os.memfd_create("stack"), "w+b") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        stacks = _stacks(file.read().decode(errors="replace"))
+    frames = stacks.get(thread, [])
+    if frames and frames[0].function == "_engine_run_backward":  # autograd's own thread does the work
+        others = (inner for other, inner in stacks.items() if other not in (thread, threading.get_ident()))
+        frames = next((inner for inner in others if any(frame.ours for frame in inner)), frames)
+    if not frames:
+        return "", False
+    waits = any(part in frames[0].file for part in _WAITING)
+    ours = next((frame for frame in frames if frame.ours), None)
+    if ours is None:
+        return frames[0].function, waits
+    line = f"{Path(ours.file).relative_to(PACKAGE)}:{ours.line}"
+    return (line if ours is frames[0] else f"{frames[0].function} at {line}"), waits
+
+
+class _Frame(NamedTuple):
+    file: str
+    line: str
+    function: str
+
+    @property
+    def ours(self) -> bool:
+        return self.file.startswith(f"{PACKAGE}/")
+
+
+def _stacks(text: str) -> dict[int, list[_Frame]]:
+    """Frames by thread, the innermost first, out of what faulthandler writes."""
+    stacks, frames = {}, []
+    for line in text.splitlines():
+        if thread := re.match(r"(?:Thread|Current thread) (0x[0-9a-f]+)", line):
+            frames = stacks.setdefault(int(thread[1], 16), [])
+        elif frame := re.match(r'\s*File "(.*)", line (\S+) in (.*)', line):
+            frames.append(_Frame(*frame.groups()))
+    return stacks

@@ -1,0 +1,108 @@
+"""What a watch says of ranks, by what they told last."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from inplace_ttt.watch import DONE, Beat, Seen, Watch, _where, who_hangs, who_is_gone
+
+
+def seen(marks: int = 5, silent: float = 0.0, *, waits: bool = True, where: str = "", left: str | None = None) -> Seen:
+    return Seen(Beat(1, "", 0, marks, f"micro batch {marks}", where, waits, left), silent)
+
+
+def ranks(*everyone: Seen) -> dict[int, Seen]:
+    for rank, one in enumerate(everyone):
+        one.beat.host, one.beat.process = f"node{rank // 2}", 70 + rank
+    return dict(enumerate(everyone))
+
+
+def test_a_silent_rank_is_named_and_where_the_others_wait():
+    known = ranks(seen(), seen(silent=9.0), seen(where="all_reduce at loop.py:3"), seen())
+    assert who_hangs(known, 3.0) == (
+        "rank 1 (node0, process 71) does not answer any more, last heard of in micro batch 5; "
+        "3 others wait, rank 0 in micro batch 5"
+    )
+
+
+def test_a_rank_at_work_is_what_the_others_wait_for():
+    known = ranks(seen(where="wait at ring.py:1"), seen(), seen(waits=False, where="data/packed.py:88"), seen())
+    assert who_hangs(known, 3.0).startswith(
+        "rank 2 (node1, process 72) does not go on from micro batch 5 (data/packed.py:88); 3 others wait"
+    )
+
+
+def test_else_the_rank_behind_the_others():
+    known = ranks(seen(), seen(), seen(), seen(marks=4))
+    assert who_hangs(known, 3.0).startswith("rank 3 (node1, process 73) does not go on from micro batch 4; 3 others")
+
+
+def test_where_all_wait_alike_nobody_is_blamed():
+    assert who_hangs(ranks(seen(), seen()), 3.0) == "no rank goes on; rank 0 waits in micro batch 5"
+
+
+def test_many_silent_ranks_are_counted():
+    known = ranks(*(seen(silent=9.0 if rank else 0.0) for rank in range(8)))
+    said = who_hangs(known, 3.0)
+    assert "rank 4 (node2, process 74) and 3 more do not answer" in said and said.endswith(
+        "rank 0 waits in micro batch 5"
+    )
+
+
+def test_who_ended_with_a_reason_explains_more_than_who_is_silent():
+    known = ranks(seen(), seen(left=DONE), seen(silent=9.0), seen(left="the disk is full"))
+    assert who_is_gone(known, 0, 3.0) == "rank 3 (node1) ended: the disk is full"
+    known[3].beat.left = DONE
+    assert who_is_gone(known, 0, 3.0).startswith("rank 2 (node1, process 72) does not answer any more")
+    known[2].silent = 0.0
+    assert who_is_gone(known, 0, 3.0) is None
+
+
+def test_where_a_thread_stands():
+    inside, leave = threading.Event(), threading.Event()
+
+    def stands_here():
+        inside.set()
+        leave.wait()
+
+    thread = threading.Thread(target=stands_here)
+    thread.start()
+    inside.wait()
+    time.sleep(0.1)
+    assert _where(thread.ident) == ("wait", False)
+    leave.set()
+    thread.join()
+    assert _where(-1) == ("", False)
+
+
+@pytest.fixture
+def store():
+    import torch.distributed as dist
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return lambda: dist.TCPStore("127.0.0.1", server.port, is_master=False)
+
+
+def test_a_watch_ends_a_rank_that_stands_still(store):
+    """Two watches of one process: one rank goes on, the other does not."""
+    said = []
+    stands = Watch(0, 2, 1.0, said.append, store())
+    goes_on = Watch(1, 2, 1.0, said.append, store())
+    stands.mark("step 7")
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+        goes_on.mark("step 8")
+        time.sleep(0.05)
+    goes_on.close()
+    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and "step 7" in said[0]
+
+
+def test_patience_is_a_multiple_of_the_limit(store):
+    said = []
+    watch = Watch(0, 1, 0.3, said.append, store())
+    watch.mark("loading", patience=1000)
+    time.sleep(1.5)
+    watch.close()
+    assert not said
