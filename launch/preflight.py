@@ -1,22 +1,40 @@
-"""Say what this machine has for training, what each part gives and what its lack costs; exits 1 if none can run."""
+"""Say what this machine has for training, what each part gives and what its lack costs; exits 1 if none can run.
 
+python launch/preflight.py                                                      # this node
+torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]               # all nodes of a job, together
+"""
+
+import argparse
+import os
 import sys
 import warnings
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from inplace_ttt.preflight import State, examine
+from inplace_ttt.exits import fail, leave
+from inplace_ttt.preflight.node import Finding, State, examine
 
 COLORS = {State.THERE: "green", State.LACKING: "yellow", State.BROKEN: "red"}
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="that all nodes must see and write (runs)")
+    parser.add_argument("--minutes", type=float, default=3.0, help="until a node that does not answer is named (3)")
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     console = Console(width=None if sys.stdout.isatty() else 160)
-    with console.status("looking"):
-        findings = examine()
+    if not together:
+        with console.status("looking"):
+            findings = examine()
+    else:
+        findings = look_together(arguments.folder, arguments.minutes)
+        if int(os.environ["RANK"]):
+            return 0  # the first speaks for all
     table = Table(title="preflight", title_justify="left")
     for name in ("part", "", "found", "what it gives, or what its lack costs"):
         table.add_column(name)
@@ -24,9 +42,19 @@ def main() -> int:
         state = f"[{COLORS[finding.state]}]{finding.state.value}[/]"
         table.add_row(finding.part, state, escape(finding.found), escape(finding.meaning))
     console.print(table)
-    broken = [finding.part for finding in findings if finding.state is State.BROKEN]
-    console.print(f"training cannot run here: {', '.join(broken)}" if broken else "training can run here")
+    broken = [finding for finding in findings if finding.state is State.BROKEN]
+    if together and broken:
+        return fail("; ".join(f"{one.part}: {one.found}" for one in broken), 2)
+    parts = ", ".join(one.part for one in broken)
+    console.print(f"training cannot run here: {parts}" if broken else "training can run here")
     return 1 if broken else 0
+
+
+def look_together(folder: Path, minutes: float) -> list[Finding]:
+    from inplace_ttt.preflight.ranks import reports_of_all
+    from inplace_ttt.preflight.verdict import judge
+
+    return judge(reports_of_all(folder, minutes, lambda why: leave(fail(why, 4))))
 
 
 if __name__ == "__main__":

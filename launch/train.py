@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from inplace_ttt.training.main import leave, main
+from inplace_ttt.exits import leave
+from inplace_ttt.training.main import main
 
 if __name__ == "__main__":  # saving checkpoints starts processes that import this file again
     leave(main(sys.argv[1:], Path(__file__).resolve().parent.parent / "recipes"))

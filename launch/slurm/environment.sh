@@ -34,6 +34,8 @@ export PROCESSES=${INPLACE_TTT_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 # Cores are shared evenly: torchrun would give each process one thread
 cores=${SLURM_CPUS_ON_NODE:-$PROCESSES}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / PROCESSES > 0 ? cores / PROCESSES : 1))}
+# Before training, have all nodes look at themselves and each other (launch/preflight.py): 1, or 0 to save its half minute
+export INPLACE_TTT_PREFLIGHT=${INPLACE_TTT_PREFLIGHT:-1}
 # Starts in a row that may end where the last checkpoint already was, before the job is no longer requeued
 export INPLACE_TTT_IDLE_RESTARTS=${INPLACE_TTT_IDLE_RESTARTS:-3}
 # Seconds in which Slurm finds that a node is down (SlurmdTimeout of its configuration, 300 where nothing is said)

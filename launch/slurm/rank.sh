@@ -3,6 +3,6 @@
 set -euo pipefail
 log=$INPLACE_TTT_LOGS/rank_$RANK.log
 if [ "$RANK" = 0 ]; then
-  exec "$INPLACE_TTT_PYTHON" launch/train.py "$@" > >(tee -a "$log") 2>&1
+  exec "$INPLACE_TTT_PYTHON" "$@" > >(tee -a "$log") 2>&1
 fi
-exec "$INPLACE_TTT_PYTHON" launch/train.py "$@" >>"$log" 2>&1
+exec "$INPLACE_TTT_PYTHON" "$@" >>"$log" 2>&1

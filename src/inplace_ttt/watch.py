@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from inplace_ttt.config import one_line
+
 # Innermost Python frames of a rank that waits for others, rather than being what others wait for
 _WAITING = ("torch/distributed/", "ttt/prefix.py", "ttt/mailbox.py", "p2p_communication.py", "tensor_parallel/mappings")
 PACKAGE = Path(__file__).parent
-DONE = "done"  # why a rank left that has nothing to complain of
+DONE = "done"  # why a rank ends that has nothing to complain of
 
 
 @dataclass
@@ -85,17 +87,19 @@ class Watch:
         """What the rank goes about now, and how many times the limit that may take."""
         self._marks, self._doing, self._patience, self._since = self._marks + 1, doing, patience, time.monotonic()
 
-    def leave(self, why: str) -> None:
-        """Tell the others why this rank ends: they will lose contact with it."""
+    def leave(self, why: str = DONE) -> None:
+        """End watching, and tell the others why this rank ends: they will lose contact with it."""
         if self.store is not None and not self._ended.is_set():
             self._left = why
             with contextlib.suppress(RuntimeError):  # the store is gone: nobody is left to tell
                 self._beat()
             self._ended.set()
 
-    def close(self) -> None:
-        """End watching; the rank has done its work."""
-        self.leave(DONE)
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        self.leave(DONE if error is None else one_line(error))
 
     def explain_loss(self) -> str | None:
         """Why contact with others may be lost: a sentence, or None where all are heard from."""

@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from inplace_ttt import preflight
-from inplace_ttt.preflight import State
+from inplace_ttt.preflight import node as preflight
+from inplace_ttt.preflight.node import State
 from launching import ROOT
 
 

@@ -95,7 +95,7 @@ def test_a_watch_ends_a_rank_that_stands_still(store):
     while not said and time.monotonic() < deadline:
         goes_on.mark("step 8")
         time.sleep(0.05)
-    goes_on.close()
+    goes_on.leave()
     assert len(said) == 1 and f"process {os.getpid()}" in said[0] and "step 7" in said[0]
 
 
@@ -104,5 +104,5 @@ def test_patience_is_a_multiple_of_the_limit(store):
     watch = Watch(0, 1, 0.3, said.append, store())
     watch.mark("loading", patience=1000)
     time.sleep(1.5)
-    watch.close()
+    watch.leave()
     assert not said

@@ -5,8 +5,10 @@ import itertools
 import math
 import resource
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,11 @@ from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkp
 from inplace_ttt.megatron.runtime import device
 from inplace_ttt.signals import StopRequest
 from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
+from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder, agree
 from inplace_ttt.training.step import Stepper, Totals, unwrap
+from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from inplace_ttt.watch import Watch
 
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop
@@ -31,9 +35,13 @@ class Recorder:
     """Rank 0's outputs; on other ranks every call does nothing. All ranks make theirs together."""
 
     def __init__(self, config: Config, resolved: dict, folder: RunFolder, first_step: int):
-        self.outputs, error = [], None
+        self.outputs, error, hosts = [], None, [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             try:
+                self.pace, self.named = Pace(hosts), []
+                self.timeline = Timeline(folder.path)
+                self.timeline.start(folder.metrics, first_step, hosts)
                 self.wandb = WandB(config, resolved, folder.path)
                 self.metrics = MetricsFile(folder.metrics, first_step)
                 self.screen = Screen(config, first_step)
@@ -49,9 +57,37 @@ class Recorder:
             if not record.get("eval"):
                 self.screen.step(record)
 
+    def ranks(self, step: int, compute: list[float], data: list[float], seconds: float) -> None:
+        """What each rank's probe and its reading took; says so when other ranks than before hold the run up."""
+        if not self.outputs:
+            return
+        self.pace.add(compute, data, seconds)
+        if step % WINDOW and len(self.pace.steps) != ENOUGH:
+            return
+        slow = self.pace.slow()
+        self.timeline.write(
+            "ranks",
+            step=step,
+            spread=round(self.pace.spread(), 3),
+            slow=[asdict(one) | {"says": str(one)} for one in slow],
+        )
+        lost = Lost.of(read_timeline(self.timeline.path.parent))
+        slowest = {"ranks/slowest": slow[0].rank} if slow else {}
+        self.wandb.write(
+            {"step": step, "ranks/spread": self.pace.spread(), **slowest}
+            | {"restarts/count": lost.restarts, "restarts/seconds_lost": lost.seconds}
+        )
+        if [one.rank for one in slow] != self.named:
+            self.named = [one.rank for one in slow]
+            self.say("\n".join(map(str, slow[:4])) or "no rank holds up the others any more")
+
     def say(self, message: str) -> None:
         if self.outputs:
             self.screen.say(message)
+
+    def end(self, why: str) -> None:
+        if self.outputs:
+            self.timeline.end(why)
 
     def close(self) -> None:
         for output in reversed(self.outputs):
@@ -80,6 +116,7 @@ class Loop:
         self.recorder, self.folder, self.stop, self.watch = recorder, folder, stop, watch
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
         self.device = device()
+        self.probe, self.reading = Probe(self.device), 0.0
 
     def run(self, step: int) -> bool:
         """Train from after ``step`` to the end; False if asked to stop before it."""
@@ -90,7 +127,9 @@ class Loop:
         while step < train.steps:
             step += 1
             self.watch.mark(f"reading the data of step {step}")
+            started = time.perf_counter()
             batches = list(itertools.islice(stream, micro))
+            self.reading = time.perf_counter() - started
             stopped = self._step(step, batches)
             self.watch.mark(f"looking after a checkpoint after step {step}")
             self._writing(self.checkpointer.poll)
@@ -100,10 +139,12 @@ class Loop:
             if stopped and not last:
                 self._save(step, wait=True)
                 self.recorder.say(f"asked to stop: saved step {step}; the same command goes on from here")
+                self.recorder.end(f"asked to stop after step {step}")
                 return False
             if last or (checkpoint.interval and step % checkpoint.interval == 0):
                 self._save(step, wait=last)
         self._writing(self.checkpointer.close)
+        self.recorder.end("done")
         return True
 
     def _training_stream(self, step: int) -> Iterator[MicroBatch]:
@@ -146,7 +187,8 @@ class Loop:
             where = last_broken_gradient(unwrap(self.stepper.model))
             self._give_up(f"gradient norm is {norm} at step {step}: {where} is the first whose gradient is not finite")
         self.watch.mark(f"the agreement of all ranks in step {step}")
-        stopped, ratios = self._agree()
+        self.probe.run()
+        stopped, ratios, pace = self._agree()
         self.watch.mark(f"the optimizer of step {step}")
         self.optimizer.step_with_ready_grads()
         self.optimizer.zero_grad()
@@ -168,6 +210,7 @@ class Loop:
         record |= {f"grad_norm_{name}": float(value) for name, value in self.optimizer.grad_norms_by_group.items()}
         record |= {f"update_ratio/layer_{layer}": ratio for layer, ratio in zip(self.layers, ratios, strict=True)}
         self.recorder.write(record)
+        self.recorder.ranks(step, *pace, seconds)
         limit = self.config.ttt.max_update_ratio
         for layer, ratio in zip(self.layers, ratios, strict=True):
             if limit is not None and not ratio <= limit:
@@ -186,8 +229,9 @@ class Loop:
         """Of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
-    def _agree(self) -> tuple[bool, list[float]]:
-        """Whether any rank was asked to stop; each TTT layer's |sum of updates| / |W_down|, the largest of the step."""
+    def _agree(self) -> tuple[bool, list[float], tuple[list[float], list[float]]]:
+        """Whether any rank was asked to stop; each TTT layer's |sum of updates| / |W_down|, the largest of the step;
+        what each rank's probe and its reading of data took (s)."""
         report = torch.zeros(1 + len(self.layers), device=self.device)
         report[0] = self.stop.received is not None
         for layer, module in unwrap(self.stepper.model).ttt_modules.items():
@@ -196,9 +240,13 @@ class Loop:
                 dist.all_reduce(weight, group=self.groups.tp)
             report[1 + self.layers.index(layer)] = (module.max_update_norm / weight).sqrt()
             module.max_update_norm = torch.zeros_like(module.max_update_norm)
+        ranks = dist.get_world_size()
+        mine = table_of([self.probe.seconds(), self.reading], dist.get_rank(), ranks, self.device)
+        report = torch.cat([report, mine])
         dist.all_reduce(report, op=dist.ReduceOp.MAX)
-        stopped, *ratios = report.tolist()
-        return bool(stopped), ratios
+        stopped, *rest = report.tolist()
+        ratios, rest = rest[: len(self.layers)], rest[len(self.layers) :]
+        return bool(stopped), ratios, (rest[:ranks], rest[ranks:])
 
     def _evaluate(self, step: int) -> bool:
         """Loss on held-out samples, the same at any number of ranks; True if any rank was asked to stop meanwhile."""

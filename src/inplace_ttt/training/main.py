@@ -1,17 +1,13 @@
 """``launch/train.py``: from the command line to a trained model, and every error in one sentence."""
 
-import contextlib
-import json
 import os
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 from omegaconf import OmegaConf
 
-from inplace_ttt.config import Config, UserError, one_line
+from inplace_ttt.config import Config, UserError
+from inplace_ttt.exits import fail, leave
 
 SLOW = 6.0  # times parallel.timeout_minutes: what may take that long, by the patience of the watch
 GO_ON = "the same command goes on from what was saved"
@@ -46,7 +42,7 @@ def main(arguments: list[str], recipes: Path) -> int:
         validate(config, int(os.environ.get("WORLD_SIZE", 1)))
         return train(config)
     except UserError as error:
-        return _fail(f"error: {error}", 2)
+        return fail(f"error: {error}", 2)
 
 
 def train(config: Config) -> int:
@@ -57,16 +53,21 @@ def train(config: Config) -> int:
     from inplace_ttt.megatron import runtime
     from inplace_ttt.signals import StopRequest
     from inplace_ttt.training.health import TrainingStopped, lost_rank
+    from inplace_ttt.training.timeline import Timeline
     from inplace_ttt.watch import Watch
 
     world = runtime.World.from_environment()
-    with StopRequest() as stop:
-        watch = Watch.join(world.rank, world.size, 60 * config.parallel.timeout_minutes, _hang)
 
-        def fail(why: str, code: int) -> int:
-            watch.leave(why)
-            return _fail(f"stopped: {why}", code)
+    def stopped(why: str, code: int) -> int:
+        watch.leave(why)
+        if world.rank == 0:
+            Timeline(Path(config.run.dir)).end(why)
+        return fail(f"stopped: {why}", code)
 
+    def hang(why: str) -> None:  # called beside a training that stands still
+        leave(stopped(f"{why}; {GO_ON}", 4))
+
+    with StopRequest() as stop, Watch.join(world.rank, world.size, 60 * config.parallel.timeout_minutes, hang) as watch:
         try:
             watch.mark("opening the data", SLOW)
             sets = build_sets(config)
@@ -74,37 +75,18 @@ def train(config: Config) -> int:
             watch.mark("joining the other ranks", SLOW)
             groups = runtime.start(config.parallel, config.train.seed)
             code = _train(config, sets, groups, stop, watch)
-            watch.close()
+            watch.leave()
             runtime.stop()
             return code
-        except TrainingStopped as stopped:
-            return fail(str(stopped), 3)
+        except TrainingStopped as why:
+            return stopped(str(why), 3)
         except (RuntimeError, CheckpointException) as error:
             said = lost_rank(error)
             if said is None:
-                watch.leave(one_line(error))
                 raise
-            why = watch.explain_loss() or said[:200]
-            return fail(f"contact with another rank was lost: {why}; {GO_ON}", 4)
+            return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
         except OSError as error:  # metrics, pictures: checkpoints say it themselves
-            return fail(f"'{config.run.dir}' cannot be written any more: {error}", 3)
-        except UserError as error:
-            watch.leave(str(error))
-            raise
-
-
-def _hang(why: str) -> None:
-    """Called beside a training that stands still."""
-    leave(_fail(f"stopped: {why}; {GO_ON}", 4))
-
-
-def leave(code: int) -> None:
-    """End this process and those it started, at once: a rank that failed must not wait for peers in a teardown."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(code)
+            return stopped(f"'{config.run.dir}' cannot be written any more: {error}", 3)
 
 
 def _train(config: Config, sets, groups, stop, watch) -> int:
@@ -173,21 +155,3 @@ def _describe(config: Config, model, groups) -> str:
         f"{config.train.global_batch_size} x {config.data.seq_length} tokens a step, "
         + (f"fast weights in layers {sorted(model.ttt_modules)}" if config.ttt.enabled else "no fast weights")
     )
-
-
-def _fail(message: str, code: int) -> int:
-    """Say it once a machine, and tell torchrun, whose summary then has it too, and whoever started it, who does not
-    see the code through torchrun."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(message, file=sys.stderr, flush=True)
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report:
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
-    told = os.environ.get("INPLACE_TTT_EXIT_FILE")
-    if told:
-        # A rank that only lost contact does not speak for the one that knows why. OSError: that file is there, or the
-        # disk is full, which may be the reason
-        with contextlib.suppress(OSError), Path(told).open("x" if code == 4 else "w") as file:
-            file.write(f"{code}\n")
-    return code

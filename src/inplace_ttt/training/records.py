@@ -80,7 +80,7 @@ class Screen:
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
             + (f"  update ratio {max(ratios):.3f}" if ratios else "")
-            + f"  ETA {_duration(left)}"
+            + f"  ETA {duration(left)}"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], numbers=numbers)
@@ -92,7 +92,7 @@ class Screen:
             self.live.stop()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,67 @@
+"""How a run stands: loss, speed, update norms, restarts, slow ranks.
+
+python launch/status.py runs/tiny_ttt                  # a live view in a terminal; Ctrl-C leaves it
+python launch/status.py runs/tiny_ttt --png            # and as a picture, runs/tiny_ttt/status.png
+
+Reads what the run has written to its folder, and nothing else: it may look from any machine that sees the folder.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from inplace_ttt.config import UserError
+from inplace_ttt.training.status import Status, picture, screen
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--once", action="store_true", help="print and leave, as where there is no terminal")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (2)")
+    parser.add_argument(
+        "--png", nargs="?", const="", metavar="FILE", help="draw a picture and leave (RUN_DIR/status.png)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if arguments.interval <= 0:
+            raise UserError(f"--interval {arguments.interval}: use a number of seconds above 0")
+        status = Status.read(arguments.run_dir)
+        if arguments.png is not None:
+            path = Path(arguments.png) if arguments.png else arguments.run_dir / "status.png"
+            picture(status, path)
+            print(f"written: {path}")
+        elif arguments.once or not console.is_terminal:
+            console.print(screen(status, console.width))
+        else:
+            watch(arguments.run_dir, arguments.interval, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def watch(folder: Path, interval: float, console: Console) -> None:
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(screen(Status.read(folder), console.width), refresh=True)
+                time.sleep(interval)
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

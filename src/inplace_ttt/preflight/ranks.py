@@ -1,0 +1,269 @@
+"""What the ranks of a job find out about themselves and their neighbours before they train together."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inplace_ttt.config import one_line
+from inplace_ttt.preflight.node import State, examine
+from inplace_ttt.watch import Watch
+
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu13")
+PINGS = 5
+
+
+@dataclass
+class Report:
+    """What a rank found out about itself."""
+
+    rank: int
+    host: str
+    first: bool  # of its node
+    versions: dict[str, str]
+    gpu: str | None = None  # name and memory
+    free: float = 1.0  # share of the GPU's memory
+    ecc: int = 0  # uncorrected errors
+    flops: float = 0.0  # FLOP/s of a matrix product
+    wrong: bool = False  # that product's result
+    clock: float = 0.0  # seconds ahead of the first rank's
+    folder: str | None = None  # what is wrong with the run's folder
+    reduce_bandwidth: float = 0.0  # bytes/s, of the bus
+    link: float = 0.0  # bytes/s from the rank before
+    neighbour: str = ""  # that rank's host
+    broken: list[str] = field(default_factory=list)  # parts of the node's own preflight
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank is, how it speaks, and where it computes."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup  # gloo: for words
+
+    def gather(self, value) -> list:
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def reports_of_all(folder: Path, minutes: float, on_hang: Callable[[str], None]) -> list[Report]:
+    """Join the ranks that torchrun started and look: everyone's reports, on every rank.
+
+    ``on_hang`` hears in a sentence of a rank that is lost or does not go on for ``minutes``, and ends the process.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with Watch.join(rank, size, 60 * minutes, on_hang) as watch:
+        watch.mark("joining the other ranks")
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=1.5 * minutes))
+            found = _look(folder, watch.mark)
+            watch.mark("leaving")
+            dist.destroy_process_group()
+        except RuntimeError as error:
+            on_hang(f"contact with another rank was lost: {watch.explain_loss() or one_line(error)}")
+            raise
+        return found
+
+
+def _look(folder: Path, mark: Callable[[str], None]) -> list[Report]:
+    rank, size, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    place = Place(rank, size, local, device, dist.new_group(backend="gloo"))
+    mark("looking at its own node")
+    report = Report(rank, socket.gethostname(), local == 0, versions())
+    if local == 0:
+        report.broken = [f"{one.part}: {one.found}" for one in examine() if one.state is State.BROKEN]
+    if device.type == "cuda":
+        _gpu(report, local)
+    mark("a matrix product")
+    _arithmetic(report, device)
+    mark("comparing clocks")
+    report.clock = _clock(place)
+    mark(f"writing to '{folder}'")
+    report.folder = _shared(folder, place)
+    mark("an all-reduce")
+    report.reduce_bandwidth = _all_reduce(place)
+    mark("the ring's links")
+    report.link = _link(place)
+    hosts = place.gather(report.host)
+    report.neighbour = hosts[(rank - 1) % size]
+    return place.gather(report)
+
+
+def versions() -> dict[str, str]:
+    """Of what must be alike on all nodes."""
+    found = {"Python": platform.python_version(), "CUDA": str(torch.version.cuda), "code": _code()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    if torch.cuda.is_available():
+        found["driver"] = _smi("driver_version", 0)
+    return found
+
+
+def _code() -> str:
+    """This package's sources, as a short checksum."""
+    package, sums = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sums.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return sums.hexdigest()[:12]
+
+
+def _smi(query: str, gpu: int) -> str:
+    """What nvidia-smi says; empty where it says nothing."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", str(gpu)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _gpu(report: Report, local_rank: int) -> None:
+    properties = torch.cuda.get_device_properties(local_rank)
+    free, total = torch.cuda.mem_get_info(local_rank)
+    report.gpu, report.free = f"{properties.name} {properties.total_memory / 2**30:.0f} GiB", free / total
+    uncorrected = _smi("ecc.errors.uncorrected.volatile.total", local_rank)
+    report.ecc = int(uncorrected) if uncorrected.isdigit() else 0
+
+
+def _arithmetic(report: Report, device: torch.device) -> None:
+    """A matrix product of small whole numbers, which every format holds exactly."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    row = (torch.arange(n, device=device) % 3 - 1).to(dtype)
+    a, b = row.repeat(n, 1), row[:, None].repeat(1, n)  # every entry of the product is the sum of row * row
+    product = a @ b
+    report.wrong = not bool((product == (row.float() @ row.float()).to(dtype)).all())
+    times = [_seconds(lambda: torch.mm(a, b, out=product), device) for _ in range(10)]
+    report.flops = 2 * n**3 / statistics.median(times)
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _clock(place: Place) -> float:
+    """Seconds by which this rank's clock is ahead of the first rank's, from the exchange that took least time."""
+    told = torch.zeros(1, dtype=torch.float64)
+    if place.rank == 0:
+        for other in range(1, place.size):
+            for _ in range(PINGS):
+                dist.recv(told, other, group=place.control)
+                told[0] = time.time()
+                dist.send(told, other, group=place.control)
+        return 0.0
+    exchanges = []
+    for _ in range(PINGS):
+        before, started = time.time(), time.perf_counter()
+        dist.send(told, 0, group=place.control)
+        dist.recv(told, 0, group=place.control)
+        took = time.perf_counter() - started
+        exchanges.append((took, before + took / 2 - told.item()))
+    return min(exchanges)[1]
+
+
+def _shared(folder: Path, place: Place) -> str | None:
+    """What keeps the run's folder from being one that every node sees and writes."""
+    created, text = [None, None], os.urandom(8).hex()
+    if place.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            made = tempfile.mkdtemp(prefix=".preflight_", dir=folder)
+            (Path(made) / "first").write_text(text)
+            created = [made, text]
+        except OSError as error:
+            created = [None, f"'{folder}' cannot be written ({error.strerror})"]
+    dist.broadcast_object_list(created, src=0, group=place.control)
+    if created[0] is None:
+        return created[1] if place.rank == 0 else None
+    meeting, fault = Path(created[0]), None
+    if place.local_rank == 0:
+        try:
+            if _patiently(meeting / "first") != created[1]:
+                fault = f"'{folder}' is not the first node's: put run.dir on a file system that all nodes share"
+            else:
+                (meeting / f"rank_{place.rank}").write_text(created[1])
+        except OSError as error:
+            fault = f"'{folder}' cannot be written ({error.strerror})"
+    faults = place.gather(fault)
+    if place.rank == 0:
+        for path in meeting.iterdir():
+            path.unlink()
+        meeting.rmdir()
+    return faults[place.rank]
+
+
+def _patiently(path: Path) -> str | None:
+    """What is in a file that another node has just written; None: it does not come."""
+    for _ in range(50):
+        if path.is_file() and (text := path.read_text()):
+            return text
+        time.sleep(0.1)
+    return None
+
+
+def _payload(place: Place) -> Tensor:
+    size = 2**28 if place.device.type == "cuda" else 2**20
+    return torch.zeros(size // 4, device=place.device)
+
+
+def _all_reduce(place: Place) -> float:
+    if place.size == 1:
+        return 0.0
+    tensor = _payload(place)
+    dist.all_reduce(tensor)
+    seconds = min(_seconds(lambda: dist.all_reduce(tensor), place.device) for _ in range(5))
+    return 2 * (place.size - 1) / place.size * tensor.nbytes / seconds
+
+
+def _link(place: Place) -> float:
+    """Bytes a second from the rank before. Every other link at a time, so that a slow one slows no neighbour's."""
+    if place.size == 1:
+        return 0.0
+    tensor, after, before = _payload(place), (place.rank + 1) % place.size, (place.rank - 1) % place.size
+    found = 0.0
+    last_alone = place.size % 2 == 1
+    for phase in range(3 if last_alone else 2):
+        sends = _phase(place.rank, place.size) == phase
+        receives = _phase(before, place.size) == phase
+        for attempt in range(3):  # the first connects
+            if sends:
+                dist.send(tensor, after)
+            elif receives:
+                took = _seconds(lambda: dist.recv(tensor, before), place.device)
+                found = max(found, tensor.nbytes / took if attempt else 0.0)
+            _seconds(lambda: None, place.device)
+            dist.barrier(group=place.control)
+    return found
+
+
+def _phase(sender: int, size: int) -> int:
+    """When a rank sends to the next: no rank does two things at a time."""
+    return 2 if size % 2 and sender == size - 1 else sender % 2

@@ -1,0 +1,75 @@
+"""``timeline.jsonl``: when a run started and started again, what that cost, and which ranks held it up.
+
+metrics.jsonl is what a run computes, the same however often it was interrupted; this is what happened to it. Records:
+
+- ``start``: ``time`` (Unix seconds), ``step`` after which it goes on, ``hosts``, ``ranks``; of a restart also
+  ``down_seconds`` (from the last step of the start before to the first of this one), ``redone_steps`` and
+  ``redone_seconds`` (what was done after the checkpoint and is done again)
+- ``ranks``: ``step``, ``spread`` (the slowest rank's arithmetic over the median's), ``slow`` (see pace.py)
+- ``end``: ``time``, ``why``; a run that was killed has none
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inplace_ttt.training.records import read_metrics
+
+NAME = "timeline.jsonl"
+
+
+class Timeline:
+    """Written by the first rank."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / NAME
+
+    def start(self, metrics: Path, step: int, hosts: list[str]) -> None:
+        """To be called before what is in ``metrics`` beyond ``step`` is taken back."""
+        now, record = time.time(), dict(step=step, ranks=len(hosts), hosts=sorted(set(hosts)))
+        before = [r for r in read_metrics(metrics) if not r.get("eval")]
+        if read_timeline(self.path.parent):
+            redone = [r for r in before if r["step"] > step]
+            alive = metrics.stat().st_mtime if before else self.path.stat().st_mtime
+            record |= dict(
+                down_seconds=round(max(0.0, now - alive), 1),  # a clock may have jumped
+                redone_steps=len(redone),
+                redone_seconds=round(sum(r["step_seconds"] for r in redone), 1),
+            )
+        self.write("start", time=round(now, 1), **record)
+
+    def end(self, why: str) -> None:
+        """Why the run ends; if even that cannot be written, nothing is lost."""
+        with contextlib.suppress(OSError):
+            self.write("end", time=round(time.time(), 1), why=why)
+
+    def write(self, event: str, **values) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(dict(event=event, **values)) + "\n")
+
+
+def read_timeline(folder: Path) -> list[dict]:
+    return read_metrics(folder / NAME)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Time that went to restarts."""
+
+    restarts: int = 0
+    down_seconds: float = 0.0
+    redone_steps: int = 0
+    redone_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, timeline: Iterable[dict]) -> "Lost":
+        again = [event for event in timeline if event["event"] == "start" and "down_seconds" in event]
+        keys = ("down_seconds", "redone_steps", "redone_seconds")
+        return cls(len(again), *(sum(event[key] for event in again) for key in keys))
+
+    @property
+    def seconds(self) -> float:
+        return self.down_seconds + self.redone_seconds
