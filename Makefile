@@ -1,14 +1,15 @@
 # `make train` and `make test` do all set-up. `make help` lists the rest.
 SHELL := bash
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
 # torchrun gives each process one thread unless told otherwise: divide the cores
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
+SCRIPTS = $(wildcard launch/*.sh launch/slurm/*.sh docker/*.sh) launch/slurm/train.sbatch .ci/run
 RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train test test-cluster lint proof clean
+.PHONY: help setup data train test test-cluster lint proof image image-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,9 +34,21 @@ test-cluster: setup ## the tests on a real Slurm, started here (root; packages s
 lint: setup ## check the style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/shellcheck --external-sources $(SCRIPTS)
+	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 proof: setup ## show that fast weights remember what attention cannot reach
 	@$(BIN)/python launch/proof.py
+
+# Whatever of these is set goes to the build: BASE_IMAGE, PACKAGES_IMAGE, PIP_EXTRA_INDEX_URL
+BUILD_ARGS = $(foreach name,BASE_IMAGE PACKAGES_IMAGE PIP_EXTRA_INDEX_URL,$(if $($(name)),--build-arg $(name)))
+BUILD = DOCKER_BUILDKIT=1 docker build $(BUILD_ARGS) $(BUILD_OPTIONS)
+
+image: ## build the GPU image, inplace-ttt:gpu (docker/Dockerfile)
+	@$(BUILD) --tag inplace-ttt:gpu --file docker/Dockerfile .
+
+image-cpu: ## build the laptop's image, inplace-ttt:cpu (docker/Dockerfile.cpu)
+	@$(BUILD) --tag inplace-ttt:cpu --file docker/Dockerfile.cpu .
 
 clean: ## remove runs and data, keep .venv
 	rm -rf runs data

@@ -40,9 +40,10 @@ def unheard() -> Iterator[None]:
 
     A scheduler sends it to every process of a job. A rank saves and leaves; what helps it to save must not die first.
     """
-    resource_tracker.ensure_running()  # starting it later would open the mask again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
+        resource_tracker.ensure_running()  # which opens a part of the mask again, so not later
+        signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -39,7 +39,7 @@ class Recorder:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             try:
-                self.pace, self.named = Pace(hosts), []
+                self.pace, self.named = Pace(hosts, device().type), []
                 self.timeline = Timeline(folder.path)
                 self.timeline.start(folder.metrics, first_step, hosts)
                 self.wandb = WandB(config, resolved, folder.path)

