@@ -3,6 +3,7 @@
 python launch/benchmark.py layer                                   # one MLP layer: plain, formula, chunk loop, ours
 torchrun --nproc-per-node 2 launch/benchmark.py prefix             # chunk states between context-parallel ranks
 python launch/benchmark.py model model.num_layers=12 ...           # a step at Qwen3-4B's shapes, on against off
+torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # over packed documents
 python launch/benchmark.py decode                                  # the exported model, token by token, on against off
 
 Prints a table, and writes the numbers (JSON) and a picture to --output.
@@ -55,6 +56,10 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("overrides", nargs="*", help=overrides_help)
     model.add_argument("--rounds", type=int, default=2)
     model.add_argument("--steps", type=int, default=3, help="timed in a round")
+    attention = commands.add_parser("attention")
+    attention.add_argument("overrides", nargs="*", help=overrides_help)
+    attention.add_argument("--documents", type=int, nargs="+", default=[1, 8, 64], help="of equal length (1 8 64)")
+    attention.add_argument("--rounds", type=int, default=7)
     decode = commands.add_parser("decode")
     decode.add_argument("overrides", nargs="*", help=overrides_help)
     decode.add_argument("--tokens", type=int, default=1024, help="to decode with each (1024)")
@@ -131,6 +136,15 @@ def run_model(arguments):
         ) from error
 
 
+def run_attention(arguments):
+    from inplace_ttt.benchmarks import attention
+    from inplace_ttt.validation import validate
+
+    config = configuration(arguments.overrides)
+    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    return attention.measure(config, arguments.documents, arguments.rounds), {}
+
+
 def run_decode(arguments):
     from inplace_ttt.benchmarks import decode
     from inplace_ttt.config import UserError
@@ -155,7 +169,13 @@ def configuration(overrides: list[str]):
     return config
 
 
-COMMANDS = {"layer": run_layer, "prefix": run_prefix, "model": run_model, "decode": run_decode}
+COMMANDS = {
+    "layer": run_layer,
+    "prefix": run_prefix,
+    "model": run_model,
+    "attention": run_attention,
+    "decode": run_decode,
+}
 
 
 def report(arguments, records: list[dict], errors: dict) -> None:
@@ -201,6 +221,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),
         "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
+        "attention": ("documents", "implementation", "ratio", "Attention, forward and backward", "time / torch's"),
         "decode": ("layers", "ttt", "ratio", "Decoding one text", "time a token / without fast weights"),
     }[command]
     ranks = series == "ranks"
@@ -211,7 +232,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
     for number, name in enumerate(names):
         values = {record[groups]: record[key] for record in records if record[series] == name}
         x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
-        color = "#9aa4af" if name in ("plain", "off") else COLORS[number % len(COLORS)]
+        color = "#9aa4af" if name in ("plain", "off", "torch") else COLORS[number % len(COLORS)]
         bars = ax.bar(x, list(values.values()), width * 0.92, color=color, label=f"{name} ranks" if ranks else name)
         ax.bar_label(bars, fmt="%.3f" if ranks else "%.2f", fontsize=8)
     ax.set_xticks(range(len(places)), [str(place) for place in places])

@@ -77,8 +77,7 @@ class Docker:
         shutil.copy(certificates, folder / "host.crt")
         (folder / "pip.conf").write_text("[global]\ncert = /etc/ssl/host.crt\n")
         (folder / "Dockerfile").write_text(
-            "FROM scratch\nADD base.tar /\nCOPY python /opt/python\nCOPY host.crt /etc/ssl/\nCOPY pip.conf /etc/\n"
-            "RUN echo /opt/python/lib >/etc/ld.so.conf.d/python.conf && ldconfig && for name in python3.12 python3; do ln -s /opt/python/bin/python3.12 /usr/local/bin/$name; done && "
-            "python3 -m ensurepip\n"
+            "FROM scratch\nADD base.tar /\nCOPY python /usr/local\nCOPY host.crt /etc/ssl/\nCOPY pip.conf /etc/\n"
+            "RUN ldconfig && ln -sf python3.12 /usr/local/bin/python3 && python3 -m ensurepip\n"
         )
         self.run("build", "--network", "host", "--tag", tag, str(folder))
