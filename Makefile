@@ -28,7 +28,7 @@ train: data ## the main job: a model with fast weights on real long documents, o
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q
 
-test-cluster: setup ## the tests on a real Slurm, started here (root; packages slurmctld slurmd slurm-client munge iproute2)
+test-cluster: setup ## the tests on a real Slurm and a real Docker, started here (root; the packages that .ci/run installs)
 	@$(BIN)/python -m pytest -q tests/cluster
 
 lint: setup ## check the style
@@ -42,7 +42,8 @@ proof: setup ## show that fast weights remember what attention cannot reach
 
 # Whatever of these is set goes to the build: BASE_IMAGE, PACKAGES_IMAGE, PIP_EXTRA_INDEX_URL
 BUILD_ARGS = $(foreach name,BASE_IMAGE PACKAGES_IMAGE PIP_EXTRA_INDEX_URL,$(if $($(name)),--build-arg $(name)))
-BUILD = DOCKER_BUILDKIT=1 docker build $(BUILD_ARGS) $(BUILD_OPTIONS)
+DOCKER ?= docker
+BUILD = DOCKER_BUILDKIT=1 $(DOCKER) build $(BUILD_ARGS) $(BUILD_OPTIONS)
 
 image: ## build the GPU image, inplace-ttt:gpu (docker/Dockerfile)
 	@$(BUILD) --tag inplace-ttt:gpu --file docker/Dockerfile .

@@ -6,6 +6,10 @@ folder=$1
 # A state of apex that builds with CUDA 13 and torch 2.11
 commit=becbb77cea4cb54f2929f7c938a0a6f7dd1fdc39
 mkdir -p "$folder"
+if ! python3 -c 'import torch'; then
+  echo "apex: BASE_IMAGE has no torch: it must bring one for its CUDA, as NVIDIA's PyTorch images do" >&2
+  exit 1
+fi
 if python3 -c 'import amp_C' 2>/dev/null; then
   echo "apex: the base image has it"
   exit 0

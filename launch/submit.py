@@ -5,7 +5,9 @@ python launch/submit.py --nodes 2 recipe=qwen3_4b_ttt parallel=16xh100 \\
   --then "recipe=qwen3_4b_ttt_128k parallel=16xh100"
 
 --dry-run shows what would be submitted. The job saves and requeues itself before its time limit and after a crash:
-launch/slurm/train.sbatch. Each --then waits for the run before it to be done.
+launch/slurm/train.sbatch. Each --then waits for the run before it to be done, and is cancelled if that fails for good.
+(Stages are jobs that depend on each other rather than tasks of one job array: a task that requeues itself would let the
+next one start.)
 """
 
 import argparse
@@ -102,6 +104,7 @@ def sbatch(config, overrides: list[str], arguments: argparse.Namespace, before: 
         "partition": arguments.partition,
         "account": arguments.account,
         "dependency": before and f"afterok:{before}",
+        "kill-on-invalid-dep": before and "yes",  # what can never start need not be looked after
     }
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
     return ["sbatch", "--export=ALL", *given, *arguments.sbatch, str(ROOT / SCRIPT), *overrides]

@@ -131,6 +131,15 @@ class Slurm:
         """Pull a node's network cable."""
         _ip("-n", self._space(name), "link", "set", "eth0", "down")
 
+    def mend(self, name: str) -> None:
+        """Plug the cable in again."""
+        _ip("-n", self._space(name), "link", "set", "eth0", "up")
+
+    def processes(self, name: str, command: str) -> list[int]:
+        """Processes of a host whose command line has ``command`` in it."""
+        listed = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True).stdout
+        return [int(pid) for pid in listed.split() if command in _command_line(pid)]
+
     def down(self) -> None:
         for name in list(self.plugs):
             self.crash(name)
@@ -182,3 +191,10 @@ class Slurm:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
+
+
+def _command_line(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:  # it has ended
+        return ""

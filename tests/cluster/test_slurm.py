@@ -1,13 +1,15 @@
 """Runs on a real Slurm of three nodes: they go on after time limits and crashes, and end where an unbroken one does."""
 
-import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from cluster.slurm import GPUS, Slurm, why_not
-from launching import ROOT, SMALL, numbers, torchrun
+from cluster import jobs
+from cluster.jobs import finished, steps
+from cluster.slurm import GPUS, why_not
+from launching import SMALL, numbers, torchrun
 
 if why_not():
     pytest.skip(f"Slurm: {why_not()}", allow_module_level=True)
@@ -15,17 +17,6 @@ if why_not():
 STEPS = 40
 TRAIN = [*SMALL, f"train.steps={STEPS}", "train.eval_interval=0", "train.eval_samples=0", "checkpoint.interval=5"]
 TRAIN += ["parallel.context_parallel_size=2", "parallel.timeout_minutes=0.5"]
-ENVIRONMENT = dict(INPLACE_TTT_PYTHON=sys.executable, GLOO_SOCKET_IFNAME="eth0", OMP_NUM_THREADS="1")
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    cluster = Slurm(tmp_path_factory.mktemp("slurm") / "cluster", 3)
-    try:
-        cluster.up()
-        yield cluster
-    finally:
-        cluster.down()
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +29,7 @@ def unbroken(tmp_path_factory):
 
 
 def submit(slurm, run, *options: str, keys=TRAIN, nodes: int = 2, **environment: str) -> str:
-    done = slurm.on(
-        "ctl", sys.executable, str(ROOT / "launch/submit.py"), f"--nodes={nodes}", f"--gpus-per-node={GPUS}",
-        *options, *keys, f"run.dir={run}", environment=ENVIRONMENT | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return re.search(r"job (\d+)", done.stdout)[1]
-
-
-def steps(run) -> int:
-    return len(numbers(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def finished(slurm, number: str, run, seconds: float = 240) -> str:
-    """The job's main log, when it has ended."""
-    ended = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"}
-    slurm.wait(lambda: slurm.job(number).get("JobState") in ended, seconds)
-    return (run / f"slurm-{number}.log").read_text()
+    return jobs.submit(slurm, run, *options, keys=keys, nodes=nodes, processes=GPUS, **environment)
 
 
 def test_two_nodes(slurm, unbroken, tmp_path):
@@ -93,6 +68,61 @@ def test_a_worker_crashes(slurm, unbroken, tmp_path):
     assert "contact with another rank was lost" in log
     assert "start 2: 2 nodes (node[1,3])" in log
     assert numbers(run) == unbroken
+
+
+def test_the_first_node_crashes(slurm, unbroken, tmp_path):
+    """The script ends with it; Slurm finds the node down and requeues the job."""
+    run = tmp_path / "run"
+    number = submit(slurm, run, INPLACE_TTT_PREFLIGHT="0")
+    slurm.wait(lambda: steps(run) >= 7, 120)
+    slurm.crash("node1")
+    try:
+        log = finished(slurm, number, run)
+    finally:
+        slurm.boot("node1")
+    assert slurm.job(number)["JobState"] == "COMPLETED", log
+    assert "start 2: 2 nodes (node[2-3])" in log and "going on from step 5" in log
+    assert numbers(run) == unbroken
+
+
+def test_a_second_stage_waits_for_the_first(slurm, tmp_path):
+    """And goes with it, where it fails for good."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    keys = [*SMALL, "train.steps=3", "train.eval_samples=0"]
+    then = shlex.join([*keys, f"checkpoint.load={first}", f"run.dir={second}"])
+    numbers_of = jobs.submit_all(
+        slurm, first, "--then", then, keys=keys, nodes=1, processes=1, INPLACE_TTT_PREFLIGHT="0"
+    )
+    assert slurm.job(numbers_of[1])["Dependency"].startswith(f"afterok:{numbers_of[0]}")
+    log = finished(slurm, numbers_of[1], second)
+    assert slurm.job(numbers_of[1])["JobState"] == "COMPLETED", log
+    assert f"weights from '{first}'" in log and steps(second) == 3
+
+    failing = tmp_path / "failing"
+    failing.mkdir()
+    (failing / "checkpoints").write_text("no folder")
+    one, two = jobs.submit_all(
+        slurm, failing, "--then", then, keys=keys, nodes=1, processes=1, INPLACE_TTT_PREFLIGHT="0"
+    )
+    finished(slurm, one, failing)
+    slurm.wait(lambda: slurm.job(two).get("JobState") == "CANCELLED", 60)
+
+
+def test_a_node_that_cannot_train_is_named_and_the_job_is_not_requeued(slurm, tmp_path):
+    """Node 2 sees another folder in the place of the run's."""
+    run, python = tmp_path / "run", tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+[ "$SLURMD_NODENAME" = node2 ] && [ "$1" = launch/preflight.py ] || exec {sys.executable} "$@"
+exec unshare --mount bash -c 'mount -t tmpfs none {run} && exec "$@"' _ {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    number = submit(slurm, run, INPLACE_TTT_PYTHON=str(python))
+    log = finished(slurm, number, run)
+    assert slurm.job(number)["JobState"] == "FAILED" and slurm.job(number)["Restarts"] == "0", log
+    assert f"run.dir: node2: '{run}' is not the first node's" in log and "not requeued" in log
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_what_must_be_changed_is_not_requeued(slurm, tmp_path):
