@@ -5,6 +5,9 @@ So every rank marks what it goes about, and a thread beside it tells the job's s
 what it does. When a rank's marks stand still for too long, or another rank is silent for as long, it reads what all
 have told and ends the job in a sentence. Only durations of a machine's own monotonic clock count: clocks may differ,
 and may jump.
+
+Where the network is cut the store's client may wait for ever. So a second thread watches the marks, and whatever it
+asks the store is given some seconds.
 """
 
 import contextlib
@@ -28,6 +31,7 @@ from inplace_ttt.config import one_line
 # Innermost Python frames of a rank that waits for others, rather than being what others wait for
 _WAITING = ("torch/distributed/", "ttt/prefix.py", "ttt/mailbox.py", "p2p_communication.py", "tensor_parallel/mappings")
 PACKAGE = Path(__file__).parent
+ANSWER = 10.0  # seconds in which the store answers, if it is reached
 DONE = "done"  # why a rank ends that has nothing to complain of
 
 
@@ -69,8 +73,8 @@ class Watch:
         self._lock, self._ended = threading.Lock(), threading.Event()
         if store is not None:
             self._beat()
-            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-            self._thread.start()
+            for name, run in (("tell", self._tell), ("guard", self._guard)):
+                threading.Thread(target=run, name=name, daemon=True).start()
 
     @classmethod
     def join(cls, rank: int, size: int, limit: float, on_hang: Callable[[str], None]) -> "Watch":
@@ -91,8 +95,7 @@ class Watch:
         """End watching, and tell the others why this rank ends: they will lose contact with it."""
         if self.store is not None and not self._ended.is_set():
             self._left = why
-            with contextlib.suppress(RuntimeError):  # the store is gone: nobody is left to tell
-                self._beat()
+            _within(ANSWER, self._beat)
             self._ended.set()
 
     def __enter__(self) -> "Watch":
@@ -105,52 +108,47 @@ class Watch:
         """Why contact with others may be lost: a sentence, or None where all are heard from."""
         if self.store is None:
             return None
-        try:
-            self._look()
-            for _ in range(4):
-                time.sleep(self.interval)
-                known = self._look()
-                if any(seen.beat.left not in (None, DONE) for rank, seen in known.items() if rank != self.rank):
-                    break
-        except RuntimeError:
-            return _unreachable()
-        return who_is_gone(known, self.rank, 2.5 * self.interval)
+        known = _within(ANSWER, self._watch_losses)
+        return _unreachable() if known is None else who_is_gone(known, self.rank, 2.5 * self.interval)
 
-    def _run(self) -> None:
+    def _watch_losses(self) -> dict[int, Seen]:
+        """What ranks tell, after some beats or as soon as one says why it ended."""
+        known = self._look()
+        for _ in range(4):
+            time.sleep(self.interval)
+            known = self._look()
+            if any(seen.beat.left not in (None, DONE) for rank, seen in known.items() if rank != self.rank):
+                break
+        return known
+
+    def _tell(self) -> None:
         looks_around = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one of a machine is enough
-        told = time.monotonic()  # when the store was last reached
         while not self._ended.wait(self.interval):
-            now, known = time.monotonic(), None
-            try:
+            # RuntimeError: the store is not reached; if that stops the rank, the guard sees it
+            with contextlib.suppress(RuntimeError):
                 self._beat()
                 if looks_around and self._number % 5 == 0:
-                    known = self._look()
-                told = now
-            except RuntimeError:
-                if now - told > self.limit:
-                    self._end(f"{_unreachable()} for {now - told:.0f} s")
-                continue
-            if known is not None:
-                others = {rank: seen for rank, seen in known.items() if rank != self.rank}
-                failed = [seen for seen in others.values() if seen.beat.left not in (None, DONE)]
-                if any(seen.silent > 10 * self.interval for seen in failed):
-                    # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
-                    self._end(who_is_gone(known, self.rank, self.limit))
-                elif any(seen.silent > self.limit and not seen.beat.left for seen in others.values()):
-                    self._end(who_hangs(known, self.limit / 2))
-            if now - self._since > self.limit * self._patience:
-                self._end(self._diagnosis())
+                    self._judge(self._look())
+
+    def _judge(self, known: dict[int, Seen]) -> None:
+        others = {rank: seen for rank, seen in known.items() if rank != self.rank}
+        failed = [seen for seen in others.values() if seen.beat.left not in (None, DONE)]
+        if any(seen.silent > 10 * self.interval for seen in failed):
+            # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
+            self._end(who_is_gone(known, self.rank, self.limit))
+        elif any(seen.silent > self.limit and not seen.beat.left for seen in others.values()):
+            self._end(who_hangs(known, self.limit / 2))
+
+    def _guard(self) -> None:
+        while not self._ended.wait(self.interval):
+            if time.monotonic() - self._since > self.limit * self._patience:
+                self._end(_within(ANSWER, self._diagnosis) or _unreachable())
 
     def _diagnosis(self) -> str:
         """Looks for as long as it takes to tell who is silent."""
-        try:
-            self._look()
-            for _ in range(3):
-                time.sleep(self.interval)
-                self._beat()
-            return who_hangs(self._look(), 2.5 * self.interval)
-        except RuntimeError:
-            return _unreachable()
+        self._look()
+        time.sleep(3 * self.interval)
+        return who_hangs(self._look(), 2.5 * self.interval)
 
     def _end(self, why: str) -> None:
         if not self._ended.is_set():
@@ -179,6 +177,20 @@ class Watch:
             self._seen[rank] = beat.number, since
             known[rank] = Seen(beat, now - since)
         return known
+
+
+def _within(seconds: float, action: Callable):
+    """What an action returns; None where it takes longer, or the store is not reached."""
+    found = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
 
 
 def who_hangs(known: dict[int, Seen], silence: float) -> str:

@@ -148,8 +148,8 @@ def _events(status: Status, lost: Lost) -> Text:
     if lost.restarts:
         share = lost.seconds / (lost.seconds + sum(one["step_seconds"] for one in status.steps) or 1.0)
         text.append(
-            f"{lost.restarts} restart{'s' if lost.restarts > 1 else ''} cost {duration(lost.seconds)} ({share:.1%} of the time): "
-            f"{duration(lost.down_seconds)} without a step, "
+            f"{lost.restarts} restart{'s' if lost.restarts > 1 else ''} cost {duration(lost.seconds)} "
+            f"({share:.1%} of the time): {duration(lost.down_seconds)} without a step, "
             f"{duration(lost.redone_seconds)} in {lost.redone_steps} steps that were done twice\n"
         )
         for event in starts[-3:]:
