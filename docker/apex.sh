@@ -10,7 +10,7 @@ if ! python3 -c 'import torch'; then
   echo "apex: BASE_IMAGE has no torch: it must bring one for its CUDA, as NVIDIA's PyTorch images do" >&2
   exit 1
 fi
-if python3 -c 'import amp_C' 2>/dev/null; then
+if python3 -c 'import torch, amp_C' 2>/dev/null; then
   echo "apex: the base image has it"
   exit 0
 fi

@@ -24,13 +24,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="that all nodes must see and write (runs)")
     parser.add_argument("--minutes", type=float, default=3.0, help="until a node that does not answer is named (3)")
+    parser.add_argument("--light", action="store_true", help="this node, without work for its GPUs: for health checks")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    together = "TORCHELASTIC_RUN_ID" in os.environ
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not together:
         with console.status("looking"):
-            findings = examine()
+            findings = examine(arguments.light)
     else:
         findings = look_together(arguments.folder, arguments.minutes)
         if int(os.environ["RANK"]):

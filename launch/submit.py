@@ -34,6 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--container", metavar="IMAGE", help="run in this image")
     parser.add_argument("--container-runtime", choices=["pyxis", "apptainer"], default="pyxis")
     parser.add_argument("--mounts", help="of the container besides the checkout, such as /data:/data")
+    parser.add_argument(
+        "--shared", action="store_true", help="share nodes with other jobs; else a job has all of theirs"
+    )
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch's options")
     parser.add_argument("--dry-run", action="store_true", help="show, and submit nothing")
     return parser.parse_intermixed_args()
@@ -41,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    os.chdir(ROOT)  # where the job runs: paths mean the same there
     from inplace_ttt.config import UserError
 
     runs = [arguments.overrides, *(shlex.split(keys) for keys in arguments.then)]
@@ -107,6 +111,8 @@ def sbatch(config, overrides: list[str], arguments: argparse.Namespace, before: 
         "kill-on-invalid-dep": before and "yes",  # what can never start need not be looked after
     }
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    if not arguments.shared:  # or Slurm gives one core to the one task of a node
+        given += ["--exclusive", "--mem=0"]
     return ["sbatch", "--export=ALL", *given, *arguments.sbatch, str(ROOT / SCRIPT), *overrides]
 
 

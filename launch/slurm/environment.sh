@@ -4,27 +4,31 @@
 
 # --- what runs
 # The interpreter: the checkout's own environment, else what is on the PATH
-if [ -n "${INPLACE_TTT_PYTHON:-}" ]; then
-  PYTHON=("$INPLACE_TTT_PYTHON")
-elif [ -x .venv/bin/python ]; then
-  PYTHON=("$PWD/.venv/bin/python")
-else
-  PYTHON=(python3)
+if [ -z "${INPLACE_TTT_PYTHON:-}" ]; then
+  INPLACE_TTT_PYTHON=python3
+  if [ -x .venv/bin/python ]; then INPLACE_TTT_PYTHON=$PWD/.venv/bin/python; fi
 fi
-export INPLACE_TTT_PYTHON=${PYTHON[0]}
+export INPLACE_TTT_PYTHON
 
 # A container: an image, and who runs it. pyxis (enroot) takes it in srun's options, apptainer is called on each node.
-# INPLACE_TTT_MOUNTS is written as they write it, such as /data:/data; the checkout is always mounted in its own place.
-SRUN_CONTAINER=()
+# INPLACE_TTT_MOUNTS is written as they write it, such as /data:/data; the checkout and the run's folder are always
+# mounted in their own places. The first node reads the configuration without a container, by INPLACE_TTT_HOST_PYTHON,
+# an interpreter that has the packages of pyproject.toml (a GPU is not needed): set-up by launch/setup.sh makes one.
+HOST_PYTHON=${INPLACE_TTT_HOST_PYTHON:-$INPLACE_TTT_PYTHON}
 export INPLACE_TTT_CONTAINER=${INPLACE_TTT_CONTAINER:-} INPLACE_TTT_CONTAINER_RUNTIME=${INPLACE_TTT_CONTAINER_RUNTIME:-pyxis}
-export INPLACE_TTT_MOUNTS="$PWD:$PWD${INPLACE_TTT_MOUNTS:+,$INPLACE_TTT_MOUNTS}"
 if [ -n "$INPLACE_TTT_CONTAINER" ]; then
-  export INPLACE_TTT_PYTHON=${INPLACE_TTT_CONTAINER_PYTHON:-python}
-  if [ "$INPLACE_TTT_CONTAINER_RUNTIME" = pyxis ]; then
+  export INPLACE_TTT_PYTHON=${INPLACE_TTT_CONTAINER_PYTHON:-python3}
+fi
+
+# $1: the run's folder. What srun is told of the container: SRUN_CONTAINER.
+container() {
+  SRUN_CONTAINER=()
+  export INPLACE_TTT_MOUNTS="$PWD:$PWD,$1:$1${INPLACE_TTT_MOUNTS:+,$INPLACE_TTT_MOUNTS}"
+  if [ -n "$INPLACE_TTT_CONTAINER" ] && [ "$INPLACE_TTT_CONTAINER_RUNTIME" = pyxis ]; then
     SRUN_CONTAINER=("--container-image=$INPLACE_TTT_CONTAINER" "--container-mounts=$INPLACE_TTT_MOUNTS"
       "--container-workdir=$PWD")
   fi
-fi
+}
 
 # --- processes
 # One torchrun a node, which starts a process for each of the node's GPUs. It sees all of them, and each process takes

@@ -2,7 +2,14 @@
 # One rank, by torchrun: what it prints goes to a file of its own, and the first rank's to the job's log as well.
 set -euo pipefail
 log=$INPLACE_TTT_LOGS/rank_$RANK.log
+# The code of the checkout, also where the image has another; kernels are compiled to where anyone may write
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
+export TRITON_CACHE_DIR=${INPLACE_TTT_TRITON_CACHE:-${TMPDIR:-/tmp}/triton-$(id -u)}
 if [ "$RANK" = 0 ]; then
-  exec "$INPLACE_TTT_PYTHON" "$@" > >(tee -a "$log") 2>&1
+  # a request to stop reaches every process of the job: what the rank still says must not fail for it
+  exec "$INPLACE_TTT_PYTHON" "$@" > >(
+    trap '' TERM INT USR1
+    exec tee -a "$log"
+  ) 2>&1
 fi
 exec "$INPLACE_TTT_PYTHON" "$@" >>"$log" 2>&1

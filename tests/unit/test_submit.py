@@ -21,9 +21,12 @@ def test_dry_run_shows_both_stages_and_the_script():
                   "--then", "recipe=qwen3_4b_ttt_128k parallel=16xh100", "--dry-run")  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, *script = done.stdout.splitlines()
-    assert "--nodes=2 --gpus-per-node=8 --time=1:00:00 --qos=high" in first
+    assert "--nodes=2 --gpus-per-node=8 --time=1:00:00 --exclusive --mem=0 --qos=high" in first
     assert "INPLACE_TTT_CONTAINER=image.sqsh" in first and first.endswith(" ".join(CURRICULUM))
-    assert "--dependency=afterok:JOB_OF_qwen3_4b_ttt" in second and "recipe=qwen3_4b_ttt_128k" in second
+    assert (
+        "--dependency=afterok:JOB_OF_qwen3_4b_ttt --kill-on-invalid-dep=yes" in second
+        and "recipe=qwen3_4b_ttt_128k" in second
+    )
     assert "#!/usr/bin/env bash" in script
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.managers import SyncManager
@@ -69,9 +69,20 @@ def read_progress(folder: Path) -> Progress:
 class Checkpointer:
     """Saves and loads the state of a run."""
 
-    def __init__(self, folder: Path, model, optimizer, pg_collection, *, keep: int, async_save: bool):
+    def __init__(
+        self,
+        folder: Path,
+        model,
+        optimizer,
+        pg_collection,
+        *,
+        keep: int,
+        async_save: bool,
+        corrupt: Iterable[Path] = (),
+    ):
+        """``corrupt`` are checkpoints that look whole and are not: they do not count, and are written anew."""
         self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.keep, self.async_save = keep, async_save
+        self.keep, self.async_save, self.corrupt = keep, async_save, set(corrupt)
         self.metadata = {
             "dp_cp_group": pg_collection.dp_cp,
             # optimizer state that any later layout can read
@@ -111,7 +122,7 @@ class Checkpointer:
     def _open_partial(self, target: Path) -> Path | None:
         """A new folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""
         name = [None]
-        if dist.get_rank() == 0 and not (target.is_dir() and damage(target) is None):
+        if dist.get_rank() == 0 and (target in self.corrupt or not target.is_dir() or damage(target) is not None):
             self.folder.mkdir(parents=True, exist_ok=True)
             name = [tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder)]
         dist.broadcast_object_list(name, src=0)
@@ -146,9 +157,10 @@ class Checkpointer:
         folder.chmod(0o755)
         os.replace(folder, target)
         flush(self.folder)
-        whole, _ = whole_checkpoints(self.folder)
+        self.corrupt.discard(target)
+        whole = [path for path in whole_checkpoints(self.folder)[0] if path not in self.corrupt]
         for old in whole[self.keep :]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # the new one is there: whoever still reads this one may
 
     def _model_state(self) -> dict:
         """Weights alone: what Transformer Engine keeps for fp8 is empty, and other layers do not have it."""

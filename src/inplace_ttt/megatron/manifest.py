@@ -65,17 +65,22 @@ def corruption(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder when all of it is read; None: nothing.
 
     Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same.
+    Raises OSError where a file is there and cannot be read.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    fault = error = None
     try:
         fault = damage(folder) or _compare(folder, rank, size)
-    except OSError as error:
-        fault = f"'{error.filename}' cannot be read ({error.strerror})"
-    faults = [fault]
+    except OSError as caught:  # says nothing of the file: another try may read it
+        error = caught
+    found = [(fault, error)]
     if size > 1:
-        faults = [None] * size
-        dist.all_gather_object(faults, fault)
-    return next((fault for fault in faults if fault), None)
+        found = [None] * size
+        dist.all_gather_object(found, (fault, error))
+    for _, error in found:
+        if error is not None:
+            raise error
+    return next((fault for fault, _ in found if fault), None)
 
 
 def flush(path: Path) -> None:

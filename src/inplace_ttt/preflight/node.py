@@ -175,18 +175,19 @@ def _nvlinks() -> int:
     return done.stdout.count("GB/s")
 
 
-def examine() -> list[Finding]:
-    """Everything, the essential first; what is broken there ends the examination."""
+def examine(light: bool = False) -> list[Finding]:
+    """Everything, the essential first; what is broken there ends the examination. ``light`` leaves GPUs alone, in which
+    a training may need all memory."""
     findings = [python(), *packages()]
     if any(finding.state is State.BROKEN for finding in findings):
         return findings
     return [
         *findings,
-        gpus(),
+        *([] if light else [gpus()]),
         nccl(),
         wire(),
         compiler(),
-        kernels(),
+        *([] if light else [kernels()]),
         transformer_engine(),
         adam(),
         apex(),

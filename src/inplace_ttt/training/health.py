@@ -9,7 +9,11 @@ from inplace_ttt.megatron.model import TTTGPTModel
 
 
 class TrainingStopped(Exception):
-    """The run cannot go on; the message says at which step, why, and what is saved."""
+    """The run cannot go on; the message says at which step, why, and what is saved. ``code``: its exit code."""
+
+    def __init__(self, message: str, code: int = 3):
+        super().__init__(message)
+        self.code = code
 
 
 # What gloo and NCCL say where the other side of an operation is gone or does not answer

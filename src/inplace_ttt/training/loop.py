@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import resource
 import shutil
 import socket
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import Sets, micro_batches, numbers_of_rank
+from inplace_ttt.exits import LASTING
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import device
 from inplace_ttt.signals import StopRequest
@@ -85,6 +87,17 @@ class Recorder:
         if self.outputs:
             self.screen.say(message)
 
+    def has_evaluated(self, step: int) -> bool:
+        """Whether there are records of an evaluation after this step; the same on all ranks."""
+        found = [self.metrics.evaluated == step if self.outputs else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def keep(self) -> None:
+        """Have the disk hold what was written: a checkpoint must not outlive the records of its steps."""
+        if self.outputs:
+            self.metrics.flush()
+
     def end(self, why: str) -> None:
         if self.outputs:
             self.timeline.end(why)
@@ -121,6 +134,8 @@ class Loop:
     def run(self, step: int) -> bool:
         """Train from after ``step`` to the end; False if asked to stop before it."""
         train, checkpoint = self.config.train, self.config.checkpoint
+        if self._evaluates(step) and not self.recorder.has_evaluated(step) and self._evaluate(step):
+            return self._asked_to_stop(step)  # once more, where the start before had been
         per_rank = train.global_batch_size // self.groups.dp.size()
         micro = per_rank // train.micro_batch_size
         stream = self._training_stream(step)
@@ -134,18 +149,25 @@ class Loop:
             self.watch.mark(f"looking after a checkpoint after step {step}")
             self._writing(self.checkpointer.poll)
             last = step == train.steps
-            if not stopped and (last or (train.eval_interval and step % train.eval_interval == 0)):
+            if not stopped and self._evaluates(step):
                 stopped = self._evaluate(step)
-            if stopped and not last:
+            if stopped:
                 self._save(step, wait=True)
-                self.recorder.say(f"asked to stop: saved step {step}; the same command goes on from here")
-                self.recorder.end(f"asked to stop after step {step}")
-                return False
+                return self._asked_to_stop(step)
             if last or (checkpoint.interval and step % checkpoint.interval == 0):
                 self._save(step, wait=last)
         self._writing(self.checkpointer.close)
         self.recorder.end("done")
         return True
+
+    def _evaluates(self, step: int) -> bool:
+        train = self.config.train
+        return step == train.steps or bool(step and train.eval_interval and step % train.eval_interval == 0)
+
+    def _asked_to_stop(self, step: int) -> bool:
+        self.recorder.say(f"asked to stop: saved step {step}; the same command goes on from here")
+        self.recorder.end(f"asked to stop after step {step}")
+        return False
 
     def _training_stream(self, step: int) -> Iterator[MicroBatch]:
         train = self.config.train
@@ -276,6 +298,7 @@ class Loop:
 
     def _save(self, step: int, wait: bool) -> None:
         self.watch.mark(f"saving step {step}", patience=6)
+        self.recorder.keep()
         progress = Progress(step, step * self.config.train.global_batch_size)
         self._writing(lambda: self.checkpointer.save(progress, wait=wait))
 
@@ -286,19 +309,20 @@ class Loop:
         except (Exception, CheckpointException) as error:  # the latter is not an Exception
             if lost_rank(error):
                 raise
-            folder = self.folder.checkpoints
+            folder, cause = self.folder.checkpoints, _root_cause(error)
             free = shutil.disk_usage(folder).free / 1e6
             self._give_up(
-                f"a checkpoint could not be written to '{folder}', where {free:,.0f} MB are free ({_root_cause(error)})"
+                f"a checkpoint could not be written to '{folder}', where {free:,.0f} MB are free ({cause})",
+                code=3 if any(os.strerror(number) in cause for number in LASTING) else 4,
             )
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str, code: int = 3) -> None:
         """End the run on every rank; a checkpoint of an earlier step that is still being written is finished."""
         with contextlib.suppress(Exception, CheckpointException):  # `why` is what the user must hear
             self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
         saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
-        raise TrainingStopped(f"{why}; {saved}")
+        raise TrainingStopped(f"{why}; {saved}", code)
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":

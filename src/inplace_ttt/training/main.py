@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from inplace_ttt.config import Config, UserError
-from inplace_ttt.exits import fail, leave
+from inplace_ttt.exits import LASTING, fail, leave
 
 SLOW = 6.0  # times parallel.timeout_minutes: what may take that long, by the patience of the watch
 GO_ON = "the same command goes on from what was saved"
@@ -24,7 +24,7 @@ Without torchrun it runs one process. A run goes on from the last checkpoint in 
 
 def main(arguments: list[str], recipes: Path) -> int:
     """Returns the exit code: 0 trained or saved and stopped as asked, 2 the user must change something, 3 stopped
-    itself, 4 contact with another rank was lost."""
+    itself, 4 something failed that may pass: another rank, a file system."""
     from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
@@ -79,14 +79,16 @@ def train(config: Config) -> int:
             runtime.stop()
             return code
         except TrainingStopped as why:
-            return stopped(str(why), 3)
+            return stopped(str(why), why.code)
         except (RuntimeError, CheckpointException) as error:
             said = lost_rank(error)
             if said is None:
                 raise
             return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
-        except OSError as error:  # metrics, pictures: checkpoints say it themselves
-            return stopped(f"'{config.run.dir}' cannot be written any more: {error}", 3)
+        except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
+            if error.errno in LASTING:
+                return stopped(f"'{config.run.dir}' cannot be written any more: {error}", 3)
+            return stopped(f"a file failed: {error}; {GO_ON}", 4)
 
 
 def _train(config: Config, sets, groups, stop, watch) -> int:
@@ -115,6 +117,7 @@ def _train(config: Config, sets, groups, stop, watch) -> int:
         groups,
         keep=config.checkpoint.keep,
         async_save=config.checkpoint.async_save,
+        corrupt=folder.corrupt,
     )
     watch.mark("loading a checkpoint", SLOW)
     step, notes = 0, list(folder.notes)

@@ -22,6 +22,7 @@ class MetricsFile:
         """Goes on after ``last_step``: what an earlier run wrote beyond its last checkpoint is taken back."""
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        self.evaluated = max((line["step"] for line in kept if line.get("eval")), default=0)  # the last step that was
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, path)
@@ -29,6 +30,9 @@ class MetricsFile:
 
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

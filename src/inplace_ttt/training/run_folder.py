@@ -69,6 +69,7 @@ class RunFolder:
         dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: the first one's counts
         self.path = Path(names[0])
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        self.corrupt: list[Path] = []  # checkpoints that look whole and are not
         candidates, self.notes = self._first_rank(self._open)
         self.resume_from = self._newest_sound(candidates)
         self._first_rank(lambda: self._record(config))
@@ -93,11 +94,11 @@ class RunFolder:
     def _open(self) -> tuple[list[Path], list[str]]:
         """The checkpoints that are whole at a glance, the newest first, and what is wrong with others."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for abandoned in self.checkpoints.glob(".step_*"):  # it may be what fills the disk
+            shutil.rmtree(abandoned, ignore_errors=True)
         probe = self.path / ".writable"
         probe.write_bytes(b"\0" * 65536)
         probe.unlink()
-        for abandoned in self.checkpoints.glob(".step_*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
         whole, faults = whole_checkpoints(self.checkpoints)
         return whole, [f"not resumed from: {fault}" for fault in faults]
 
@@ -107,7 +108,7 @@ class RunFolder:
             fault = corruption(folder)
             if fault is None:
                 return folder
-            self._first_rank(lambda folder=folder: self._set_aside(folder))
+            self.corrupt.append(folder)
             self.notes.append(f"not resumed from: {fault}")
         if self.notes:
             raise UserError(
@@ -115,12 +116,6 @@ class RunFolder:
                 f"remove '{self.checkpoints}' to begin anew"
             )
         return None
-
-    def _set_aside(self, folder: Path) -> None:
-        """A corrupt checkpoint looks whole: under its own name the same step would not be saved again."""
-        aside = folder.with_name(f"corrupt.{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
 
     def _record(self, config: Config) -> None:
         record = self.path / "config.yaml"

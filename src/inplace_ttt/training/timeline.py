@@ -11,6 +11,7 @@ metrics.jsonl is what a run computes, the same however often it was interrupted;
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,12 +48,19 @@ class Timeline:
             self.write("end", time=round(time.time(), 1), why=why)
 
     def write(self, event: str, **values) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(dict(event=event, **values)) + "\n")
+        with self.path.open("ab+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            cut_off = file.read(1) not in (b"", b"\n")  # by a full disk, or a machine that lost its power
+            file.write(b"\n" * cut_off + json.dumps(dict(event=event, **values)).encode() + b"\n")
 
 
 def read_timeline(folder: Path) -> list[dict]:
-    return read_metrics(folder / NAME)
+    """All records but those that were cut off."""
+    events, path = [], folder / NAME
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
 
 
 @dataclass(frozen=True)
