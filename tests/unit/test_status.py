@@ -80,6 +80,13 @@ def test_a_clock_that_was_set_back_loses_no_negative_time(run):
     assert read_timeline(run)[-1]["down_seconds"] == 0
 
 
+def test_a_record_that_was_cut_off_hides_no_other(run):
+    with (run / "timeline.jsonl").open("a") as file:
+        file.write('{"event": "ra')
+    Timeline(run).end("done")
+    assert [event["event"] for event in read_timeline(run)] == ["start", "start", "end"]
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "launch/status.py", *arguments], capture_output=True, text=True)
 
