@@ -74,14 +74,14 @@ def test_the_first_node_crashes(slurm, unbroken, tmp_path):
     """The script ends with it; Slurm finds the node down and requeues the job."""
     run = tmp_path / "run"
     number = submit(slurm, run, INPLACE_TTT_PREFLIGHT="0")
-    slurm.wait(lambda: steps(run) >= 7, 120)
+    slurm.wait(lambda: list((run / "checkpoints").glob("step_*")), 120)
     slurm.crash("node1")
     try:
         log = finished(slurm, number, run)
     finally:
         slurm.boot("node1")
     assert slurm.job(number)["JobState"] == "COMPLETED", log
-    assert "start 2: 2 nodes (node[2-3])" in log and "going on from step 5" in log
+    assert "start 2: 2 nodes (node[2-3])" in log and "going on from step" in log
     assert numbers(run) == unbroken
 
 
