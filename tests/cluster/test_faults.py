@@ -1,6 +1,6 @@
 """What happens when machines fail: no wrong result, no step lost but those since the last save, and a sentence of why.
 
-A rank that dies or hangs, and damaged checkpoints, are tested in tests/parallel/test_training.py; nodes that crash, in
+A rank that dies, and damaged checkpoints, are tested in tests/parallel/test_training.py; nodes that crash, in
 test_slurm.py. FAULTS=50 asks for more of the random ones.
 """
 
