@@ -48,6 +48,10 @@ class Beat:
     waits: bool  # for other ranks; likewise
     left: str | None = None  # why it ended, once it has
 
+    @property
+    def failed(self) -> bool:
+        return self.left not in (None, DONE)
+
 
 @dataclass
 class Seen:
@@ -117,7 +121,7 @@ class Watch:
         for _ in range(4):
             time.sleep(self.interval)
             known = self._look()
-            if any(seen.beat.left not in (None, DONE) for rank, seen in known.items() if rank != self.rank):
+            if any(seen.beat.failed for rank, seen in known.items() if rank != self.rank):
                 break
         return known
 
@@ -132,7 +136,7 @@ class Watch:
 
     def _judge(self, known: dict[int, Seen]) -> None:
         others = {rank: seen for rank, seen in known.items() if rank != self.rank}
-        failed = [seen for seen in others.values() if seen.beat.left not in (None, DONE)]
+        failed = [seen for seen in others.values() if seen.beat.failed]
         if any(seen.silent > 10 * self.interval for seen in failed):
             # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
             self._end(who_is_gone(known, self.rank, self.limit))
@@ -215,7 +219,7 @@ def who_hangs(known: dict[int, Seen], silence: float) -> str:
 
 def who_is_gone(known: dict[int, Seen], me: int, silence: float) -> str | None:
     """Of ranks that cannot be reached: why they ended, else which are not heard from; None: all are there."""
-    ended = [rank for rank, seen in known.items() if rank != me and seen.beat.left not in (None, DONE)]
+    ended = [rank for rank, seen in known.items() if rank != me and seen.beat.failed]
     if ended:
         first = known[ended[0]].beat
         return f"rank {ended[0]} ({first.host}) ended: {first.left}"

@@ -24,7 +24,6 @@ def reports() -> list[Report]:
         Report(
             rank,
             host,
-            rank % 2 == 0,
             VERSIONS,
             gpu="H100 79 GiB",
             free=0.99,

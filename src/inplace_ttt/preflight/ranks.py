@@ -31,7 +31,6 @@ class Report:
 
     rank: int
     host: str
-    first: bool  # of its node
     versions: dict[str, str]
     gpu: str | None = None  # name and memory
     free: float = 1.0  # share of the GPU's memory
@@ -89,7 +88,7 @@ def _look(folder: Path, mark: Callable[[str], None]) -> list[Report]:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     place = Place(rank, size, local, device, dist.new_group(backend="gloo"))
     mark("looking at its own node")
-    report = Report(rank, socket.gethostname(), local == 0, versions())
+    report = Report(rank, socket.gethostname(), versions())
     if local == 0:
         report.broken = [f"{one.part}: {one.found}" for one in examine() if one.state is State.BROKEN]
     if device.type == "cuda":
