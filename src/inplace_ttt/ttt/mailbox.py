@@ -43,14 +43,11 @@ class Mailbox:
         self.handle.barrier()  # nobody's flags are set before they are cleared
         torch.cuda.synchronize(device)
 
-        def views(peer: int) -> tuple[Tensor, Tensor]:
-            blocks = self.handle.get_buffer(peer, (2, sum(numels)), dtype)
-            numbers = self.handle.get_buffer(peer, (2, 2, MAX_BLOCKS), torch.int32, storage_offset=offset // 4)
-            return blocks, numbers
-
-        neighbours = {peer for peer in (self.rank - 1, self.rank + 1) if 0 <= peer < group.size()}
+        ranks = [peer for peer in (self.rank - 1, self.rank, self.rank + 1) if 0 <= peer < group.size()]
         self.memory = memory
-        self.views = {peer: views(peer) for peer in (self.rank, *neighbours)}
+        self.blocks = {peer: self.handle.get_buffer(peer, (2, sum(numels)), dtype) for peer in ranks}
+        flag = dict(sizes=(1,), dtype=torch.int32, storage_offset=offset // 4)  # the first one
+        self.flags = {peer: self.handle.get_buffer(peer, **flag).data_ptr() for peer in ranks}
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.expected: dict[tuple[int, int], Tensor] = {}
         self.sent: list[Tensor] = []
@@ -92,11 +89,11 @@ class Mailbox:
     def _place(self, owner: int, sender: int, number: int) -> Tensor:
         """Where a sender's block lies in its owner's mailbox."""
         start = self.starts[number]
-        return self.views[owner][0][int(sender > owner), start : start + self.numels[number]]
+        return self.blocks[owner][int(sender > owner), start : start + self.numels[number]]
 
     def _flag(self, owner: int, writer: int, kind: int, number: int) -> int:
         """Address of a flag of the owner's that a neighbour writes."""
-        return self.views[owner][1][int(writer > owner), kind, number].data_ptr()
+        return self.flags[owner] + 4 * ((2 * int(writer > owner) + kind) * MAX_BLOCKS + number)
 
 
 @functools.cache

@@ -34,11 +34,15 @@ def row_blocks(d: int, count: int) -> list[slice]:
     return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
-def _in_groups(count: int, most: int) -> Iterator[range]:
-    """The numbers below ``count`` in as few groups of at most ``most`` as there can be, of nearly one size."""
-    groups = -(-count // most)
-    edges = [-(-count * group // groups) for group in range(groups + 1)]
-    return (range(low, high) for low, high in itertools.pairwise(edges))
+def in_groups(blocks: list[slice], most: int) -> list[range]:
+    """The numbers of the blocks in as few groups of at most ``most`` rows as there can be, with as many blocks in each
+    (or one less); no group where one block is more than that."""
+    for count in range(1, len(blocks) + 1):
+        edges = [-(-len(blocks) * group // count) for group in range(count + 1)]
+        groups = [range(low, high) for low, high in itertools.pairwise(edges)]
+        if all(blocks[group[-1]].stop - blocks[group[0]].start <= most for group in groups):
+            return groups
+    return []
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,11 @@ class Walk:
                 sums.open(stop)
                 if self.meanwhile:
                     self.meanwhile(stop)
-            fit = self._blocks_that_fit(sums.blocks)
+            groups = self._groups(sums.blocks)
             for batch in range(self.a.shape[1]):
-                if fit:
-                    for blocks in _in_groups(len(sums.blocks), fit):
-                        yield from self._together(sums, leg, batch, blocks, complete)
-                else:
+                for blocks in groups:
+                    yield from self._together(sums, leg, batch, blocks, complete)
+                if not groups:
                     for block in range(len(sums.blocks)):
                         yield from self._block(sums, leg, batch, block, complete)
                     sums.let_go()
@@ -157,20 +160,19 @@ class Walk:
             return [tuple(stops)]
         return [(stop,) for stop in stops]
 
-    def _blocks_that_fit(self, blocks: list[slice]) -> int:
-        """How many blocks' weights, of all chunks of the rank, there is room for at a time; 0 where there is none for
-        one, or nothing to be gained. The same for all legs and all ranks: who waited for more blocks than the rank
-        before it sends at a time would wait for products of that rank."""
-        if self.sweep is chunked.sweep or len(blocks) == 1:
-            return 0
+    def _groups(self, blocks: list[slice]) -> list[range]:
+        """The blocks whose weights, of all chunks of the rank, there is room for at a time; none where there is no room
+        for one block's, or nothing to be gained. The same for all legs and all ranks: who waited for more blocks than
+        the rank before it sends at a time would wait for products of that rank."""
+        if self.sweep is chunked.sweep or self.exchange.group is None or self.carries is not None:
+            return []
         from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES, takes
 
         segments = [segment for stop in self.stops for segment in stop.segments]
         if not all(map(takes, segments)):
-            return 0
+            return []
         bytes_of_row = self.z.element_size() * self.z.shape[2] * sum(len(segment.chunks) for segment in segments)
-        rows = (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row
-        return min(len(blocks), rows // max(block.stop - block.start for block in blocks))
+        return in_groups(blocks, (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row)
 
     def _together(self, sums, leg, batch: int, blocks: range, complete) -> Iterator:
         """Sweep some blocks and hand out the weights of all of them, segment by segment."""
