@@ -9,16 +9,17 @@ import os
 
 import torch
 
-from inplace_ttt.config import VOCAB_MULTIPLE, Config, UserError, ttt_layers
+from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, ttt_layers
 from inplace_ttt.ttt.function import PREFIXES
 
+TARGETS = ("hidden_states", "input_embed")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm")
 
 
 def validate(config: Config, world_size: int) -> None:
     """Raise UserError for the first thing that cannot work on ``world_size`` processes."""
-    _model(config)
+    check_model(config.model)
     _choices(config)
     _ttt(config)
     _parallel(config, world_size)
@@ -62,8 +63,8 @@ def _divides(key: str, value: int, other: str, size: int) -> None:
         raise UserError(f"{key}={value} does not divide {other}={size}: use one of {fitting}")
 
 
-def _model(config: Config) -> None:
-    model = config.model
+def check_model(model: Model) -> None:
+    """Raise UserError for the first thing that no model can be."""
     for key in (
         "num_layers",
         "hidden_size",
@@ -96,7 +97,7 @@ def _model(config: Config) -> None:
 
 def _choices(config: Config) -> None:
     _one_of("model.transformer_impl", config.model.transformer_impl, ("auto", "local", "transformer_engine"))
-    _one_of("ttt.target", config.ttt.target, ("hidden_states", "input_embed"))
+    _one_of("ttt.target", config.ttt.target, TARGETS)
     _one_of("ttt.prefix", config.ttt.prefix, PREFIXES)
     _one_of("ttt.comm_dtype", config.ttt.comm_dtype, ("fp32", "bf16"))
     _one_of("data.kind", config.data.kind, ("indexed", "recall"))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from inplace_ttt.megatron.manifest import write_manifest
 from launching import ROOT
 from ranks import run_ranks
 
@@ -170,7 +171,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
     write({f"{name}.bias": torch.zeros(96)})
     assert f"'{name}.bias'" in refusal(folder, tmp_path) and "would be lost" in refusal(folder, tmp_path)
     write({f"{name}.weight": torch.zeros(8, 48)})
-    assert f"{name}.weight (8, 48)" in refusal(folder, tmp_path)
+    assert f"{name}.weight is (8, 48)" in refusal(folder, tmp_path)
     write({"lm_head.weight": torch.zeros(199, 48)})
     assert "lm_head.weight is not" in refusal(folder, tmp_path)
     write(num_hidden_layers=5)
@@ -185,6 +186,66 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
     assert "is damaged" in refusal(folder, tmp_path)
     (folder / "model.safetensors").unlink()
     assert "holds neither" in refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (dict(hidden_size="abc"), "hidden_size='abc', where there should be a whole number above 0"),
+        (dict(hidden_size=None), "hidden_size=None"),
+        (dict(hidden_size=64), "model.embed_tokens.weight is (199, 48), but its config.json makes it (199, 64)"),
+        (dict(intermediate_size=96), "mlp.gate_proj.weight is (80, 48), but its config.json makes it (96, 48)"),
+        (dict(num_attention_heads=7), "model.num_query_groups=2 does not divide"),
+        (dict(head_dim=15), "model.kv_channels=15 is odd"),
+        (dict(vocab_size=True), "vocab_size=True"),
+        (dict(rms_norm_eps=0), "rms_norm_eps=0, where there should be a number above 0"),
+        (dict(tie_word_embeddings="yes"), "tie_word_embeddings='yes', where there should be true or false"),
+        (dict(rope_parameters=[1]), "rope_parameters=[1]"),
+        (dict(rope_parameters=dict(rope_type="longrope")), "rope_type=longrope is not known"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "needs model.rope_scaling.original_max_position"),
+        (dict(rope_parameters=dict(rope_type="linear", factor="4x")), "factor='4x'"),
+        (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta=-1.0"),
+        (dict(ttt_mode=True, ttt_layers="all"), "ttt_layers='all'"),
+        (dict(ttt_mode=True, ttt_layers=[0], ttt_chunk=0), "ttt_chunk=0"),
+        (dict(ttt_mode=True, ttt_layers=[0], ttt_target="hidden"), "ttt_target='hidden'"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused_by_key(keys, said, tmp_path):
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(FAMILIES["qwen3 tied"]).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **keys}))
+    assert said in refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', '{"weight_map": {"a": null}}', "{"])
+def test_damaged_indices_are_refused(content, tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["smollm2"]).save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    (tmp_path / "model/model.safetensors.index.json").write_text(content)
+    assert "index.json' " in refusal(tmp_path / "model", tmp_path)
+
+
+def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
+    AutoModelForCausalLM.from_config(FAMILIES["smollm2"]).save_pretrained(tmp_path / "model")
+    import_checkpoint(tmp_path / "model", tmp_path / "imported")
+
+    def refused():
+        with pytest.raises(UserError) as caught:
+            export_checkpoint(tmp_path / "imported", tmp_path / "out")
+        return str(caught.value)
+
+    config = tmp_path / "imported/hf/config.json"
+    kept = config.read_text()
+    config.write_text(kept.replace('"intermediate_size": 80', '"intermediate_size": 96'))
+    assert "linear_fc1.weight is (160, 48), but its configuration makes it (192, 48)" in refused()
+    config.write_text(kept)
+    (tmp_path / "imported/manifest.json").unlink()
+    index = tmp_path / "imported/.metadata"
+    index.write_bytes(b"x" * 100)
+    write_manifest(tmp_path / "imported")  # as it would be after damage that no checksum knows of
+    assert "imported' cannot be read: " in refused()
+    with pytest.raises(UserError, match="is no folder"):
+        export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
 
 
 def test_commands(tmp_path):

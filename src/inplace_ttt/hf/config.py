@@ -1,6 +1,9 @@
 """Hugging Face's config.json and our Model and TTT sections, both ways."""
 
+import math
+
 from inplace_ttt.config import TTT, Config, Model, RopeScaling, UserError, ttt_layers
+from inplace_ttt.validation import TARGETS, check_model
 
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # with fast weights, for the code in modeling_inplace_ttt.py
@@ -18,6 +21,36 @@ FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_
 ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
 
 
+class _Keys:
+    """A config.json whose values are looked at as they are read; where there is none, ``default`` is what transformers
+    takes, and without one the key must be there."""
+
+    def __init__(self, config: dict, place: str):
+        self.config, self.place = config, place
+
+    def whole(self, key: str, *default: int | None) -> int | None:
+        return self._read(key, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
+
+    def number(self, key: str, *default: float | None) -> float | None:
+        return self._read(key, default, "a number above 0", _above_zero)
+
+    def flag(self, key: str, *default: bool) -> bool:
+        return self._read(key, default, "true or false", lambda value: isinstance(value, bool))
+
+    def _read(self, key: str, default: tuple, what: str, fits):
+        value = self.config.get(key)
+        if value is None and default:
+            return default[0]
+        if not fits(value):
+            found = f"has no {key}" if key not in self.config else f"says {key}={value!r}"
+            raise UserError(f"{self.place} {found}, where there should be {what}")
+        return value
+
+
+def _above_zero(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
 def read_model(config: dict, place: str) -> Model:
     """The Model section of a config.json; raises UserError for what the model cannot be."""
     family = str(config.get("model_type"))
@@ -28,40 +61,69 @@ def read_model(config: dict, place: str) -> Model:
     for key, only in FIXED.items():
         if config.get(key, only) != only:
             raise UserError(f"{place}: {key}={config[key]} is not supported: only {key}={only} is")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if "type" in rope:  # as older versions of transformers wrote it
+    keys = _Keys(config, place)
+    hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
+    scaling, theta = _read_rope(config, place)
+    model = Model(
+        num_layers=keys.whole("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=keys.whole("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=keys.whole("num_key_value_heads", heads),
+        kv_channels=keys.whole("head_dim", 128 if family == "qwen3" else max(1, hidden // heads)),
+        vocab_size=keys.whole("vocab_size"),
+        qk_layernorm=family == "qwen3",
+        layernorm_epsilon=keys.number("rms_norm_eps", 1e-6),
+        rotary_base=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=keys.whole("max_position_embeddings", None),
+        tie_word_embeddings=keys.flag("tie_word_embeddings", False),
+        init_method_std=keys.number("initializer_range", 0.02),
+    )
+    try:
+        check_model(model)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    return model
+
+
+def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
+    """Scaling, and the base of the frequencies, from where any version of transformers writes them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{place} says rope_parameters={rope!r}, where there should be keys and values")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if "type" in rope:  # as older versions wrote it
         rope["rope_type"] = rope.pop("type")
-    theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    unknown = sorted(key for key, value in rope.items() if key not in ROPE_KEYS and value is not None)
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    keys = _Keys(rope | dict(rope_theta=theta), f"{place}: rope_parameters")
+    unknown = sorted(rope.keys() - set(ROPE_KEYS))
     if unknown:
         raise UserError(f"{place}: RoPE parameter '{unknown[0]}' is not supported: use {', '.join(ROPE_KEYS)}")
-    return Model(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=hidden,
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or hidden // heads,
-        vocab_size=config["vocab_size"],
-        qk_layernorm=family == "qwen3",
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-        rotary_base=float(theta),
-        rope_scaling=RopeScaling(**rope),
-        max_position_embeddings=config.get("max_position_embeddings"),
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        init_method_std=config.get("initializer_range", 0.02),
-    )
+    scaling = RopeScaling(**{key: value if key == "rope_type" else keys.number(key) for key, value in rope.items()})
+    return scaling, float(keys.number("rope_theta", 10000.0))
 
 
-def read_ttt(config: dict) -> TTT:
-    """The TTT section of a config.json; not enabled where it has none."""
+def read_ttt(config: dict, place: str) -> TTT:
+    """The TTT section of a config.json; not enabled where it has none. Raises UserError for what it cannot be."""
     if not config.get("ttt_mode"):
         return TTT(enabled=False)
-    values = {ours: config[theirs] for theirs, ours in TTT_KEYS.items() if theirs in config}
-    # the authors' list for 36 layers also names layer 36
-    layers = [layer for layer in config["ttt_layers"] if layer < config["num_hidden_layers"]]
-    return TTT(layers=layers, **values)
+    keys, known = _Keys(config, place), TTT()
+    layers = config.get("ttt_layers")
+    if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise UserError(f"{place} says ttt_layers={layers!r}, where there should be a list of layer numbers from 0")
+    target = config.get("ttt_target", known.target)
+    if target not in TARGETS:
+        raise UserError(f"{place} says ttt_target={target!r}: use one of {', '.join(TARGETS)}")
+    return TTT(
+        # the authors' list for 36 layers also names layer 36
+        layers=[layer for layer in layers if layer < config["num_hidden_layers"]],
+        chunk_size=keys.whole("ttt_chunk", known.chunk_size),
+        eta=keys.number("ttt_lr", known.eta),
+        project=keys.flag("ttt_proj", known.project),
+        target=target,
+        conv_kernel=keys.whole("ttt_conv_kernel", known.conv_kernel),
+    )
 
 
 def write_config(config: Config, dtype: str, base: dict | None) -> dict:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, UserError, first_line, ttt_layers
+from inplace_ttt.config import Config, Model, UserError, first_line
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
@@ -49,10 +49,9 @@ class SafetensorsFolder:
         self.files: dict[str, str] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                named = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise UserError(f"'{index}' is damaged ({error}): download it again") from error
+            named = _read_json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+                raise UserError(f"'{index}' is damaged (it places no tensors in files): download it again")
         elif (folder / "model.safetensors").is_file():
             named = None
         else:
@@ -71,7 +70,7 @@ class SafetensorsFolder:
                     raise UserError(
                         f"'{self.folder / file}': tensor '{name}' is {part.get_dtype()}: use {', '.join(DTYPES)}"
                     )
-                self.metas[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+                self.metas[name] = _meta(tuple(part.get_shape())).to(DTYPES[part.get_dtype()])
                 self.files[name] = file
 
     def _open(self, file: str):
@@ -94,9 +93,10 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
     """
     hf_config = _read_json(source / "config.json")
-    model, ttt = read_model(hf_config, f"'{source}/config.json'"), read_ttt(hf_config)
+    place = f"'{source}/config.json'"
+    model, ttt = read_model(hf_config, place), read_ttt(hf_config, place)
     tensors = SafetensorsFolder(source)
-    rows = weight_map(model, ttt_layers(ttt, model.num_layers), ttt.project)
+    rows = weight_map(model, ttt)
     names = {name for row in rows for name in row.theirs}
     there = set(tensors.files)
     if model.tie_word_embeddings and "lm_head.weight" in there:  # a copy that some checkpoints carry
@@ -125,15 +125,15 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
 
 def _entry(row: Row, model: Model, tensors: SafetensorsFolder) -> Entry:
     metas = [tensors.metas[name] for name in row.theirs]
-    try:
-        joined = row.way.join(model, metas)
-        back = [tuple(part.shape) for part in row.way.split(model, joined)]
-    except RuntimeError:
-        back = None
-    if back != [tuple(meta.shape) for meta in metas] or len({meta.dtype for meta in metas}) > 1:
-        shapes = ", ".join(f"{name} {tuple(meta.shape)}" for name, meta in zip(row.theirs, metas, strict=True))
-        raise UserError(f"'{tensors.folder}': {shapes} do not fit its config.json")
-
+    for meta, (name, shape) in zip(metas, row.theirs.items(), strict=True):
+        if tuple(meta.shape) != shape:
+            raise UserError(f"'{tensors.folder}': {name} is {tuple(meta.shape)}, but its config.json makes it {shape}")
+        if meta.dtype != metas[0].dtype:
+            raise UserError(
+                f"'{tensors.folder}': {name} is {meta.dtype} and {next(iter(row.theirs))} is {metas[0].dtype}: these "
+                f"become one tensor, give them one dtype"
+            )
+    joined = row.way.join(model, metas)
     return Entry(
         tuple(joined.shape),
         joined.dtype,
@@ -156,8 +156,14 @@ def export_checkpoint(
     reader, model = TensorReader(folder), config.model
     if model.vocab_size is None:
         raise UserError(f"checkpoint '{folder}': model.vocab_size is not known; its run's config.yaml lacks it")
-    rows = weight_map(model, ttt_layers(config.ttt, model.num_layers), config.ttt.project)
+    rows = weight_map(model, config.ttt)
     check_names(set(reader.shapes), {row.ours for row in rows}, f"checkpoint '{folder}'")
+    for row in rows:
+        there, made = reader.shapes[row.ours][0], row.way.join(model, [_meta(shape) for shape in row.theirs.values()])
+        if there != tuple(made.shape):
+            raise UserError(
+                f"checkpoint '{folder}': {row.ours} is {there}, but its configuration makes it {tuple(made.shape)}"
+            )
 
     partial = _fresh(output)
     dtype = _write_shards(partial, rows, model, reader, advance)
@@ -205,10 +211,13 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
 
 def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
     """(folder with the weights, configuration, folder with what was imported) of whatever the user named."""
+    if not checkpoint.is_dir():
+        raise UserError(f"'{checkpoint}' is no folder: name a run, a checkpoint of a run or an imported checkpoint")
     if (checkpoint / "hf" / "config.json").is_file():
         hf_config = _read_json(checkpoint / "hf" / "config.json")
-        config = _config(dict(model=asdict(read_model(hf_config, str(checkpoint))), ttt=asdict(read_ttt(hf_config))))
-        return checkpoint, config, checkpoint / "hf"
+        place = f"'{checkpoint}/hf/config.json'"
+        sections = dict(model=asdict(read_model(hf_config, place)), ttt=asdict(read_ttt(hf_config, place)))
+        return checkpoint, _config(sections, place), checkpoint / "hf"
     folder = checkpoint_in(checkpoint)
     run = folder.parent.parent
     if not (run / "config.yaml").is_file():
@@ -216,7 +225,7 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
             f"'{checkpoint}' is no run, no checkpoint of a run and no imported checkpoint: there is no "
             f"'{run / 'config.yaml'}'"
         )
-    config = _config(yaml.safe_load((run / "config.yaml").read_text()))
+    config = _run_config(run)
     return folder, config, _companions_of(config)
 
 
@@ -229,29 +238,47 @@ def _companions_of(config: Config) -> Path | None:
         candidates.append(load / "hf")
         before = next((run for run in (load, load.parent.parent) if (run / "config.yaml").is_file()), None)
         if before:
-            earlier = _companions_of(_config(yaml.safe_load((before / "config.yaml").read_text())))
+            earlier = _companions_of(_run_config(before))
             candidates += [earlier] if earlier else []
     candidates += [Path(config.data.tokenizer)] if config.data.tokenizer else []
     candidates += [Path(f"{source.path}.tokenizer") for source in config.data.sources[:1]]
     return next((folder for folder in candidates if folder.is_dir()), None)
 
 
-def _config(values: dict) -> Config:
+def _run_config(run: Path) -> Config:
+    path = run / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is damaged: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' is damaged: it holds no keys")
+    return _config(values, f"'{path}'")
+
+
+def _config(values: dict, place: str) -> Config:
     filled = dict(run=dict(name="export"), train=dict(steps=1, global_batch_size=1), optim=dict(lr=0.0))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), filled, dict(data=dict(seq_length=1)), values)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"config.yaml is not of this version: {first_line(error)}") from error
+        raise UserError(f"{place} is not of this version: {first_line(error)}") from error
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"'{path}' does not exist: name a folder in Hugging Face's format")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error})") from error
+        raise UserError(f"'{path}' is not JSON ({error}): download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' holds no keys: download it again")
+    return values
+
+
+def _meta(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, device="meta")
 
 
 def _fresh(output: Path) -> Path:

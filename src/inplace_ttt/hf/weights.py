@@ -1,7 +1,7 @@
 """The weight map: which tensors of a Hugging Face checkpoint make which tensor of ours, and back.
 
 One table for Qwen3 and Llama; a row is used where the model has what it names. Every tensor on either side is in
-exactly one row: what is not is an error that names it.
+exactly one row: what is not, or has another shape than the table says, is an error that names it.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inplace_ttt.config import Model, UserError, padded_vocab_size
+from inplace_ttt.config import TTT, Model, UserError, padded_vocab_size, ttt_layers
 
 Shape = tuple[int, ...]
 
@@ -20,7 +20,7 @@ class Row:
     """One tensor of ours and those of Hugging Face that it is made of."""
 
     ours: str
-    theirs: tuple[str, ...]
+    theirs: dict[str, Shape]  # by name
     way: "Way"
 
 
@@ -75,45 +75,61 @@ VOCABULARY = Way(_pad_vocabulary, _cut_vocabulary)
 GATE_AND_UP = Way(_stack, _halve)
 HEADS = Way(_join_heads, _split_heads)
 
-# ours under decoder.layers.N., theirs under model.layers.N.
+# ours under decoder.layers.N., theirs under model.layers.N., the sizes of each of theirs (see ``_sizes``)
 LAYER = [
-    ("self_attention.linear_qkv.layer_norm_weight", ["input_layernorm.weight"], SAME),
+    ("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "d"}, SAME),
     (
         "self_attention.linear_qkv.weight",
-        ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+        {"self_attn.q_proj.weight": "q d", "self_attn.k_proj.weight": "k d", "self_attn.v_proj.weight": "k d"},
         HEADS,
     ),
-    ("self_attention.linear_proj.weight", ["self_attn.o_proj.weight"], SAME),
-    ("mlp.linear_fc1.layer_norm_weight", ["post_attention_layernorm.weight"], SAME),
-    ("mlp.linear_fc1.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], GATE_AND_UP),
-    ("mlp.linear_fc2.weight", ["mlp.down_proj.weight"], SAME),
+    ("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "d q"}, SAME),
+    ("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "d"}, SAME),
+    ("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f d", "mlp.up_proj.weight": "f d"}, GATE_AND_UP),
+    ("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "d f"}, SAME),
 ]
 QK_NORM = [
-    ("self_attention.q_layernorm.weight", ["self_attn.q_norm.weight"], SAME),
-    ("self_attention.k_layernorm.weight", ["self_attn.k_norm.weight"], SAME),
+    ("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "h"}, SAME),
+    ("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "h"}, SAME),
 ]
-TTT = [("mlp.ttt_conv.weight", ["mlp.ttt_conv.weight"], SAME)]
-TTT_PROJECTION = [("mlp.ttt_proj.weight", ["mlp.ttt_proj.weight"], SAME)]
+FAST = [("mlp.ttt_conv.weight", {"mlp.ttt_conv.weight": "d 1 taps"}, SAME)]
+FAST_PROJECTION = [("mlp.ttt_proj.weight", {"mlp.ttt_proj.weight": "d d"}, SAME)]
 MODEL = [
-    ("embedding.word_embeddings.weight", ["model.embed_tokens.weight"], VOCABULARY),
-    ("decoder.final_layernorm.weight", ["model.norm.weight"], SAME),
+    ("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "words d"}, VOCABULARY),
+    ("decoder.final_layernorm.weight", {"model.norm.weight": "d"}, SAME),
 ]
-UNTIED = [("output_layer.weight", ["lm_head.weight"], VOCABULARY)]
+UNTIED = [("output_layer.weight", {"lm_head.weight": "words d"}, VOCABULARY)]
 
 
-def weight_map(model: Model, ttt_layers: list[int], project: bool) -> list[Row]:
-    """The rows of a whole model; ``ttt_layers`` have the tensors of fast weights besides."""
-    rows = [Row(ours, tuple(theirs), way) for ours, theirs, way in MODEL]
-    if not model.tie_word_embeddings:
-        rows += [Row(ours, tuple(theirs), way) for ours, theirs, way in UNTIED]
+def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
+    """What the letters of the table stand for."""
+    return {
+        "d": model.hidden_size,
+        "f": model.ffn_hidden_size,
+        "h": model.kv_channels,
+        "q": model.num_attention_heads * model.kv_channels,
+        "k": model.num_query_groups * model.kv_channels,
+        "words": model.vocab_size,
+        "taps": ttt.conv_kernel,
+        "1": 1,
+    }
+
+
+def weight_map(model: Model, ttt: TTT) -> list[Row]:
+    """The rows of a whole model; layers with fast weights have their tensors besides."""
+    sizes = _sizes(model, ttt)
+
+    def row(ours: str, theirs: dict[str, str], way: Way, here: str = "", there: str = "") -> Row:
+        shapes = {there + name: tuple(sizes[size] for size in shape.split()) for name, shape in theirs.items()}
+        return Row(here + ours, shapes, way)
+
+    rows = [row(*entry) for entry in MODEL + ([] if model.tie_word_embeddings else UNTIED)]
+    fast_layers = ttt_layers(ttt, model.num_layers)
     for layer in range(model.num_layers):
         used = LAYER + (QK_NORM if model.qk_layernorm else [])
-        if layer in ttt_layers:
-            used = used + TTT + (TTT_PROJECTION if project else [])
-        rows += [
-            Row(f"decoder.layers.{layer}.{ours}", tuple(f"model.layers.{layer}.{name}" for name in theirs), way)
-            for ours, theirs, way in used
-        ]
+        if layer in fast_layers:
+            used = used + FAST + (FAST_PROJECTION if ttt.project else [])
+        rows += [row(*entry, here=f"decoder.layers.{layer}.", there=f"model.layers.{layer}.") for entry in used]
     return rows
 
 
