@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from inplace_ttt.training.records import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,19 @@ def torchrun(ranks: int, *arguments: str, log: Path) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as stream:
         return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+
+
+def workers(process: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks under a torchrun; not the processes that write their checkpoints."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if any("train.py" in word for word in child.cmdline())]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            child.kill()
+    process.wait()
 
 
 def numbers(run: Path) -> list[dict]:

@@ -20,7 +20,7 @@ import pytest
 
 from cluster import jobs
 from cluster.jobs import finished, steps
-from launching import SMALL, numbers, torchrun
+from launching import SMALL, kill_all, numbers, torchrun, workers
 
 if os.geteuid() != 0:
     pytest.skip("faults need root", allow_module_level=True)
@@ -147,7 +147,7 @@ def test_killed_while_a_checkpoint_is_half_written(unbroken, tmp_path):
     deadline = time.monotonic() + 120
     while not (steps(run) >= 6 and list((run / "checkpoints").glob(".step_*/*.distcp"))):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-    _kill(process)
+    kill_all(process)
     assert torchrun(2, *TRAIN, f"run.dir={run}", log=log).wait(timeout=120) == 0, log.read_text()
     assert "going on from step" in log.read_text()
     assert not list((run / "checkpoints").glob(".step_*"))
@@ -177,12 +177,12 @@ def test_random_faults(unbroken, tmp_path):
 
 def _strike(process: subprocess.Popen, rng: random.Random) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
-    ranks = [child for child in psutil.Process(process.pid).children() if _is_rank(child.pid)]
+    ranks = workers(process)
     helpers = [child for child in children if child not in ranks]
     how = rng.choice(["kill all", "kill a rank", "stop", "hang", "kill a helper"])
     with contextlib.suppress(psutil.NoSuchProcess, IndexError):
         if how == "kill all":
-            _kill(process)
+            kill_all(process)
         elif how == "kill a rank":
             rng.choice(ranks).kill()
         elif how == "stop":
@@ -191,13 +191,6 @@ def _strike(process: subprocess.Popen, rng: random.Random) -> None:
             rng.choice(ranks).suspend()
         else:
             rng.choice(helpers).kill()
-
-
-def _kill(process: subprocess.Popen) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            child.kill()
-    process.wait()
 
 
 def _is_rank(pid: int) -> bool:

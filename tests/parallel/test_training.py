@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from inplace_ttt.megatron.manifest import corruption
-from launching import SMALL, numbers, run_main, torchrun
+from launching import SMALL, kill_all, numbers, run_main, torchrun, workers
 from ranks import run_ranks
 
 STEPS = 12
@@ -26,18 +26,6 @@ def wait_for(condition, process, seconds=120):
         assert process.poll() is None, "the run ended early"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.05)
-
-
-def workers(process) -> list[psutil.Process]:
-    """The ranks under a torchrun."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if any("train.py" in word for word in child.cmdline())]
-
-
-def kill_all(process) -> None:
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        child.kill()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +197,15 @@ def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(how, unbrok
 def test_another_model_is_not_continued(unbroken):
     code, text = run_ranks(1, run_main, *TRAIN, "ttt.eta=0.5", f"run.dir={unbroken}")[0]
     assert code == 2 and "ttt.eta=0.5" in text and "begun with 1.0" in text
+
+
+@pytest.mark.parametrize("content", ["{[", "- a"])
+def test_a_damaged_configuration_is_named(content, unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    (run / "config.yaml").write_text(content)
+    (first, text), (second, _) = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
+    assert first == second == 2 and f"'{run}/config.yaml' is damaged" in text
 
 
 def test_weights_go_into_a_new_run_and_fast_weights_start_at_zero(unbroken, tmp_path):

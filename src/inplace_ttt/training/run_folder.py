@@ -70,9 +70,14 @@ class RunFolder:
         self.path = Path(names[0])
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
         self.corrupt: list[Path] = []  # checkpoints that look whole and are not
-        candidates, self.notes = self._first_rank(self._open)
+        candidates, self.faults, self.changes = self._first_rank(lambda: self._open(config))
         self.resume_from = self._newest_sound(candidates)
         self._first_rank(lambda: self._record(config))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should hear: checkpoints that were passed over, and keys that changed since the run began."""
+        return [f"not resumed from: {fault}" for fault in self.faults] + self.changes
 
     def _first_rank(self, action: Callable):
         """What ``action`` returns on the first rank, and its errors, on all."""
@@ -91,8 +96,8 @@ class RunFolder:
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
-    def _open(self) -> tuple[list[Path], list[str]]:
-        """The checkpoints that are whole at a glance, the newest first, and what is wrong with others."""
+    def _open(self, config: Config) -> tuple[list[Path], list[str], list[str]]:
+        """The checkpoints that are whole at a glance, the newest first, what is wrong with others, and what changed."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for abandoned in self.checkpoints.glob(".step_*"):  # it may be what fills the disk
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -100,7 +105,8 @@ class RunFolder:
         probe.write_bytes(b"\0" * 65536)
         probe.unlink()
         whole, faults = whole_checkpoints(self.checkpoints)
-        return whole, [f"not resumed from: {fault}" for fault in faults]
+        # keys are compared before checkpoints are read to the last byte, which takes its time
+        return whole, faults, self._changes(config) if whole else []
 
     def _newest_sound(self, candidates: list[Path]) -> Path | None:
         """The first in which every byte is what was written; all ranks look together."""
@@ -109,24 +115,37 @@ class RunFolder:
             if fault is None:
                 return folder
             self.corrupt.append(folder)
-            self.notes.append(f"not resumed from: {fault}")
-        if self.notes:
+            self.faults.append(fault)
+        if self.faults:
             raise UserError(
-                f"run.dir='{self.path}' holds no whole checkpoint ({self.notes[0].partition(': ')[2]}): restore it, or "
+                f"run.dir='{self.path}' holds no whole checkpoint ({self.faults[0]}): restore it, or "
                 f"remove '{self.checkpoints}' to begin anew"
             )
         return None
 
     def _record(self, config: Config) -> None:
-        record = self.path / "config.yaml"
-        if self.resume_from is not None and record.is_file():
-            self._compare(yaml.safe_load(record.read_text()), json.loads(json.dumps(asdict(config))))
-        partial = record.with_suffix(".partial")
+        partial = self._config_file.with_suffix(".partial")
         partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        os.replace(partial, record)
+        os.replace(partial, self._config_file)
 
-    def _compare(self, before: dict, now: dict) -> None:
-        was, here = _flat(before), _flat(now)
+    @property
+    def _config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    def _changes(self, config: Config) -> list[str]:
+        """What is not as it was when the run began; raises UserError where that makes it another run."""
+        if not self._config_file.is_file():
+            return []
+        try:
+            before = yaml.safe_load(self._config_file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(
+                f"'{self._config_file}' is damaged, which says what the run was begun with: restore it, or remove it "
+                f"to go on with the keys given"
+            )
+        was, here, changes = _flat(before), _flat(json.loads(json.dumps(asdict(config)))), []
         for key in sorted(set(was) | set(here)):
             if was.get(key) == here.get(key) or _within(key, FREE):
                 continue
@@ -135,7 +154,8 @@ class RunFolder:
                     f"{key}={here.get(key)}, but the run in run.dir='{self.path}' was begun with {was.get(key)}: "
                     f"use that value to go on, or another run.dir (checkpoint.load takes its weights along)"
                 )
-            self.notes.append(f"changed since the run began: {key} was {was.get(key)}, is {here.get(key)}")
+            changes.append(f"changed since the run began: {key} was {was.get(key)}, is {here.get(key)}")
+        return changes
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:
