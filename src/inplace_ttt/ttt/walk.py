@@ -81,8 +81,11 @@ class Lanes:
 
     def __init__(self, device: torch.device):
         self.streams = _streams(device) if device.type == "cuda" else ()
-        for stream in self.streams:
-            stream.wait_stream(torch.cuda.current_stream())
+        if self.streams:
+            # one after the other: let loose together, the second block's programs may come before the first one's,
+            # which the next rank waits for
+            for before, stream in itertools.pairwise((torch.cuda.current_stream(), *self.streams)):
+                stream.wait_stream(before)
 
     def of(self, block: int):
         """The context in which a block is swept: always the same for the same block."""
