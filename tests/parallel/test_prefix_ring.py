@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.ttt import LayoutError, Received, fast_weight_linear, naive
-from inplace_ttt.ttt.plan import local_slices, slice_bounds
+from inplace_ttt.ttt.plan import local_slices, make_plan, slice_bounds
+from inplace_ttt.ttt.target import begin_chunk_target, chunk_ids, chunk_target
 from numerics.cases import operands, random_documents, relative_error, with_gradients
 from ranks import run_ranks
 
@@ -51,6 +52,36 @@ def worst_error_over_cases(seeds, comm_dtype=None):
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_equals_definition(cp_size):
     assert max(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
+
+
+def late_second_slice(cu_seqlens):
+    """Whether targets of which half are made when they are asked for give the same bits, and how often they were."""
+    size, rank, calls = dist.get_world_size(), dist.get_rank(), []
+    z, u, weight, g = (zigzag(t, size, rank) if t.dim() == 3 else t for t in operands(0, 48, 2, 5, 7))
+    torch.manual_seed(0)
+    kernel, projection = torch.randn(5, 1, 3, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    ids = chunk_ids(make_plan(48, 4, documents, size, rank).chunk_lengths)
+    options = dict(eta=0.5, chunk_size=4, cu_seqlens=cu_seqlens, cp_group=dist.group.WORLD)
+
+    def at_once(z, u, weight):
+        return fast_weight_linear(z, chunk_target(u, kernel, projection, ids), weight, **options)
+
+    def late(z, u, weight):
+        v, make_the_rest = begin_chunk_target(u, kernel, projection, ids)
+        v.data[v.shape[0] // 2 :] = torch.nan
+        return fast_weight_linear(
+            z, v, weight, before_second_slice=lambda: calls.append(make_the_rest()), **options
+        )  # fmt: skip
+
+    pairs = zip(with_gradients(late, z, u, weight, g), with_gradients(at_once, z, u, weight, g), strict=True)
+    return all(torch.equal(found, expected) for found, expected in pairs), len(calls)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 8, 40, 48])], ids=["one document", "documents"])
+def test_targets_of_the_second_slice_may_come_late(cp_size, cu_seqlens):
+    assert run_ranks(cp_size, late_second_slice, cu_seqlens) == [(True, 1)] * cp_size
 
 
 def test_bf16_on_the_wire_costs_its_rounding_and_no_more():

@@ -13,7 +13,7 @@ from torch import Tensor
 from inplace_ttt.benchmarks.timing import milliseconds, peak_gib, ratio
 from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_ids, chunk_target
+from inplace_ttt.ttt.target import begin_chunk_target, chunk_ids, chunk_target
 
 ETA = 0.01
 
@@ -84,6 +84,12 @@ class Layer:
 
     def fast(self, operation: Callable, chunk_size: int) -> Tensor:
         return operation(self.z(), self.target(chunk_size), self.fc2, eta=ETA, chunk_size=chunk_size)
+
+    def fast_over_ranks(self, operation: Callable, chunk_size: int) -> Tensor:
+        """As the model does it where a sequence is split over ranks."""
+        z = self.z()
+        v, make_the_rest = begin_chunk_target(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
+        return operation(z, v, self.fc2, eta=ETA, chunk_size=chunk_size, before_second_slice=make_the_rest)
 
     def forward_backward(self, forward: Callable[[], Tensor]) -> None:
         for parameter in (self.x, self.fc1, self.fc2, self.conv, self.projection):

@@ -25,7 +25,7 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
     ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, **options)
     records = []
     for chunk_size in chunk_sizes:
-        run = partial(layer.forward_backward, partial(layer.fast, ours, chunk_size))
+        run = partial(layer.forward_backward, partial(layer.fast_over_ranks, ours, chunk_size))
         runs = {"over ranks": run, "alone": partial(_alone, run)}
         times = {name: _slowest(found) for name, found in milliseconds(runs, rounds, _together).items()}
         exposed = [a - b for a, b in zip(times["over ranks"], times["alone"], strict=True)]

@@ -8,6 +8,7 @@ What is exchanged, and when:
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
@@ -25,7 +26,7 @@ from inplace_ttt.config import TTT
 from inplace_ttt.megatron.layout import SequenceLayout
 from inplace_ttt.ttt import Received, fast_weight_linear
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_target
+from inplace_ttt.ttt.target import begin_chunk_target, chunk_target
 
 COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
 
@@ -75,11 +76,12 @@ class TTTMLP(MLP):
     ) -> tuple[Tensor, None]:
         z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
+        v, make_the_rest = self._target(u, z.shape[0], layout)
         received, recomputed = self._received(layout)
         note_norms = self.training and not recomputed
         out = fast_weight_linear(
             z,
-            self._target(u, z.shape[0], layout),
+            v,
             self.linear_fc2.weight,
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
@@ -89,6 +91,7 @@ class TTTMLP(MLP):
             prefix=self.ttt.prefix,
             keep_chunk_weights=self.ttt.keep_chunk_weights,
             received=received,
+            before_second_slice=make_the_rest,
             return_update_norms=note_norms,
         )
         if note_norms:
@@ -118,15 +121,19 @@ class TTTMLP(MLP):
         received = layout.received[self] = Received()
         return received, False
 
-    def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> Tensor:
-        """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states."""
+    def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> tuple[Tensor, Callable[[], None] | None]:
+        """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states; what makes those of the
+        second slice, where that may wait until the first one's sums are on their way to other ranks."""
         cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
         plan = make_plan(length * cp_size, self.ttt.chunk_size, layout.documents, cp_size, cp_rank)
         ids, kernel = layout.chunk_ids(plan, u.device), self.ttt_conv.weight
         projection = None if self.ttt_proj is None else self.ttt_proj.weight
         if not self.config.sequence_parallel:
-            v = chunk_target(u, kernel, projection, ids)
-            return copy_to_tensor_model_parallel_region(v, group=self.tp_group)
+            if cp_size == 1:
+                v, make_the_rest = chunk_target(u, kernel, projection, ids), None
+            else:
+                v, make_the_rest = begin_chunk_target(u, kernel, projection, ids)
+            return copy_to_tensor_model_parallel_region(v, group=self.tp_group), make_the_rest
         size = u.shape[0]
         shard = slice(self.tp_group.rank() * size, (self.tp_group.rank() + 1) * size)
         starts = set(itertools.accumulate(plan.chunk_lengths, initial=0))
@@ -135,7 +142,7 @@ class TTTMLP(MLP):
         else:  # a chunk lies on two ranks: the convolution needs its neighbours' tokens
             c = chunk_target(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, None, ids)[shard]
             v = c if projection is None else c @ projection
-        return gather_from_sequence_parallel_region(v, group=self.tp_group)
+        return gather_from_sequence_parallel_region(v, group=self.tp_group), None
 
     @torch.no_grad()
     def _note(self, norms: Tensor) -> None:

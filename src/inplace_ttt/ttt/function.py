@@ -53,6 +53,7 @@ def fast_weight_linear(
     prefix: str = "ring",
     keep_chunk_weights: bool | None = None,
     received: Received | None = None,
+    before_second_slice: Callable[[], None] | None = None,
     return_update_norms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (s, b, d)
     """Down-projection with fast weights (Feng et al., arXiv 2604.06169, section 3): apply, then update.
@@ -81,6 +82,8 @@ def fast_weight_linear(
             what is to be kept is at most an eighth of the free device memory.
         received: filled with the sums that come from other slices; filled by an earlier call with the same operands,
             it takes the place of the exchange. So recompute does not communicate again.
+        before_second_slice: called once, before the second of this rank's slices (half of its tokens) is read from z
+            and v: what makes it may wait until then, so that other ranks have the sums of the first one earlier.
         return_update_norms: also return the squared Frobenius norm of the summed updates at the end of each
             document that ends on this rank, (b * documents,), outside the graph.
 
@@ -97,6 +100,9 @@ def fast_weight_linear(
     group = cp_group if cp_size > 1 else None
     exchange = Exchange(group, comm_dtype or state_dtype(z.dtype), mailboxes=prefix == "ring")
     sweep = _choose_sweep(z, v, chunk_size, eta)
+    if before_second_slice is not None and (group is None or not all(map(_is_aligned, (z, v)))):
+        before_second_slice()
+        before_second_slice = None
     if sweep is not chunked.sweep:
         z, v, weight = _aligned(z), _aligned(v), _aligned(weight)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
@@ -105,7 +111,7 @@ def fast_weight_linear(
         kept = 2 * weight.numel() * len(plan.chunk_lengths) * z.shape[1]
         keep = keep_chunk_weights if keep_chunk_weights is not None else kept <= KEPT_SHARE * _free_bytes(z.device)
     how = _How(eta, plan, exchange, sweep, keep, return_update_norms)
-    out, norms = _FastWeightLinear.apply(z, v, weight, how, received)
+    out, norms = _FastWeightLinear.apply(z, v, weight, how, received, before_second_slice)
     return (out, norms) if return_update_norms else out
 
 
@@ -137,11 +143,15 @@ def _say_once(message: str) -> None:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor as the kernels' loads want it: rows without gaps, which start at multiples of 16 bytes."""
+    """The tensor as the kernels' loads want it."""
+    return tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Rows are without gaps and start at multiples of 16 bytes."""
     size = tensor.element_size()
     starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:-1]))
-    fits = tensor.stride(-1) == 1 and not any(start % 16 for start in starts)
-    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.stride(-1) == 1 and not any(start % 16 for start in starts)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -188,14 +198,19 @@ class _How:
 
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, v, weight, how: _How, received: Received | None):
+    def forward(ctx, z, v, weight, how: _How, received: Received | None, before_second_slice: Callable | None):
         out, norms, kept = torch.empty_like(v), {}, defaultdict(list)
         carries = None if received is None else received.carries
 
         def note_norm(stop, place, batch, rows, total):
             norms.setdefault((stop, place, batch), []).append(total.square().sum())
 
-        walk = how.prefix(z, v, weight, carries=carries, room=sys.maxsize if how.keep else None)
+        def at_stop(stop):
+            if stop == 1 and before_second_slice is not None:
+                before_second_slice()
+
+        room = sys.maxsize if how.keep else None
+        walk = how.prefix(z, v, weight, carries=carries, room=room, meanwhile=at_stop)
         for stop, batch, rows, window in walk.windows(note_norm if how.with_norms else None):
             apply(window, z[:, batch], out[:, batch, rows], transpose=True)
             if how.keep:
@@ -248,9 +263,9 @@ class _FastWeightLinear(torch.autograd.Function):
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
             del window
         if not dweight:  # no document begins on this rank
-            return dz, dv, torch.zeros_like(weight), None, None
+            return dz, dv, torch.zeros_like(weight), None, None, None
         dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
-        return dz, dv, dweight, None, None
+        return dz, dv, dweight, None, None, None
 
 
 def _emptied(items: list) -> Iterator:

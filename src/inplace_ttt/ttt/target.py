@@ -5,6 +5,7 @@ into another chunk would let the update of a chunk hold tokens from its future.
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,19 +34,39 @@ def chunk_target(u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids
     Returns:
         (s, b, d)
     """
-    return _ChunkTarget.apply(u, weight, projection, chunk_ids)
+    v, _ = _ChunkTarget.apply(u, weight, projection, chunk_ids, u.shape[0])
+    return v
+
+
+def begin_chunk_target(
+    u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids: Tensor
+) -> tuple[Tensor, Callable[[], None]]:
+    """``chunk_target`` of the first half of the tokens, which a chunk must end with, in a tensor of all of them, and
+    what makes the others: to be called before they are read."""
+    return _ChunkTarget.apply(u, weight, projection, chunk_ids, u.shape[0] // 2)
 
 
 class _ChunkTarget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, weight, projection, chunk_ids):
+    def forward(ctx, u, weight, projection, chunk_ids, first: int):
         ctx.save_for_backward(u, weight, projection, chunk_ids)
-        c = _for(u).conv(u, weight, chunk_ids)
-        return c if projection is None else c @ projection
+        v = torch.empty_like(u, memory_format=torch.contiguous_format)
+        memory = v.data  # autograd takes what is written to v for another value of it, not for the rest of this one
+
+        @torch.no_grad()
+        def make(part: slice) -> None:
+            c = _for(u).conv(u[part], weight, chunk_ids[part])
+            if projection is None:
+                memory[part] = c
+            else:
+                torch.mm(c.flatten(0, 1), projection, out=memory[part].flatten(0, 1))
+
+        make(slice(0, first))
+        return v, lambda: make(slice(first, None))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, g, _):
         u, weight, projection, chunk_ids = ctx.saved_tensors
         here, dprojection = _for(u), None
         if projection is not None:
@@ -53,7 +74,7 @@ class _ChunkTarget(torch.autograd.Function):
             dprojection = c.flatten(0, 1).t() @ g.flatten(0, 1)
             g = g @ projection.t()
         du, dweight = here.conv_backward(g.contiguous(), u, weight, chunk_ids)
-        return du, dweight, dprojection, None
+        return du, dweight, dprojection, None, None
 
 
 def _for(u: Tensor):
