@@ -5,8 +5,10 @@ What values fit together is checked in ``validation.py``.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING
 
 # Vocabularies are padded to a multiple of this at any tensor-parallel size, so that checkpoints fit every layout.
@@ -29,6 +31,17 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """All that an error says, as far as a line holds it."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def read_config_file(path: Path) -> dict:
+    """The keys that a run was begun with, from its config.yaml. Raises UserError where it is damaged."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is damaged ({first_line(error)}): restore it") from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{path}' is damaged (it holds no keys): restore it")
+    return values
 
 
 @dataclass

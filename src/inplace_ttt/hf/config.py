@@ -1,6 +1,7 @@
 """Hugging Face's config.json and our Model and TTT sections, both ways."""
 
 import math
+from functools import partial
 
 from inplace_ttt.config import TTT, Config, Model, RopeScaling, UserError, ttt_layers
 from inplace_ttt.validation import TARGETS, check_model
@@ -22,8 +23,7 @@ ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
 
 
 class _Keys:
-    """A config.json whose values are looked at as they are read; where there is none, ``default`` is what transformers
-    takes, and without one the key must be there."""
+    """A config.json whose values are looked at as they are read; without a ``default`` a key must be there."""
 
     def __init__(self, config: dict, place: str):
         self.config, self.place = config, place
@@ -32,7 +32,13 @@ class _Keys:
         return self._read(key, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
 
     def number(self, key: str, *default: float | None) -> float | None:
-        return self._read(key, default, "a number above 0", _above_zero)
+        return self._read(key, default, "a number above 0", lambda value: _is_number(value) and value > 0)
+
+    def factor(self, key: str, *default: float) -> float:
+        return self._read(key, default, "a number", _is_number)
+
+    def one_of(self, choices: tuple[str, ...], key: str, *default: str) -> str:
+        return self._read(key, default, f"one of {', '.join(choices)}", lambda value: value in choices)
 
     def flag(self, key: str, *default: bool) -> bool:
         return self._read(key, default, "true or false", lambda value: isinstance(value, bool))
@@ -47,8 +53,8 @@ class _Keys:
         return value
 
 
-def _above_zero(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_model(config: dict, place: str) -> Model:
@@ -112,18 +118,16 @@ def read_ttt(config: dict, place: str) -> TTT:
     layers = config.get("ttt_layers")
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
         raise UserError(f"{place} says ttt_layers={layers!r}, where there should be a list of layer numbers from 0")
-    target = config.get("ttt_target", known.target)
-    if target not in TARGETS:
-        raise UserError(f"{place} says ttt_target={target!r}: use one of {', '.join(TARGETS)}")
-    return TTT(
-        # the authors' list for 36 layers also names layer 36
-        layers=[layer for layer in layers if layer < config["num_hidden_layers"]],
-        chunk_size=keys.whole("ttt_chunk", known.chunk_size),
-        eta=keys.number("ttt_lr", known.eta),
-        project=keys.flag("ttt_proj", known.project),
-        target=target,
-        conv_kernel=keys.whole("ttt_conv_kernel", known.conv_kernel),
+    read = dict(
+        chunk_size=keys.whole,
+        eta=keys.factor,
+        project=keys.flag,
+        target=partial(keys.one_of, TARGETS),
+        conv_kernel=keys.whole,
     )
+    values = {ours: read[ours](theirs, getattr(known, ours)) for theirs, ours in TTT_KEYS.items()}
+    # the authors' list for 36 layers also names layer 36
+    return TTT(layers=[layer for layer in layers if layer < config["num_hidden_layers"]], **values)
 
 
 def write_config(config: Config, dtype: str, base: dict | None) -> dict:

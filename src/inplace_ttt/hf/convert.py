@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, UserError, first_line
+from inplace_ttt.config import Config, Model, UserError, first_line, read_config_file
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
@@ -70,7 +70,7 @@ class SafetensorsFolder:
                     raise UserError(
                         f"'{self.folder / file}': tensor '{name}' is {part.get_dtype()}: use {', '.join(DTYPES)}"
                     )
-                self.metas[name] = _meta(tuple(part.get_shape())).to(DTYPES[part.get_dtype()])
+                self.metas[name] = _meta(part.get_shape(), DTYPES[part.get_dtype()])
                 self.files[name] = file
 
     def _open(self, file: str):
@@ -247,13 +247,7 @@ def _companions_of(config: Config) -> Path | None:
 
 def _run_config(run: Path) -> Config:
     path = run / "config.yaml"
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is damaged: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"'{path}' is damaged: it holds no keys")
-    return _config(values, f"'{path}'")
+    return _config(read_config_file(path), f"'{path}'")
 
 
 def _config(values: dict, place: str) -> Config:
@@ -277,8 +271,9 @@ def _read_json(path: Path) -> dict:
     return values
 
 
-def _meta(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, device="meta")
+def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Shape and dtype alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _fresh(output: Path) -> Path:

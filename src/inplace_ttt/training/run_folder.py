@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, UserError, read_config_file
 from inplace_ttt.megatron.checkpoint import whole_checkpoints
 from inplace_ttt.megatron.manifest import corruption
 
@@ -137,14 +137,9 @@ class RunFolder:
         if not self._config_file.is_file():
             return []
         try:
-            before = yaml.safe_load(self._config_file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(
-                f"'{self._config_file}' is damaged, which says what the run was begun with: restore it, or remove it "
-                f"to go on with the keys given"
-            )
+            before = read_config_file(self._config_file)
+        except UserError as error:
+            raise UserError(f"{error}; or remove it, to go on with the keys given") from error
         was, here, changes = _flat(before), _flat(json.loads(json.dumps(asdict(config)))), []
         for key in sorted(set(was) | set(here)):
             if was.get(key) == here.get(key) or _within(key, FREE):

@@ -127,12 +127,12 @@ class Walk:
         ``complete`` is called where the sweep comes to a document's end.
         """
         sums = self._sums()
+        groups = self._groups(sums.blocks)
         for leg in self._legs():
             for stop in leg:
                 sums.open(stop)
                 if self.meanwhile:
                     self.meanwhile(stop)
-            groups = self._groups(sums.blocks)
             for batch in range(self.a.shape[1]):
                 for blocks in groups:
                     yield from self._together(sums, leg, batch, blocks, complete)
