@@ -1,10 +1,13 @@
 """How the rows of the state are cut into blocks, and which blocks' chunk weights are used together."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from inplace_ttt.ttt.walk import in_groups, row_blocks
+from inplace_ttt.ttt import walk
+from inplace_ttt.ttt.walk import Exchange, in_groups, row_blocks
 
 
 @pytest.mark.parametrize("d, count", [(2560, 7), (2560, 4), (1024, 3), (192, 8), (5, 2), (1, 4)])
@@ -28,3 +31,22 @@ def test_blocks_cover_all_rows_once(d, count):
 )
 def test_blocks_are_used_in_as_few_groups_as_fit(most, expected):
     assert in_groups(row_blocks(2560, 7), most) == expected
+
+
+@pytest.mark.parametrize(
+    "ranks, d, f, expected",
+    [
+        (2, 2560, 9728, 4),
+        (8, 2560, 9728, 8),
+        (2, 2048, 6144, 3),
+        (2, 1024, 3072, 2),  # smaller ones would leave processors of the GPU idle
+        (8, 1024, 3072, 2),
+        (2, 64, 64, 2),
+    ],
+)
+def test_blocks_between_gpus_are_as_many_as_fill_them(monkeypatch, ranks, d, f, expected):
+    wire = object()
+    monkeypatch.setattr(walk, "mailbox", lambda group, numels, dtype, device: wire)
+    group = SimpleNamespace(size=lambda: ranks)
+    blocks, found = Exchange(group, torch.float32).blocks_and_wire(1, d, f, torch.device("cuda"))
+    assert found is wire and len(blocks) == expected

@@ -24,6 +24,8 @@ from inplace_ttt.ttt.prefix import Messages, PrefixRing, Replay, Wire
 # Row blocks start at multiples of this where they are large enough: the height of a kernel's tile. Else at multiples
 # of 8, 16 bytes of bf16, which the kernel's loads need.
 ROW_MULTIPLE = 128
+# Elements of the state that a GPU sweeps at a time: a kernel's tile on each of its processors, of which Hopper has 132.
+AT_A_TIME = 128 * (128 * 256)
 
 
 def row_blocks(d: int, count: int) -> list[slice]:
@@ -56,13 +58,16 @@ class Exchange:
     def blocks_and_wire(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Wire | None]:
         """The row blocks that travel, and by what.
 
-        More blocks shorten the wait for the first, which every rank on the way adds to. Messages take processors from
-        the products beside them, and the more the smaller they are; the copy engines do not.
+        More blocks shorten the wait for the first, which every rank on the way adds to, but not below what one tile
+        takes: blocks that do not fill the GPU are only more of them. Two are swept side by side, so two there are at
+        least. Messages take processors from the products beside them, and the more the smaller they are; the copy
+        engines do not.
         """
         if self.group is None:
             return row_blocks(d, 1), None
         two = self.group.size() == 2
-        blocks = row_blocks(d, 4 if two else 8)
+        full = d * f // (AT_A_TIME if two else AT_A_TIME // 2)
+        blocks = row_blocks(d, min(4 if two else 8, max(full, 2)))
         numels = tuple(f * (rows.stop - rows.start) for rows in blocks) * b
         wire = mailbox(self.group, numels, self.comm_dtype, device) if self.mailboxes else None
         if wire is not None:
