@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
+from inplace_ttt.ttt.function import KEPT_SHARE
 from inplace_ttt.validation import validate
 
 GIB = 2**30
@@ -17,6 +18,8 @@ GIB = 2**30
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 # Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
 OUTSIDE_TORCH = 4.0 * GIB
+# Chunk weights that are made at a time (kernels/chunk_weights.py; twice as many between ranks)
+WINDOW = 768 * 2**20
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
 FRAGMENTED = 0.05
 # Shares of the peak that products, attention and attention's forward alone reach, and the time of all else beside
@@ -135,11 +138,20 @@ def _stage_memory(share: Share, stage: int, gpu: Gpu) -> Memory:
         "gradients": GRADIENT * parameters,
         "optimizer": OPTIMIZER * parameters / shards,
         "states of the ring": _ring(share, fast, in_flight),
-        "activations": (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight,
     }
+    free = gpu.memory - OUTSIDE_TORCH - sum(always.values())
+    activations = (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight
     at_work = sizes.at_work
     if fast:
-        at_work += sizes.fast_at_work(gpu.memory - OUTSIDE_TORCH - sum(always.values()) - at_work)
+        held = sizes.window
+        if sizes.fast_recomputed:
+            if sizes.keeps(1, free - activations - at_work):
+                held = sizes.chunk_weights
+        elif sizes.keeps(fast * share.pp, free):  # the first layer finds the memory without activations
+            activations += sizes.chunk_weights * fast * in_flight
+            held = 0.0  # the suffix sums take the memory of those of their layer
+        at_work += sizes.fast_at_work(held)
+    always["activations"] = activations
     logits = _logits(share) if stage == share.pp - 1 else 0.0
     return Memory(always, {"a layer at work": at_work, "logits": logits})
 
@@ -163,28 +175,36 @@ class _Activations:
         if train.recompute == "full":
             self.kept_plain = hidden + (0 if train.recompute_core_attn else attention)
             self.kept_fast = self.kept_plain
+            self.fast_recomputed = True
             self.at_work = saved + 3 * self.z + 2 * hidden  # gradients of gate, up and their product
         else:
             recomputed = set(train.recompute_modules) if train.recompute == "selective" else set()
             self.kept_plain = saved - ("mlp" in recomputed) * 3 * self.z - ("layernorm" in recomputed) * 2 * hidden
-            self.kept_fast = self.kept_plain + ("mlp" not in recomputed) * (fast + self._chunk_weights())
+            self.kept_fast = self.kept_plain + ("mlp" not in recomputed) * fast
+            self.fast_recomputed = "mlp" in recomputed
             self.at_work = 3 * self.z + 2 * hidden + ("mlp" in recomputed) * 3 * self.z
 
-    def _chunk_weights(self) -> float:
+    @property
+    def chunk_weights(self) -> float:
         """bf16, of all chunks of a micro batch."""
         config = self.share.config
         chunks = math.ceil(self.share.tokens / config.ttt.chunk_size)
         return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp * chunks
 
-    def fast_at_work(self, free: float) -> float:
-        """What a TTT layer's recompute and backward hold beyond a plain one's."""
-        config, weights = self.share.config, self._chunk_weights()
-        keep = config.ttt.keep_chunk_weights
-        if keep is None:
-            keep = weights <= free / 8
+    def keeps(self, layers: int, free: float) -> bool:
+        """Whether chunk weights are kept for the backward, where those of so many layers live at a time."""
+        setting = self.share.config.ttt.keep_chunk_weights
+        return layers * self.chunk_weights <= KEPT_SHARE * free if setting is None else setting
+
+    @property
+    def window(self) -> float:
+        """Chunk weights that there are at a time where they are not kept."""
+        return min(self.chunk_weights, WINDOW * (1 if self.share.cp == 1 else 2))
+
+    def fast_at_work(self, held: float) -> float:
+        """What a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""
+        config = self.share.config
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp
-        window = 768 * 2**20 * (1 if self.share.cp == 1 else 2)
-        held = weights if keep else min(weights, window)
         # targets and their gradient; a sum on its way. The gradients of gate and up come after the chunk weights.
         return max(0.0, 2 * self.whole_hidden + state + held - 2 * self.z)
 

@@ -3,12 +3,12 @@
 Each check raises UserError with one sentence: the key, its value, and what would work.
 """
 
-import importlib.util
 import math
 import os
 
 import torch
 
+from inplace_ttt import te
 from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, ttt_layers
 from inplace_ttt.ttt.function import PREFIXES
 
@@ -29,7 +29,7 @@ def validate(config: Config, world_size: int) -> None:
 
 
 def transformer_engine_available() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return torch.cuda.is_available() and te.why_lacking() is None
 
 
 def transformer_impl(config: Config) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from inplace_ttt.ttt import fast_weight_linear, naive, walk
 from inplace_ttt.validation import transformer_engine_available
 from models import train_losses
-from numerics.cases import operands, random_documents, relative_error, with_gradients
+from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from parallel.test_prefix_ring import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
@@ -45,23 +45,23 @@ def error_over_ranks(tensors, expected, **options) -> float:
 
 
 def ring_errors(seeds, prefix):
-    worst = 0.0
+    errors = []
     for seed in seeds:
         tensors, options = random_case(seed, dist.get_world_size())
         expected = with_gradients(fast_weight_linear, *(t.cuda() for t in tensors), **options)
-        worst = max(worst, error_over_ranks(tensors, expected, prefix=prefix, **options))
-    return worst
+        errors.append(error_over_ranks(tensors, expected, prefix=prefix, **options))
+    return largest(errors)
 
 
 @two_gpus
 @pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
 def test_ring(prefix):
-    assert max(run_ranks(2, ring_errors, range(40), prefix, backend="nccl")) < 1e-12
+    assert largest(run_ranks(2, ring_errors, range(40), prefix, backend="nccl")) < 1e-12
 
 
 def ring_with_kernels_errors(seeds, prefix):
     """Of bf16 operands over ranks, against the definition in fp64 on one."""
-    size, worst = dist.get_world_size(), 0.0
+    size, errors = dist.get_world_size(), []
     for seed in seeds:
         rng = random.Random(seed)
         chunk_size, d, f = rng.choice([64, 128, 256]), 64 * rng.randint(1, 9), 64 * rng.randint(1, 7)
@@ -72,14 +72,14 @@ def ring_with_kernels_errors(seeds, prefix):
         expected = with_gradients(naive.fast_weight_linear, *(t.double().cuda() for t in tensors), **options)
         options |= dict(prefix=prefix, keep_chunk_weights=rng.choice([True, False]))
         with mock.patch.object(walk, "AT_A_TIME", rng.choice([2, walk.AT_A_TIME])):  # as many blocks as may be, or two
-            worst = max(worst, error_over_ranks(tensors, expected, **options))
-    return worst
+            errors.append(error_over_ranks(tensors, expected, **options))
+    return largest(errors)
 
 
 @two_gpus
 @pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
 def test_ring_with_kernels(prefix):
-    assert max(run_ranks(2, ring_with_kernels_errors, range(60), prefix, backend="nccl")) < 1e-2
+    assert largest(run_ranks(2, ring_with_kernels_errors, range(60), prefix, backend="nccl")) < 1e-2
 
 
 def assert_close(results, expected, bound):

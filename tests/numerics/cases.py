@@ -1,6 +1,8 @@
 """Random shapes, documents and chunk sizes, and how results are compared."""
 
+import math
 import random
+from collections.abc import Iterable
 
 import torch
 
@@ -9,6 +11,12 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference; of the value alone where the reference is zero."""
     scale = reference.norm()
     return ((value - reference).norm() / (scale if scale > 0 else 1.0)).item()
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest; NaN where one is, which ``max`` leaves out."""
+    errors = list(errors)
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def random_documents(rng: random.Random, length: int, unit: int = 1) -> torch.Tensor | None:

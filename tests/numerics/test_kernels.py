@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.ttt import fast_weight_linear, function, naive
-from numerics.cases import operands, random_documents, with_gradients
+from numerics.cases import largest, operands, random_documents, with_gradients
 from ranks import run_ranks
 
 kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
@@ -57,7 +57,7 @@ def chunk_weights_in_torch(
 
 def worst_error(seeds):
     """Of values and gradients, over random layouts, windows and ways to keep weights."""
-    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    size, rank, errors = dist.get_world_size(), dist.get_rank(), []
     kernels.chunk_weights = chunk_weights_in_torch
     function._choose_sweep = lambda *_: kernels.sweep
     function._free_bytes = lambda device: 0
@@ -77,10 +77,24 @@ def worst_error(seeds):
         group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
         local = [t.float() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]
         values = with_gradients(fast_weight_linear, *local, **options, **keep, **group)
-        worst = max(worst, error_of_slices(values, expected))
-    return worst
+        errors.append(error_of_slices(values, expected))
+    return largest(errors)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_windows_and_row_blocks_around_the_kernel(size):
-    assert max(run_ranks(size, worst_error, range(40))) < 1e-5
+    assert largest(run_ranks(size, worst_error, range(40))) < 1e-5
+
+
+@pytest.mark.parametrize(("kept_layers", "made"), [(1, 2), (2, 3)])
+def test_weights_are_kept_where_those_of_all_layers_fit_an_eighth_of_free_memory(monkeypatch, kept_layers, made):
+    """Kept, they are made once, and the suffix sums once; else a second time in the backward."""
+    calls = []
+    monkeypatch.setattr(
+        kernels, "chunk_weights", lambda *args, **how: calls.append(how) or chunk_weights_in_torch(*args, **how)
+    )
+    monkeypatch.setattr(function, "_choose_sweep", lambda *_: kernels.sweep)
+    z, v, weight, g = (t.float() for t in operands(0, 4 * 64, 1, 8, 16))
+    monkeypatch.setattr(function, "_free_bytes", lambda device: 8 * 2 * weight.numel() * 4)
+    with_gradients(fast_weight_linear, z, v, weight, g, eta=0.1, chunk_size=64, kept_layers=kept_layers)
+    assert len(calls) == made

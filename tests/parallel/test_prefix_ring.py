@@ -9,7 +9,7 @@ import torch.distributed as dist
 from inplace_ttt.ttt import LayoutError, Received, fast_weight_linear, naive
 from inplace_ttt.ttt.plan import local_slices, make_plan, slice_bounds
 from inplace_ttt.ttt.target import begin_chunk_target, chunk_ids, chunk_target
-from numerics.cases import operands, random_documents, relative_error, with_gradients
+from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from ranks import run_ranks
 
 
@@ -35,23 +35,23 @@ def error_of_slices(values, expected) -> float:
     dist.all_reduce(dweight)
     slices = [zigzag(reference, size, rank) for reference in expected[:3]]
     pairs = zip((*local, dweight), (*slices, expected[3]), strict=True)
-    return max(relative_error(value, reference) for value, reference in pairs)
+    return largest(relative_error(value, reference) for value, reference in pairs)
 
 
 def worst_error_over_cases(seeds, comm_dtype=None):
-    size, rank, worst = dist.get_world_size(), dist.get_rank(), 0.0
+    size, rank, errors = dist.get_world_size(), dist.get_rank(), []
     for seed in seeds:
         (z, v, weight, g), options = random_case(seed, size)
         expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
         local = *(zigzag(t, size, rank) for t in (z, v)), weight, zigzag(g, size, rank)
         group = dict(cp_group=dist.group.WORLD, comm_dtype=comm_dtype)
-        worst = max(worst, error_of_slices(with_gradients(fast_weight_linear, *local, **group, **options), expected))
-    return worst
+        errors.append(error_of_slices(with_gradients(fast_weight_linear, *local, **group, **options), expected))
+    return largest(errors)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
 def test_equals_definition(cp_size):
-    assert max(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
+    assert largest(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
 
 
 def late_second_slice(cu_seqlens):
@@ -85,7 +85,7 @@ def test_targets_of_the_second_slice_may_come_late(cp_size, cu_seqlens):
 
 
 def test_bf16_on_the_wire_costs_its_rounding_and_no_more():
-    worst = max(run_ranks(4, worst_error_over_cases, range(20), torch.bfloat16))
+    worst = largest(run_ranks(4, worst_error_over_cases, range(20), torch.bfloat16))
     assert 1e-6 < worst < 0.03
 
 
@@ -149,7 +149,7 @@ def norms_of_each_rank():
 
 
 def test_update_norms_are_counted_once_where_documents_end():
-    assert max(run_ranks(2, norms_of_each_rank)) < 1e-12
+    assert largest(run_ranks(2, norms_of_each_rank)) < 1e-12
 
 
 def refused():

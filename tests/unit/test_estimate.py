@@ -45,6 +45,25 @@ def test_says_what_was_seen(overrides, gpus, gpu, seen_gib, seen_seconds):
     assert estimate.step_seconds(config, gpus, estimate.GPUS[gpu]) == pytest.approx(seen_seconds, rel=0.1)
 
 
+def test_kept_chunk_weights_are_counted_where_they_are_kept():
+    """Without recompute those of all layers at a time: 4 layers of 16 chunks of 1536 x 4096 in bf16."""
+
+    def needed(*overrides: str) -> float:
+        config = to_config(compose_config([*STEP_24, "model.num_layers=4", "model.hidden_size=1536", "ttt.layers=all",
+                                           "model.ffn_hidden_size=4096", "ttt.chunk_size=2048", *overrides],
+                                          ROOT / "recipes"))  # fmt: skip
+        return estimate.memory(config, 1, estimate.GPUS["H100"]).allocated
+
+    kept = 4 * 16 * 2 * 1536 * 4096
+    without = needed("train.recompute=none", "ttt.keep_chunk_weights=false")
+    assert kept / 2 < needed("train.recompute=none", "ttt.keep_chunk_weights=true") - without <= kept
+    assert needed("train.recompute=none") == needed("train.recompute=none", "ttt.keep_chunk_weights=true")
+    small = "ttt.chunk_size=64"  # 25 GiB of them
+    assert needed("train.recompute=none", small) == needed(
+        "train.recompute=none", small, "ttt.keep_chunk_weights=false"
+    )
+
+
 LAYOUTS = sorted(path.stem for path in (ROOT / "recipes" / "parallel").glob("*x*.yaml"))
 CURRICULA = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*_ttt_128k.yaml"))
 

@@ -1,5 +1,6 @@
 """Preflight says what is there, and does not mistake one thing for another."""
 
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,23 @@ def test_the_web_toolkit_named_apex_is_not_nvidias(monkeypatch):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     finding = preflight.apex()
     assert finding.state is State.LACKING and "not NVIDIA's" in finding.found
+
+
+def test_a_transformer_engine_that_does_not_load_is_broken(tmp_path):
+    """For megatron-core does not load either: every command that needs it says so."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    looked = run("launch/preflight.py")
+    assert looked.returncode == 1 and "training cannot run here: Transformer Engine" in looked.stdout
+    trained = run("launch/train.py", "recipe=tiny_ttt", "parallel.context_parallel_size=1")
+    assert trained.returncode == 2 and len(trained.stderr.splitlines()) == 1
+    assert "libcudnn.so.9" in trained.stderr and "pip uninstall transformer-engine" in trained.stderr
 
 
 def test_what_is_broken_ends_the_examination(monkeypatch):

@@ -65,6 +65,8 @@ class TTTMLP(MLP):
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
+        # Layers, and micro batches of the pipeline, whose chunk weights live at a time where the MLP is not recomputed
+        self.kept_layers = 1
         # Squared, over tensor-parallel shards, since it was last read
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
 
@@ -90,6 +92,7 @@ class TTTMLP(MLP):
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
             prefix=self.ttt.prefix,
             keep_chunk_weights=self.ttt.keep_chunk_weights,
+            kept_layers=1 if recomputed else self.kept_layers,
             received=received,
             before_second_slice=make_the_rest,
             return_update_norms=note_norms,

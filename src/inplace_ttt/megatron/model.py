@@ -102,6 +102,8 @@ class TTTGPTModel(GPTModel):
             config.ttt.target == "input_embed"
         )
         self._received_input_embed: Tensor | None = None
+        for mlp in self.ttt_modules.values():
+            mlp.kept_layers = len(self.ttt_modules) * config.parallel.pipeline_model_parallel_size
 
     @property
     def ttt_modules(self) -> dict[int, TTTMLP]:

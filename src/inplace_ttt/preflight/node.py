@@ -9,7 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from enum import Enum
 
-from inplace_ttt.config import first_line
+from inplace_ttt import te
+from inplace_ttt.config import UserError, first_line
 
 
 class State(Enum):
@@ -115,21 +116,20 @@ def compiler() -> Finding:
 def transformer_engine() -> Finding:
     part = "Transformer Engine"
     lack = "unfused norms and linears, attention by gathered keys and values, gradients added in a pass of their own"
-    found = _version("transformer-engine")
-    if found is None:
-        return Finding(part, State.LACKING, "not installed", f"{lack}: pip install -e '.[gpu]', or NVIDIA's image")
     try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:
-        return Finding(part, State.LACKING, f"{found} does not load: {first_line(error)[:120]}", lack)
+        why = te.why_lacking()
+    except UserError as error:
+        return Finding(part, State.BROKEN, str(error), "nothing that imports megatron-core runs")
+    if why is not None:
+        return Finding(part, State.LACKING, why, f"{lack}: pip install -e '.[gpu]', or NVIDIA's image")
     return Finding(
-        part, State.THERE, found, "fused norms and linears, cuDNN attention also over context-parallel ranks"
+        part, State.THERE, te.version(), "fused norms and linears, cuDNN attention also over context-parallel ranks"
     )
 
 
 def adam() -> Finding:
     part = "fused Adam"
-    if importlib.util.find_spec("transformer_engine") is not None:
+    if transformer_engine().state is State.THERE:
         return Finding(part, State.THERE, "Transformer Engine's", "one kernel for all parameters")
     if importlib.util.find_spec("amp_C") is not None:
         return Finding(part, State.THERE, f"apex {_version('apex') or ''}".strip(), "one kernel for all parameters")

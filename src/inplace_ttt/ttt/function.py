@@ -29,7 +29,8 @@ from inplace_ttt.ttt.walk import Exchange, Walk
 
 # Ways in which sums pass between context-parallel ranks
 PREFIXES = ("ring", "ring_messages")
-# Chunk weights are kept for the backward where they take no more than this share of the free device memory
+# Chunk weights are kept for the backward where they take no more than this share of the free device memory, all layers'
+# together whose weights live at a time
 KEPT_SHARE = 0.125
 
 
@@ -52,6 +53,7 @@ def fast_weight_linear(
     comm_dtype: torch.dtype | None = None,
     prefix: str = "ring",
     keep_chunk_weights: bool | None = None,
+    kept_layers: int = 1,
     received: Received | None = None,
     before_second_slice: Callable[[], None] | None = None,
     return_update_norms: bool = False,
@@ -60,7 +62,8 @@ def fast_weight_linear(
 
     ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, j over the chunks of ``chunk_size`` tokens
     that come before t's chunk in the same document. Differentiable in z, v and weight; sums over tokens are fp32
-    (fp64 for fp64 operands).
+    (fp64 for fp64 operands). The kernels add updates to the weight itself, so what they sum is exact to about 2^-24 of
+    the weight: less than its rounding to bf16, but the norm of updates below 1e-5 of the weight is mostly rounding.
 
     On Hopper, bf16 operands with ``chunk_size``, d and f multiples of 64 go through the kernels; others fall back to
     plain torch products, with a warning where there is CUDA.
@@ -79,7 +82,10 @@ def fast_weight_linear(
             into each other where they can, else by messages. ``ring_messages``: by messages of the group's backend.
         keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
             rather than make it a second time there, which costs one product of s d f more. None: where kernels run and
-            what is to be kept is at most an eighth of the free device memory.
+            what is to be kept, times ``kept_layers``, is at most an eighth of the free device memory. Not kept, they
+            are made in windows of at most 768 MiB, where sums pass between ranks 1536 MiB, or of one chunk's.
+        kept_layers: of how many such calls the kept weights live at a time: of those whose backwards come after the
+            last one's forward.
         received: filled with the sums that come from other slices; filled by an earlier call with the same operands,
             it takes the place of the exchange. So recompute does not communicate again.
         before_second_slice: called once, before the second of this rank's slices (half of its tokens) is read from z
@@ -100,15 +106,17 @@ def fast_weight_linear(
     group = cp_group if cp_size > 1 else None
     exchange = Exchange(group, comm_dtype or state_dtype(z.dtype), mailboxes=prefix == "ring")
     sweep = _choose_sweep(z, v, chunk_size, eta)
-    if before_second_slice is not None and (group is None or not all(map(_is_aligned, (z, v)))):
+    kernels = sweep is not chunked.sweep
+    copied = kernels and not all(map(_is_aligned, (z, v)))
+    if before_second_slice is not None and (group is None or copied):
         before_second_slice()
         before_second_slice = None
-    if sweep is not chunked.sweep:
+    if kernels:
         z, v, weight = _aligned(z), _aligned(v), _aligned(weight)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
-    keep = needs_grad and sweep is not chunked.sweep
+    keep = needs_grad and kernels
     if keep:
-        kept = 2 * weight.numel() * len(plan.chunk_lengths) * z.shape[1]
+        kept = 2 * weight.numel() * len(plan.chunk_lengths) * z.shape[1] * kept_layers
         keep = keep_chunk_weights if keep_chunk_weights is not None else kept <= KEPT_SHARE * _free_bytes(z.device)
     how = _How(eta, plan, exchange, sweep, keep, return_update_norms)
     out, norms = _FastWeightLinear.apply(z, v, weight, how, received, before_second_slice)
@@ -172,8 +180,10 @@ def _check_operands(z: Tensor, v: Tensor, weight: Tensor) -> None:
             f"z {tuple(z.shape)}, v {tuple(v.shape)} and weight {tuple(weight.shape)} do not fit: "
             f"expected (s, b, f), (s, b, d) and (d, f)"
         )
-    if not z.dtype == v.dtype == weight.dtype:
-        raise ValueError(f"z, v and weight must have one dtype, not {z.dtype}, {v.dtype} and {weight.dtype}")
+    if not z.dtype == v.dtype == weight.dtype or not z.is_floating_point():
+        raise ValueError(
+            f"z, v and weight must have one floating-point dtype, not {z.dtype}, {v.dtype} and {weight.dtype}"
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +213,7 @@ class _FastWeightLinear(torch.autograd.Function):
         carries = None if received is None else received.carries
 
         def note_norm(stop, place, batch, rows, total):
-            norms.setdefault((stop, place, batch), []).append(total.square().sum())
+            norms.setdefault((stop, place, batch), []).append(torch.linalg.vector_norm(total).square())
 
         def at_stop(stop):
             if stop == 1 and before_second_slice is not None:
@@ -232,7 +242,9 @@ class _FastWeightLinear(torch.autograd.Function):
         z, v, weight, *carries = ctx.saved_tensors
         carries = dict(zip(ctx.stops, carries, strict=True))
         how, kept, ctx.kept = ctx.how, ctx.kept, None
-        g = _aligned(g.contiguous())
+        g = g.contiguous()
+        if how.sweep is not chunked.sweep:
+            g = _aligned(g)
         dz, dv = torch.empty_like(z), torch.zeros_like(v)
         dweight: dict[int, Tensor] = {}  # by first row
         # Others wait for the sums of the rank that starts them, which therefore leaves its other slice for later.
@@ -252,7 +264,7 @@ class _FastWeightLinear(torch.autograd.Function):
                 del window
 
         def add_up(stop, place, batch, rows, total):
-            dweight[rows.start] = dweight[rows.start] + total if rows.start in dweight else total
+            dweight[rows.start] = dweight[rows.start].add_(total) if rows.start in dweight else total
 
         room = None
         if kept is not None:

@@ -56,6 +56,8 @@ def make_plan(
     """
     if chunk_size < 1:
         raise LayoutError(f"chunk_size={chunk_size}: a chunk has at least one token")
+    if seq_length < 1:
+        raise LayoutError(f"a sequence of {seq_length} tokens: there must be at least one")
     bounds = check_documents(documents, seq_length)
     # an empty document holds no tokens: it changes nothing
     return _make_plan(seq_length, chunk_size, tuple(sorted(set(bounds))), cp_size, cp_rank)
