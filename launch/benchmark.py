@@ -29,19 +29,27 @@ DEFAULT_MODEL = [
 ]
 
 
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not a number of 1 or more")
+    return int(word)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("layer", "prefix"):
         command = commands.add_parser(name)
-        command.add_argument("--tokens", type=int, default=32768, help="of one sequence; prefix: on each rank (32768)")
-        command.add_argument("--hidden", type=int, default=2560, help="d (2560, Qwen3-4B's)")
-        command.add_argument("--ffn", type=int, default=9728, help="f (9728)")
-        command.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
-        command.add_argument("--rounds", type=int, default={"layer": 7, "prefix": 15}[name])
+        command.add_argument(
+            "--tokens", type=_positive, default=32768, help="of one sequence; prefix: on each rank (32768)"
+        )
+        command.add_argument("--hidden", type=_positive, default=2560, help="d (2560, Qwen3-4B's)")
+        command.add_argument("--ffn", type=_positive, default=9728, help="f (9728)")
+        command.add_argument("--chunks", type=_positive, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
+        command.add_argument("--rounds", type=_positive, default={"layer": 7, "prefix": 15}[name])
     layer, prefix = commands.choices["layer"], commands.choices["prefix"]
-    layer.add_argument("--documents", type=int, default=1, help="of equal length in the sequence (1)")
+    layer.add_argument("--documents", type=_positive, default=1, help="of equal length in the sequence (1)")
     layer.add_argument(
         "--variants",
         nargs="+",
@@ -54,16 +62,18 @@ def parse_arguments() -> argparse.Namespace:
     model = commands.add_parser("model")
     overrides_help = "a recipe, or keys of the configuration, such as model.num_layers=12"
     model.add_argument("overrides", nargs="*", help=overrides_help)
-    model.add_argument("--rounds", type=int, default=2)
-    model.add_argument("--steps", type=int, default=3, help="timed in a round")
+    model.add_argument("--rounds", type=_positive, default=2)
+    model.add_argument("--steps", type=_positive, default=3, help="timed in a round")
     attention = commands.add_parser("attention")
     attention.add_argument("overrides", nargs="*", help=overrides_help)
-    attention.add_argument("--documents", type=int, nargs="+", default=[1, 8, 64], help="of equal length (1 8 64)")
-    attention.add_argument("--rounds", type=int, default=7)
+    attention.add_argument(
+        "--documents", type=_positive, nargs="+", default=[1, 8, 64], help="of equal length (1 8 64)"
+    )
+    attention.add_argument("--rounds", type=_positive, default=7)
     decode = commands.add_parser("decode")
     decode.add_argument("overrides", nargs="*", help=overrides_help)
-    decode.add_argument("--tokens", type=int, default=1024, help="to decode with each (1024)")
-    decode.add_argument("--rounds", type=int, default=16)
+    decode.add_argument("--tokens", type=_positive, default=1024, help="to decode with each (1024)")
+    decode.add_argument("--rounds", type=_positive, default=16)
     return parser.parse_args()
 
 
@@ -72,15 +82,19 @@ def main() -> int:
     import torch
 
     from inplace_ttt.config import UserError
+    from inplace_ttt.exits import fail
+    from inplace_ttt.ttt import LayoutError
 
     try:
         if not torch.cuda.is_available():
             raise UserError("benchmarks need a CUDA GPU, and torch sees none: run them on a GPU node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         records, errors = COMMANDS[arguments.command](arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, LayoutError) as error:
+        return fail(f"error: {error}", 2)
+    except torch.OutOfMemoryError:
+        smaller = SMALLER[arguments.command]
+        return fail(f"error: {arguments.command} does not fit in this GPU's memory: use {smaller}", 2)
     if int(os.environ.get("RANK", 0)) == 0:
         report(arguments, records, errors)
     return 0
@@ -93,7 +107,7 @@ def run_layer(arguments):
     records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
     errors = {}
     for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
-        tokens = min(arguments.tokens, max(8192, 2 * size * arguments.documents))
+        tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
         small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
         errors[size] = layer.errors(small, size, arguments.variants)
     return records, errors
@@ -105,9 +119,13 @@ def run_prefix(arguments):
 
     from inplace_ttt.benchmarks import layer, prefix
     from inplace_ttt.config import UserError
+    from inplace_ttt.ttt.plan import make_plan
 
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world < 2:
         raise UserError("prefix passes states between ranks: start it with torchrun --nproc-per-node 2 or more")
+    for size in arguments.chunks:  # before anyone waits for anyone
+        make_plan(arguments.tokens * world, size, None, world, 0)
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as Megatron's context-parallel group has it in training
     dist.init_process_group("nccl")
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
@@ -119,21 +137,12 @@ def run_prefix(arguments):
 
 
 def run_model(arguments):
-    import torch
-
     from inplace_ttt.benchmarks import model
-    from inplace_ttt.config import UserError
     from inplace_ttt.validation import validate
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    try:
-        return model.measure(config, arguments.rounds, arguments.steps), {}
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length} does not fit in "
-            f"this GPU's memory: use fewer layers, or train.recompute=full"
-        ) from error
+    return model.measure(config, arguments.rounds, arguments.steps), {}
 
 
 def run_attention(arguments):
@@ -149,7 +158,7 @@ def run_decode(arguments):
     from inplace_ttt.benchmarks import decode
     from inplace_ttt.config import UserError
 
-    if arguments.tokens < arguments.rounds or arguments.rounds < 1:
+    if arguments.tokens < arguments.rounds:
         raise UserError(f"--tokens={arguments.tokens} is less than --rounds={arguments.rounds}: ask for more tokens")
     config = configuration(arguments.overrides)
     return decode.measure(config, arguments.tokens, arguments.rounds), {}
@@ -175,6 +184,16 @@ COMMANDS = {
     "model": run_model,
     "attention": run_attention,
     "decode": run_decode,
+}
+
+
+# What takes less memory
+SMALLER = {
+    "layer": "fewer --tokens, or larger --chunks",
+    "prefix": "fewer --tokens, or larger --chunks",
+    "model": "a smaller model.num_layers or data.seq_length, or train.recompute=full",
+    "attention": "a smaller data.seq_length",
+    "decode": "a smaller model.num_layers",
 }
 
 

@@ -1,7 +1,8 @@
-"""Say what this machine has for training, what each part gives and what its lack costs; exits 1 if none can run.
+"""Say what this machine has for training, what each part gives and what its lack costs.
 
-python launch/preflight.py                                                      # this node
-torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]               # all nodes of a job, together
+python launch/preflight.py                                                      # this node; exits 1 if none can run
+torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]               # all nodes of a job, together; exits 2,
+                                                                                # and 4 where a node does not answer
 """
 
 import argparse

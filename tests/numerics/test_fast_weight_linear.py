@@ -97,7 +97,9 @@ def test_operands_that_do_not_fit_are_refused():
     z, v, weight, _ = operands(8, 12, 1, 4, 6)
     with pytest.raises(ValueError, match="do not fit"):
         fast_weight_linear(z, v, weight.T, eta=1.0, chunk_size=4)
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="one floating-point dtype"):
         fast_weight_linear(z.float(), v, weight, eta=1.0, chunk_size=4)
+    with pytest.raises(ValueError, match="one floating-point dtype"):
+        fast_weight_linear(z.int(), v.int(), weight.int(), eta=1.0, chunk_size=4)
     with pytest.raises(LayoutError, match="chunk_size=0"):
         fast_weight_linear(z, v, weight, eta=1.0, chunk_size=0)

@@ -64,3 +64,8 @@ def test_slices_inside_a_chunk_are_refused_by_name():
 def test_unequal_slices_are_refused():
     with pytest.raises(LayoutError, match="multiple of 8"):
         make_plan(36, 1, None, 4, 0)
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(LayoutError, match="a sequence of 0 tokens"):
+        make_plan(0, 4)

@@ -1,8 +1,8 @@
 """The chunk-parallel form on one device: pure functions on one row of the batch.
 
 Inside a chunk the fast weight is constant, so its tokens go through one matrix product; between chunks a single
-fp32 state is updated in place. Whatever the length of the sequence, a sweep holds three d x f matrices: the base,
-the state, and their sum rounded to the dtype of the operands. ``kernels/`` holds the sweep for Hopper, which makes
+fp32 state is updated in place. Whatever the length of the sequence, a sweep holds no more than the base, the state,
+their sum, and that rounded to the dtype of the operands. ``kernels/`` holds the sweep for Hopper, which makes
 the weights of many chunks at once; this one is its twin, for every device, dtype and shape.
 
     a  (t, rows)  what is written: eta * v in the prefix sweep, the gradient g in the suffix sweep

@@ -2,8 +2,8 @@
 
 A *mailbox* is memory that its owner's neighbours have mapped: the rank before it and the rank after it each have a
 side. Blocks are copied into it by the copy engines and flags are written and waited for by the streams themselves, so
-nothing that is exchanged needs a processor of the GPU: NCCL's transfers are kernels, which wait for products to end
-and hold processors while they wait for each other.
+no transfer needs a processor of the GPU (only another dtype on the wire does, to convert). NCCL's transfers are
+kernels, which wait for products to end and hold processors while they wait for each other.
 """
 
 import ctypes

@@ -7,8 +7,8 @@ crosses the edge between two slices; where one starts anew, nothing is waited fo
 
 The rows of the state are independent of each other, so it travels in blocks: while one is on the wire, the next is
 computed. What carries a block from rank to rank is a *wire*: messages (below), or memory that the ranks of one host
-map into each other (``mailbox.py``). Every rank walks stops and blocks in the same order, and sends of a stop are
-posted before receives of the next, so no two ranks ever wait for each other.
+map into each other (``mailbox.py``). In each direction blocks go in one order, that of batch rows and rows; a slice
+waits for nothing but slices before it in the sweep, so no two ranks ever wait for each other.
 """
 
 from typing import Protocol
@@ -77,8 +77,8 @@ class Messages:
 class PrefixRing:
     """One sweep's exchange: take out the sum that came before a slice, hand in the sum that goes on from it.
 
-    For each stop ``open``, then for each row of the batch and each block ``get`` and ``put``, in this order on every
-    rank; at the end ``finish``. Where no stop has a source or a target nothing is exchanged and there need be no wire.
+    ``open`` each stop before its first ``get``; for each row of the batch and each block, in this order, ``get`` and
+    ``put``; at the end ``finish``. Where no stop has a source or a target nothing is exchanged: no wire is needed.
     """
 
     def __init__(

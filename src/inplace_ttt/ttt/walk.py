@@ -76,8 +76,10 @@ class Exchange:
 
 
 @lru_cache
-def _streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+def _streams(current: torch.cuda.Stream) -> tuple[torch.cuda.Stream, ...]:
+    """A pair for each stream that walks are called from: it may still read what a walk has given back to its lanes, and
+    the next walk's lanes wait for it alone."""
+    return torch.cuda.Stream(current.device), torch.cuda.Stream(current.device)
 
 
 class Lanes:
@@ -85,11 +87,13 @@ class Lanes:
     programs of one leave idle. Without a GPU everything runs where it is called."""
 
     def __init__(self, device: torch.device):
-        self.streams = _streams(device) if device.type == "cuda" else ()
-        if self.streams:
+        self.streams = ()
+        if device.type == "cuda":
+            current = torch.cuda.current_stream(device)
+            self.streams = _streams(current)
             # one after the other: let loose together, the second block's programs may come before the first one's,
             # which the next rank waits for
-            for before, stream in itertools.pairwise((torch.cuda.current_stream(), *self.streams)):
+            for before, stream in itertools.pairwise((current, *self.streams)):
                 stream.wait_stream(before)
 
     def of(self, block: int):
@@ -110,7 +114,8 @@ Complete = Callable[[int, int, int, slice, Tensor], None]
 class Walk:
     """A sweep over all of a rank's tokens, batch row by batch row.
 
-    ``windows`` is walked once. Every rank walks its stops, batch rows, blocks and segments in the same order.
+    ``windows`` is walked once. What goes from one rank to another goes and is taken out in one order: batch row by
+    batch row, block by block.
     """
 
     stops: tuple[Stop, ...]
@@ -170,8 +175,8 @@ class Walk:
 
     def _groups(self, blocks: list[slice]) -> list[range]:
         """The blocks whose weights, of all chunks of the rank, there is room for at a time; none where there is no room
-        for one block's, or nothing to be gained. The same for all legs and all ranks: who waited for more blocks than
-        the rank before it sends at a time would wait for products of that rank."""
+        for one block's, or nothing to be gained. The same for all legs, and on ranks with like documents and memory:
+        who waits for more blocks than the rank before it sends at a time waits for products of that rank."""
         if self.sweep is chunked.sweep or self.exchange.group is None or self.carries is not None:
             return []
         from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES, takes
