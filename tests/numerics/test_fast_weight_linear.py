@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive
+from inplace_ttt.ttt import LayoutError, chunked, fast_weight_linear, naive
 from numerics.cases import operands, random_documents, relative_error, with_gradients
 
 
@@ -61,16 +61,27 @@ def test_zero_target_is_the_plain_linear_map():
     torch.testing.assert_close(out, z @ weight.T)
 
 
-def test_update_norms_are_those_of_the_summed_updates():
+@pytest.mark.parametrize("chunk_size", [3, 5])
+def test_update_norms_are_those_of_the_summed_updates(chunk_size):
     z, v, weight, _ = operands(5, 20, 2, 6, 8)
-    bounds = [0, 7, 20]
+    bounds = [0, 7, 9, 14, 20]  # of one chunk and of several
     _, norms = fast_weight_linear(
-        z, v, weight, eta=0.5, chunk_size=3, cu_seqlens=torch.tensor(bounds), return_update_norms=True
+        z, v, weight, eta=0.5, chunk_size=chunk_size, cu_seqlens=torch.tensor(bounds), return_update_norms=True
     )
     expected = [
         (0.5 * v[a:b, row].T @ z[a:b, row]).square().sum() for row in range(2) for a, b in itertools.pairwise(bounds)
     ]
     torch.testing.assert_close(norms.sort().values, torch.stack(expected).sort().values)
+
+
+def test_documents_of_one_chunk_cost_no_sweep(monkeypatch):
+    """They are read by the slow weight, all neighbours in one product."""
+    monkeypatch.setattr(chunked, "sweep", None)
+    inputs = operands(7, 20, 2, 6, 8)
+    options = dict(eta=0.5, chunk_size=8, cu_seqlens=torch.tensor([0, 7, 15, 16, 20]))
+    values = with_gradients(fast_weight_linear, *inputs, **options)
+    for value, reference in zip(values, with_gradients(naive.fast_weight_linear, *inputs, **options), strict=True):
+        torch.testing.assert_close(value, reference)
 
 
 def test_bf16_sums_in_fp32():

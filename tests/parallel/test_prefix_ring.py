@@ -138,7 +138,7 @@ def test_a_repeated_forward_communicates_nothing():
 def norms_of_each_rank():
     z, v, weight, _ = operands(3, 32, 2, 4, 5)
     size, rank = dist.get_world_size(), dist.get_rank()
-    options = dict(eta=0.3, chunk_size=2, cu_seqlens=torch.tensor([0, 6, 20, 32]), return_update_norms=True)
+    options = dict(eta=0.3, chunk_size=2, cu_seqlens=torch.tensor([0, 6, 8, 20, 32]), return_update_norms=True)
     _, whole = fast_weight_linear(z, v, weight, **options)
     _, part = fast_weight_linear(
         zigzag(z, size, rank), zigzag(v, size, rank), weight, cp_group=dist.group.WORLD, **options

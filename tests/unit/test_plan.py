@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from inplace_ttt.ttt.plan import LayoutError, local_slices, make_plan, owner, slice_bounds
+from inplace_ttt.ttt.plan import LayoutError, local_slices, make_plan, owner, runs, slice_bounds
 
 
 def test_owner_is_the_inverse_of_local_slices():
@@ -31,8 +31,11 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
         chunk_starts.update(local[offset] for offset in offsets if offset < len(local))
         for sweep in (plan.prefix, plan.suffix):
             chunks = [chunk for stop in sweep for segment in stop.segments for chunk in segment.chunks]
+            chunks += plan.alone
             assert sorted(t for a, b in chunks for t in range(a, b)) == list(range(len(local)))
             assert tuple(b - a for a, b in sorted(chunks)) == plan.chunk_lengths
+        for start, stop in plan.alone:
+            assert stop - start <= chunk_size and {local[start], local[start] + stop - start} <= set(documents)
     expected = {t for a, b in itertools.pairwise(documents) for t in range(a, b, chunk_size)}
     assert chunk_starts == expected
 
@@ -45,6 +48,14 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
         crossed = edge not in documents
         assert stops[index].target == (owner(index + 1, cp_size) if crossed else None)
         assert stops[index + 1].source == (owner(index, cp_size) if crossed else None)
+
+
+def test_documents_of_one_chunk_stand_alone():
+    plan = make_plan(48, 4, (0, 4, 7, 8, 20, 36, 40, 48), 2, 0)  # slices of 12: this rank has tokens 0-12 and 36-48
+    assert plan.alone == ((0, 4), (4, 7), (7, 8), (12, 16))
+    assert [segment.chunks for stop in plan.prefix for segment in stop.segments] == [((8, 12),), ((16, 20), (20, 24))]
+    assert list(runs(plan.alone)) == [(0, 8), (12, 16)]
+    assert plan.sweep_chunks == 3
 
 
 def test_suffix_mirrors_prefix():

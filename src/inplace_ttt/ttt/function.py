@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt import chunked
-from inplace_ttt.ttt.chunked import apply, state_dtype
-from inplace_ttt.ttt.plan import Plan, make_plan
+from inplace_ttt.ttt.chunked import add_outer, apply, outer, state_dtype
+from inplace_ttt.ttt.plan import Plan, make_plan, runs
 from inplace_ttt.ttt.walk import Exchange, Walk
 
 # Ways in which sums pass between context-parallel ranks
@@ -116,7 +116,7 @@ def fast_weight_linear(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (z, v, weight))
     keep = needs_grad and kernels
     if keep:
-        kept = 2 * weight.numel() * len(plan.chunk_lengths) * z.shape[1] * kept_layers
+        kept = 2 * weight.numel() * plan.sweep_chunks * z.shape[1] * kept_layers
         keep = keep_chunk_weights if keep_chunk_weights is not None else kept <= KEPT_SHARE * _free_bytes(z.device)
     how = _How(eta, plan, exchange, sweep, keep, return_update_norms)
     out, norms = _FastWeightLinear.apply(z, v, weight, how, received, before_second_slice)
@@ -231,7 +231,13 @@ class _FastWeightLinear(torch.autograd.Function):
         ctx.save_for_backward(z, v, weight, *walk.carries.values())
         ctx.how, ctx.stops = how, list(walk.carries)
         ctx.kept = kept if how.keep else None  # not as saved tensors: the backward frees them once it has used them
+        # no walk comes by documents of one chunk
+        for batch, run in itertools.product(range(z.shape[1]), runs(how.plan.alone)):
+            apply(((run,), weight[None]), z[:, batch], out[:, batch], transpose=True)
         norms = [torch.stack(of_blocks).sum() for of_blocks in norms.values()]
+        if how.with_norms:
+            alone = itertools.product(range(z.shape[1]), itertools.starmap(slice, how.plan.alone))
+            norms += [how.eta**2 * _squared_norm(v[tokens, batch], z[tokens, batch]) for batch, tokens in alone]
         norms = torch.stack(norms) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
@@ -274,10 +280,28 @@ class _FastWeightLinear(torch.autograd.Function):
             apply(window, v[:, batch, rows], dz[:, batch], transpose=False, alpha=how.eta, add=True)
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
             del window
+        of_alone = None  # what documents of one chunk give to the gradient of W
+        for batch, run in itertools.product(range(z.shape[1]), runs(how.plan.alone)):
+            apply(((run,), weight[None]), g[:, batch], dz[:, batch], transpose=False)
+            tokens = g[slice(*run), batch], z[slice(*run), batch]
+            of_alone = outer(*tokens) if of_alone is None else add_outer(of_alone, *tokens)
+        if of_alone is not None:
+            for row, part in dweight.items():
+                of_alone[row : row + len(part)] += part
+            dweight = {0: of_alone}
         if not dweight:  # no document begins on this rank
             return dz, dv, torch.zeros_like(weight), None, None, None
         dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
         return dz, dv, dweight, None, None, None
+
+
+def _squared_norm(v: Tensor, z: Tensor) -> Tensor:
+    """The squared Frobenius norm of ``sum_t v_t z_t^T``, by whichever product is smaller: the sum, (d, f), or those of
+    all pairs of tokens, ``sum_tu (v_t . v_u) (z_t . z_u)``."""
+    t, d, f = len(v), v.shape[1], z.shape[1]
+    if t * (d + f) < d * f:
+        return (outer(v.t(), v.t()) * outer(z.t(), z.t())).sum().clamp(min=0)
+    return torch.linalg.vector_norm(outer(v, z)).square()
 
 
 def _emptied(items: list) -> Iterator:

@@ -21,7 +21,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one document that lies in one slice."""
+    """The part of one document that lies in one slice, unless it is whole and of one chunk."""
 
     chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
     receives: bool  # the sweep comes to this document's tokens in an earlier slice first
@@ -43,7 +43,13 @@ class Plan:
 
     prefix: tuple[Stop, ...]  # this rank's slices in reading order
     suffix: tuple[Stop, ...]  # the same slices in the opposite order
-    chunk_lengths: tuple[int, ...]  # of the local chunks in the order of their tokens
+    alone: tuple[Span, ...]  # documents of one chunk, which no sweep need come by: no token sees what they write
+    chunk_lengths: tuple[int, ...]  # of all local chunks in the order of their tokens
+
+    @property
+    def sweep_chunks(self) -> int:
+        """How many chunks a sweep comes by."""
+        return sum(len(segment.chunks) for stop in self.prefix for segment in stop.segments)
 
 
 def make_plan(
@@ -101,6 +107,16 @@ def owner(index: int, cp_size: int) -> int:
     return index if index < cp_size else 2 * cp_size - 1 - index
 
 
+def runs(spans: tuple[Span, ...]) -> Iterator[Span]:
+    """Spans, in the order of their tokens, with those that follow on each other as one."""
+    first = None
+    for number, (start, stop) in enumerate(spans, start=1):
+        first = start if first is None else first
+        if number == len(spans) or spans[number][0] != stop:
+            yield first, stop
+            first = None
+
+
 def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
     """Of each document with tokens in [first, last): its own start and end, and those of its part that lies there."""
     for start, end in itertools.pairwise(bounds):
@@ -114,27 +130,32 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     edges = slice_bounds(seq_length, cp_size)
     if cp_size > 1:
         _check_alignment(edges, bounds, chunk_size)
-    prefix, lengths, offset = [], [], 0
+    prefix, alone, lengths, offset = [], [], [], 0
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
-        segments = []
+        segments, receives, sends = [], False, False
         for start, end, left, right in document_parts(bounds, first, last):
-            chunks = []
-            for begin in range(left, right, chunk_size):
-                stop = min(begin + chunk_size, right)
-                chunks.append((begin - first + offset, stop - first + offset))
-                lengths.append(stop - begin)
-            segments.append(Segment(tuple(chunks), receives=start < first, sends=end > last))
+            receives |= start < first
+            sends |= end > last
+            edges_of_chunks = [*range(left, right, chunk_size), right]
+            chunks = tuple(
+                (begin - first + offset, stop - first + offset) for begin, stop in itertools.pairwise(edges_of_chunks)
+            )
+            lengths += [stop - begin for begin, stop in chunks]
+            if len(chunks) == 1 and first <= start and end <= last:
+                alone += chunks
+            else:
+                segments.append(Segment(chunks, receives=start < first, sends=end > last))
         prefix.append(
             Stop(
                 tuple(segments),
-                source=owner(index - 1, cp_size) if segments[0].receives else None,
-                target=owner(index + 1, cp_size) if segments[-1].sends else None,
+                source=owner(index - 1, cp_size) if receives else None,
+                target=owner(index + 1, cp_size) if sends else None,
             )
         )
         offset += last - first
     suffix = tuple(_reverse(stop) for stop in reversed(prefix))
-    return Plan(tuple(prefix), suffix, tuple(lengths))
+    return Plan(tuple(prefix), suffix, tuple(alone), tuple(lengths))
 
 
 def _reverse(stop: Stop) -> Stop:

@@ -179,12 +179,12 @@ class Walk:
         who waits for more blocks than the rank before it sends at a time waits for products of that rank."""
         if self.sweep is chunked.sweep or self.exchange.group is None or self.carries is not None:
             return []
-        from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES, takes
+        from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES
 
-        segments = [segment for stop in self.stops for segment in stop.segments]
-        if not all(map(takes, segments)):
+        chunks = sum(len(segment.chunks) for stop in self.stops for segment in stop.segments)
+        if chunks == 0:
             return []
-        bytes_of_row = self.z.element_size() * self.z.shape[2] * sum(len(segment.chunks) for segment in segments)
+        bytes_of_row = self.z.element_size() * self.z.shape[2] * chunks
         return in_groups(blocks, (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row)
 
     def _together(self, sums, leg, batch: int, blocks: range, complete) -> Iterator:

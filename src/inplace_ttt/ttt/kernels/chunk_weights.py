@@ -247,7 +247,7 @@ def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | 
 
 
 def takes(segment: Segment) -> bool:
-    """Whether the kernel can sweep a segment; one that is shorter than a chunk may be too odd for it."""
+    """Whether the kernel can sweep a segment: one of a single short chunk may be too odd for it."""
     return max(stop - start for start, stop in segment.chunks) % CHUNK_MULTIPLE == 0
 
 
@@ -267,7 +267,8 @@ def sweep(
     ``out`` (chunks or more, rows, f) takes the weights of all chunks, which are then one window.
     """
     if not takes(segment):
-        yield from chunked.sweep(segment, base, carry, a, z, scale, total)
+        for chunk, weight in chunked.sweep(segment, base, carry, a, z, scale, total):
+            yield chunk, weight if out is None else out[:1].copy_(weight)
         return
     chunks = list(segment.chunks)
     size = max(stop - start for start, stop in chunks)
@@ -276,7 +277,9 @@ def sweep(
         # The first weight is zero. What its chunk writes, which alone may be shorter here, is where the next starts.
         first = slice(*chunks.pop(0))
         if total is not None or chunks:
-            carry = outer(a[first], z[first]).mul_(scale)
+            carry = outer(a[first], z[first])
+            if scale != 1:
+                carry.mul_(scale)
         if not chunks:
             if total is not None:
                 total.copy_(carry)
