@@ -67,7 +67,7 @@ def _load_step(
     tma.async_copy_global_to_shared(z_desc, [token, col0], arrived.index(slot), z_tiles.index(slot), pred=there)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["chunks", "accumulated"])  # of each document other numbers: one kernel for all
 def _chunk_weights_kernel(
     a_desc,  # (t, rows)
     z_desc,  # (t, f)
