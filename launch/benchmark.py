@@ -10,6 +10,7 @@ Prints a table, and writes the numbers (JSON) and a picture to --output.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -92,24 +93,41 @@ def main() -> int:
         records, errors = COMMANDS[arguments.command](arguments)
     except (UserError, LayoutError) as error:
         return fail(f"error: {error}", 2)
-    except torch.OutOfMemoryError:
-        smaller = SMALLER[arguments.command]
-        return fail(f"error: {arguments.command} does not fit in this GPU's memory: use {smaller}", 2)
     if int(os.environ.get("RANK", 0)) == 0:
         report(arguments, records, errors)
     return 0
+
+
+@contextlib.contextmanager
+def fits(asked: str, smaller: str):
+    """Around what may need more memory than there is."""
+    import torch
+
+    from inplace_ttt.config import UserError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{asked} does not fit in this GPU's memory: use {smaller}") from error
+
+
+def shape_fits(arguments):
+    sizes = f"--tokens={arguments.tokens} --hidden={arguments.hidden} --ffn={arguments.ffn}"
+    chunks = " ".join(map(str, arguments.chunks))
+    return fits(f"{sizes} --chunks {chunks}", "fewer tokens or larger chunks")
 
 
 def run_layer(arguments):
     from inplace_ttt.benchmarks import layer
 
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
-    records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
-    errors = {}
-    for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
-        tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
-        small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
-        errors[size] = layer.errors(small, size, arguments.variants)
+    with shape_fits(arguments):
+        records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
+        errors = {}
+        for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
+            tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
+            small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
+            errors[size] = layer.errors(small, size, arguments.variants)
     return records, errors
 
 
@@ -131,7 +149,8 @@ def run_prefix(arguments):
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
     comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]
     options = dict(keep_chunk_weights=arguments.keep, comm_dtype=comm_dtype, prefix=arguments.prefix)
-    records = prefix.measure(shape, arguments.chunks, options, arguments.rounds)
+    with shape_fits(arguments):
+        records = prefix.measure(shape, arguments.chunks, options, arguments.rounds)
     dist.destroy_process_group()
     return records, {}
 
@@ -142,7 +161,9 @@ def run_model(arguments):
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    return model.measure(config, arguments.rounds, arguments.steps), {}
+    asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
+    with fits(asked, "fewer layers, or train.recompute=full"):
+        return model.measure(config, arguments.rounds, arguments.steps), {}
 
 
 def run_attention(arguments):
@@ -151,7 +172,8 @@ def run_attention(arguments):
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    return attention.measure(config, arguments.documents, arguments.rounds), {}
+    with fits(f"data.seq_length={config.data.seq_length}", "a shorter one"):
+        return attention.measure(config, arguments.documents, arguments.rounds), {}
 
 
 def run_decode(arguments):
@@ -161,7 +183,8 @@ def run_decode(arguments):
     if arguments.tokens < arguments.rounds:
         raise UserError(f"--tokens={arguments.tokens} is less than --rounds={arguments.rounds}: ask for more tokens")
     config = configuration(arguments.overrides)
-    return decode.measure(config, arguments.tokens, arguments.rounds), {}
+    with fits(f"model.num_layers={config.model.num_layers}", "fewer layers"):
+        return decode.measure(config, arguments.tokens, arguments.rounds), {}
 
 
 def configuration(overrides: list[str]):
@@ -184,16 +207,6 @@ COMMANDS = {
     "model": run_model,
     "attention": run_attention,
     "decode": run_decode,
-}
-
-
-# What takes less memory
-SMALLER = {
-    "layer": "fewer --tokens, or larger --chunks",
-    "prefix": "fewer --tokens, or larger --chunks",
-    "model": "a smaller model.num_layers or data.seq_length, or train.recompute=full",
-    "attention": "a smaller data.seq_length",
-    "decode": "a smaller model.num_layers",
 }
 
 

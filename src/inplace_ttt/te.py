@@ -1,10 +1,12 @@
 """Transformer Engine: whether it is here and loads. megatron-core imports it wherever it is installed."""
 
 import functools
-import importlib.metadata
 import importlib.util
 
 from inplace_ttt.config import UserError, first_line
+from inplace_ttt.packages import version
+
+PACKAGE = "transformer-engine"
 
 
 @functools.cache
@@ -16,20 +18,14 @@ def why_lacking() -> str | None:
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
+    found = version(PACKAGE) or "without a version"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ModuleNotFoundError as error:
-        return f"{version()} does not load: {first_line(error)[:120]}"
+        return f"{found} does not load: {first_line(error)[:120]}"
     except Exception as error:
         raise UserError(
-            f"Transformer Engine {version()} is installed and does not load ({first_line(error)[:200]}), so "
+            f"Transformer Engine {found} is installed and does not load ({first_line(error)[:200]}), so "
             f"megatron-core does not load either: mend it, or take it away (pip uninstall transformer-engine)"
         ) from error
     return None
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version("transformer-engine")
-    except importlib.metadata.PackageNotFoundError:
-        return "of no version"

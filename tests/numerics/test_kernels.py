@@ -55,6 +55,15 @@ def chunk_weights_in_torch(
     return weights
 
 
+def documents_that_end_oddly(rng, length, slices):
+    """Some go over the edge of a slice and end, at any token, in the next one; the one after them ends with it."""
+    cuts = {0, slices * length}
+    for index in range(1, slices):
+        if rng.random() < 0.5:
+            cuts |= {index * length + rng.randint(1, length - 1), (index + 1) * length}
+    return torch.tensor(sorted(cuts), dtype=torch.int32)
+
+
 def worst_error(seeds):
     """Of values and gradients, over random layouts, windows and ways to keep weights."""
     size, rank, errors = dist.get_world_size(), dist.get_rank(), []
@@ -67,9 +76,10 @@ def worst_error(seeds):
         rng = random.Random(seed)
         s = 128 * size * rng.randint(1, 4) if size > 1 else rng.randint(1, 600)
         z, v, weight, g = operands(seed, s, rng.randint(1, 2), rng.choice([4, 300]), 5)
-        options = dict(
-            eta=0.01, chunk_size=64, cu_seqlens=random_documents(rng, s, 64 if size > 1 else rng.choice([1, 64]))
-        )
+        documents = random_documents(rng, s, 64 if size > 1 else rng.choice([1, 64]))
+        if size > 1 and rng.random() < 0.5:
+            documents = documents_that_end_oddly(rng, s // (2 * size), 2 * size)
+        options = dict(eta=0.01, chunk_size=64, cu_seqlens=documents)
         expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
         kernels.WINDOW_BYTES = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
         kernels.EXCHANGE_BYTES = kernels.WINDOW_BYTES * rng.choice([1, 4])

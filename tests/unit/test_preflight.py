@@ -20,7 +20,7 @@ def test_without_a_gpu_everything_essential_is_there(monkeypatch):
 
 
 def test_the_web_toolkit_named_apex_is_not_nvidias(monkeypatch):
-    monkeypatch.setattr(preflight, "_version", lambda package: "0.9.10")
+    monkeypatch.setattr(preflight, "version", lambda package: "0.9.10")
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     finding = preflight.apex()
     assert finding.state is State.LACKING and "not NVIDIA's" in finding.found
@@ -44,7 +44,7 @@ def test_a_transformer_engine_that_does_not_load_is_broken(tmp_path):
 
 
 def test_what_is_broken_ends_the_examination(monkeypatch):
-    monkeypatch.setattr(preflight, "_version", lambda package: None)
+    monkeypatch.setattr(preflight, "version", lambda package: None)
     findings = preflight.examine()
     assert findings[-1].part == "datasets" and findings[-1].state is State.BROKEN
 

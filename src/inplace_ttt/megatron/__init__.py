@@ -1,4 +1,4 @@
-"""Everything that touches megatron-core, which may not load (UserError).
+"""Everything that touches megatron-core.
 
 Importing megatron-core without Transformer Engine or apex prints a page of warnings about what `launch/preflight.py`
 and the README say in one table; they are silenced here, by their source, before anything imports it.
@@ -14,4 +14,4 @@ for module in (r"megatron\.core", r"torch\.distributed"):
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # looks for CUDA's compiler
 logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecations of the container and of defaults we chose
 
-te.why_lacking()
+te.why_lacking()  # raises UserError where megatron-core would die of it

@@ -1,7 +1,6 @@
 """What this machine has for training, what each part gives, and what its lack costs."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import platform
 import shutil
@@ -11,6 +10,7 @@ from enum import Enum
 
 from inplace_ttt import te
 from inplace_ttt.config import UserError, first_line
+from inplace_ttt.packages import version
 
 
 class State(Enum):
@@ -27,13 +27,6 @@ class Finding:
     meaning: str  # what it gives where it is there, what its lack costs where it is not
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def python() -> Finding:
     found = platform.python_version()
     if not found.startswith("3.12."):
@@ -44,7 +37,7 @@ def python() -> Finding:
 def packages() -> list[Finding]:
     findings = []
     for package in ("torch", "megatron-core", "hydra-core", "transformers", "datasets"):
-        found = _version(package)
+        found = version(package)
         state = State.THERE if found else State.BROKEN
         findings.append(Finding(package, state, found or "not installed", "" if found else "pip install -e ."))
     return findings
@@ -102,7 +95,7 @@ def kernels() -> Finding:
         return Finding(part, State.BROKEN, first_line(error)[:120], "a kernel does not run; is there a C compiler?")
     if not error < 1e-2:
         return Finding(part, State.BROKEN, f"wrong by {error:.0e}", "do not train on this machine")
-    found = f"Triton {_version('triton')}, right to {error:.0e}"
+    found = f"Triton {version('triton')}, right to {error:.0e}"
     return Finding(part, State.THERE, found, "a TTT layer at the cost of its arithmetic")
 
 
@@ -123,7 +116,10 @@ def transformer_engine() -> Finding:
     if why is not None:
         return Finding(part, State.LACKING, why, f"{lack}: pip install -e '.[gpu]', or NVIDIA's image")
     return Finding(
-        part, State.THERE, te.version(), "fused norms and linears, cuDNN attention also over context-parallel ranks"
+        part,
+        State.THERE,
+        version(te.PACKAGE) or "without a version",
+        "fused norms and linears, cuDNN attention also over context-parallel ranks",
     )
 
 
@@ -132,16 +128,16 @@ def adam() -> Finding:
     if transformer_engine().state is State.THERE:
         return Finding(part, State.THERE, "Transformer Engine's", "one kernel for all parameters")
     if importlib.util.find_spec("amp_C") is not None:
-        return Finding(part, State.THERE, f"apex {_version('apex') or ''}".strip(), "one kernel for all parameters")
+        return Finding(part, State.THERE, f"apex {version('apex') or ''}".strip(), "one kernel for all parameters")
     return Finding(part, State.LACKING, "neither Transformer Engine's nor apex's", "one small kernel after the other")
 
 
 def apex() -> Finding:
     found = importlib.util.find_spec("amp_C")
     if found is not None:
-        return Finding("apex", State.THERE, _version("apex") or "without a version", "")
-    if _version("apex"):
-        wrong = f"{_version('apex')} is the web toolkit of that name, not NVIDIA's"
+        return Finding("apex", State.THERE, version("apex") or "without a version", "")
+    if version("apex"):
+        wrong = f"{version('apex')} is the web toolkit of that name, not NVIDIA's"
         return Finding("apex", State.LACKING, wrong, "pip uninstall apex; nothing is lost where Transformer Engine is")
     return Finding("apex", State.LACKING, "not installed", "nothing where Transformer Engine is there")
 

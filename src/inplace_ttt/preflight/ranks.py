@@ -1,7 +1,6 @@
 """What the ranks of a job find out about themselves and their neighbours before they train together."""
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import socket
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.config import one_line
+from inplace_ttt.packages import version
 from inplace_ttt.preflight.node import State, examine
 from inplace_ttt.watch import Watch
 
@@ -112,10 +112,7 @@ def versions() -> dict[str, str]:
     """Of what must be alike on all nodes."""
     found = {"Python": platform.python_version(), "CUDA": str(torch.version.cuda), "code": _code()}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
+        found[package] = version(package) or "none"
     if torch.cuda.is_available():
         found["driver"] = _smi("driver_version", 0)
     return found

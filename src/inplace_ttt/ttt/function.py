@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt import chunked
-from inplace_ttt.ttt.chunked import add_outer, apply, outer, state_dtype
+from inplace_ttt.ttt.chunked import Window, add_outer, apply, outer, state_dtype
 from inplace_ttt.ttt.plan import Plan, make_plan, runs
 from inplace_ttt.ttt.walk import Exchange, Walk
 
@@ -205,6 +205,11 @@ class _How:
         """The walk on which chunks meet the gradients of what they wrote."""
         return Walk(self.plan.suffix, None, g, z, 1.0, self.exchange, self.sweep, **options)
 
+    def alone(self, weight: Tensor, b: int) -> Iterator[tuple[int, slice, Window]]:
+        """(batch row, tokens, these with the weight they see) of documents of one chunk, by which no walk comes."""
+        for batch, run in itertools.product(range(b), runs(self.plan.alone)):
+            yield batch, slice(*run), ((run,), weight[None])
+
 
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
@@ -231,13 +236,12 @@ class _FastWeightLinear(torch.autograd.Function):
         ctx.save_for_backward(z, v, weight, *walk.carries.values())
         ctx.how, ctx.stops = how, list(walk.carries)
         ctx.kept = kept if how.keep else None  # not as saved tensors: the backward frees them once it has used them
-        # no walk comes by documents of one chunk
-        for batch, run in itertools.product(range(z.shape[1]), runs(how.plan.alone)):
-            apply(((run,), weight[None]), z[:, batch], out[:, batch], transpose=True)
+        for batch, _, window in how.alone(weight, z.shape[1]):
+            apply(window, z[:, batch], out[:, batch], transpose=True)
         norms = [torch.stack(of_blocks).sum() for of_blocks in norms.values()]
         if how.with_norms:
-            alone = itertools.product(range(z.shape[1]), itertools.starmap(slice, how.plan.alone))
-            norms += [how.eta**2 * _squared_norm(v[tokens, batch], z[tokens, batch]) for batch, tokens in alone]
+            for batch, (start, stop) in itertools.product(range(z.shape[1]), how.plan.alone):
+                norms.append(how.eta**2 * _squared_norm(v[start:stop, batch], z[start:stop, batch]))
         norms = torch.stack(norms) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.mark_non_differentiable(norms)
         return out, norms
@@ -281,10 +285,10 @@ class _FastWeightLinear(torch.autograd.Function):
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
             del window
         of_alone = None  # what documents of one chunk give to the gradient of W
-        for batch, run in itertools.product(range(z.shape[1]), runs(how.plan.alone)):
-            apply(((run,), weight[None]), g[:, batch], dz[:, batch], transpose=False)
-            tokens = g[slice(*run), batch], z[slice(*run), batch]
-            of_alone = outer(*tokens) if of_alone is None else add_outer(of_alone, *tokens)
+        for batch, tokens, window in how.alone(weight, z.shape[1]):
+            apply(window, g[:, batch], dz[:, batch], transpose=False)
+            written = g[tokens, batch], z[tokens, batch]
+            of_alone = outer(*written) if of_alone is None else add_outer(of_alone, *written)
         if of_alone is not None:
             for row, part in dweight.items():
                 of_alone[row : row + len(part)] += part

@@ -21,18 +21,23 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one document that lies in one slice, unless it is whole and of one chunk."""
+    """The part of one document that lies in one slice."""
 
     chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
     receives: bool  # the sweep comes to this document's tokens in an earlier slice first
     sends: bool  # the sweep goes on with this document in a later slice
+
+    @property
+    def is_alone(self) -> bool:
+        """It is a whole document, of one chunk: no token sees what it writes."""
+        return len(self.chunks) == 1 and not self.receives and not self.sends
 
 
 @dataclass(frozen=True)
 class Stop:
     """One slice on a sweep."""
 
-    segments: tuple[Segment, ...]  # in the order of the sweep
+    segments: tuple[Segment, ...]  # in the order of the sweep; without those that are alone
     source: int | None  # context-parallel rank whose running sum this slice starts from
     target: int | None  # context-parallel rank that goes on from this slice
 
@@ -43,7 +48,7 @@ class Plan:
 
     prefix: tuple[Stop, ...]  # this rank's slices in reading order
     suffix: tuple[Stop, ...]  # the same slices in the opposite order
-    alone: tuple[Span, ...]  # documents of one chunk, which no sweep need come by: no token sees what they write
+    alone: tuple[Span, ...]  # documents of one chunk, which no sweep comes by
     chunk_lengths: tuple[int, ...]  # of all local chunks in the order of their tokens
 
     @property
@@ -107,14 +112,13 @@ def owner(index: int, cp_size: int) -> int:
     return index if index < cp_size else 2 * cp_size - 1 - index
 
 
-def runs(spans: tuple[Span, ...]) -> Iterator[Span]:
+def runs(spans: tuple[Span, ...]) -> list[Span]:
     """Spans, in the order of their tokens, with those that follow on each other as one."""
-    first = None
-    for number, (start, stop) in enumerate(spans, start=1):
-        first = start if first is None else first
-        if number == len(spans) or spans[number][0] != stop:
-            yield first, stop
-            first = None
+    found: list[Span] = []
+    for start, stop in spans:
+        first = found.pop()[0] if found and found[-1][1] == start else start
+        found.append((first, stop))
+    return found
 
 
 def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
@@ -133,24 +137,20 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     prefix, alone, lengths, offset = [], [], [], 0
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
-        segments, receives, sends = [], False, False
+        segments = []
         for start, end, left, right in document_parts(bounds, first, last):
-            receives |= start < first
-            sends |= end > last
-            edges_of_chunks = [*range(left, right, chunk_size), right]
-            chunks = tuple(
-                (begin - first + offset, stop - first + offset) for begin, stop in itertools.pairwise(edges_of_chunks)
-            )
-            lengths += [stop - begin for begin, stop in chunks]
-            if len(chunks) == 1 and first <= start and end <= last:
-                alone += chunks
-            else:
-                segments.append(Segment(chunks, receives=start < first, sends=end > last))
+            chunks = []
+            for begin in range(left, right, chunk_size):
+                stop = min(begin + chunk_size, right)
+                chunks.append((begin - first + offset, stop - first + offset))
+                lengths.append(stop - begin)
+            segments.append(Segment(tuple(chunks), receives=start < first, sends=end > last))
+        alone += [segment.chunks[0] for segment in segments if segment.is_alone]
         prefix.append(
             Stop(
-                tuple(segments),
-                source=owner(index - 1, cp_size) if receives else None,
-                target=owner(index + 1, cp_size) if sends else None,
+                tuple(segment for segment in segments if not segment.is_alone),
+                source=owner(index - 1, cp_size) if segments[0].receives else None,
+                target=owner(index + 1, cp_size) if segments[-1].sends else None,
             )
         )
         offset += last - first
