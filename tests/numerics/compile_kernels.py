@@ -1,6 +1,10 @@
 """Compile the kernels for Hopper on a machine without a GPU; prints one line a kernel. Run by test_kernels.py."""
 
+import subprocess
+import tempfile
+
 import torch
+import triton
 import triton.compiler.compiler as compiler
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -27,21 +31,39 @@ class CompiledError(Exception):
 
 
 def stop(kernel):
-    raise CompiledError(f"{kernel.metadata.name} {kernel.metadata.shared} {'cubin' in kernel.asm}")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-v", ptx.name, "-o", "/dev/null"]
+        said = subprocess.run(ptxas, capture_output=True, text=True, check=True).stderr
+    # ptxas may give up on products that overlap, and on holding the state in registers: both slow, and silent
+    overlaps, fits = "are serialized" not in said, ", 0 bytes spill stores" in said
+    raise CompiledError(f"{kernel.metadata.name} {'cubin' in kernel.asm} {overlaps} {fits}")
 
 
 def main():
     driver.set_active(HopperByName())
     compiler.CompiledKernel._init_handles = stop
     from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
+    from inplace_ttt.ttt.plan import Segment
 
     a, z, base = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((256, 192), (256, 320), (192, 320)))
     state, ids = torch.empty(192, 320), torch.empty(256, dtype=torch.int32)
-    common = dict(chunk_size=64, chunks=4, accumulated=4, scale=0.5)
+    whole = [Segment(((0, 64), (64, 100))), Segment(((100, 164), (164, 228)))]
+    going = [whole[0], Segment(whole[1].chunks, sends=True)]
+    backward = [segment.reversed() for segment in reversed(whole)]
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
+    prefix, suffix = (base, None, a, z, 0.5), (None, None, a, z, 1.0)
+    with_carry, carried = (base, state, a, z, 0.5), (None, state, a, z, 1.0)
+
+    def sweep(segments, operands, **wanted):
+        return lambda: list(chunk_weights.sweep(segments, *operands, **wanted))
+
     for launch in (
-        lambda: chunk_weights.chunk_weights(a, z, base=base, after=state, **common),
-        lambda: chunk_weights.chunk_weights(a, z, before=state, after=state, reverse=True, **common),
+        *(sweep(whole, operands) for operands in (prefix, with_carry)),
+        *(sweep(whole, operands, norms=torch.empty(2)) for operands in (prefix, with_carry)),
+        *(sweep(going, operands, going=state) for operands in (prefix, with_carry, suffix, carried)),
+        *(sweep(backward, operands, add_to=state) for operands in (suffix, carried)),
         lambda: chunk_conv.conv(u, weight, ids),
         lambda: chunk_conv.conv_backward(u, u, weight, ids),
     ):

@@ -16,6 +16,7 @@ from numerics.cases import largest, operands, random_documents, with_gradients
 from ranks import run_ranks
 
 kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
+GOES_ON = kernels.GOES_ON
 
 
 def run_script(name: str, **environment: str) -> str:
@@ -29,7 +30,7 @@ def run_script(name: str, **environment: str) -> str:
 
 def test_kernels_compile_for_hopper():
     lines = run_script("compile_kernels.py").splitlines()
-    assert len(lines) == 4 and all(line.endswith("True") for line in lines)
+    assert len(lines) == 12 and all(line.endswith("True True True") for line in lines), lines
 
 
 def test_convolution_kernel_in_the_interpreter():
@@ -37,19 +38,30 @@ def test_convolution_kernel_in_the_interpreter():
 
 
 def chunk_weights_in_torch(
-    a, z, *, chunk_size, chunks, accumulated, scale, base=None, before=None, after=None, reverse=False, out=None
+    a, z, schedule, window, *, scale, base=None, before=None, after=None, add_to=None, norms=None, out=None
 ):
-    """What the kernel computes, and no more than it is given memory for."""
+    """What the kernel computes from its tables, and no more than it is given memory for."""
     shape = a.shape[1], z.shape[1]
+    made = schedule.seen[window.stop] - schedule.seen[window.start]
+    weights = torch.full((made, *shape), torch.nan) if out is None else out[:made]
+    steps = iter(schedule.tokens[schedule.steps[window.start] : schedule.steps[window.stop]].tolist())
     state = torch.zeros(shape) if before is None else before.clone()
-    weights = torch.full((chunks, *shape), torch.nan) if out is None else out[:chunks]
-    for number in range(chunks):
-        chunk = chunks - 1 - number if reverse else number
-        weights[chunk] = state if base is None else base + state
-        if number < accumulated:
-            tokens = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
-            assert tokens.stop <= len(a)
-            state += scale * a[tokens].T @ z[tokens]
+    rows = schedule.table[window.start : window.stop].tolist()
+    places = iter(range(made)[::-1] if schedule.reverse else range(made))
+    for number, (whole, left, sees, ends) in enumerate(rows):
+        if number > 0 and rows[number - 1][-1] != GOES_ON:
+            state = torch.zeros(shape)
+        if sees:
+            weights[next(places)] = state if base is None else base + state
+        for count in [kernels.BLOCK_T] * whole + [left] * (left > 0):
+            first = next(steps)
+            assert first + count <= len(a)
+            state += scale * a[first : first + count].T @ z[first : first + count]
+        if ends >= 0 and add_to is not None:
+            add_to += state
+        if ends >= 0 and norms is not None:
+            norms[ends] = state.square().sum() / norms.shape[1]
+    assert next(steps, None) is None and next(places, None) is None
     if after is not None:
         after.copy_(state)
     return weights

@@ -29,9 +29,11 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
         local = [t for index in local_slices(cp_size, rank) for t in range(edges[index], edges[index + 1])]
         offsets = itertools.accumulate(plan.chunk_lengths, initial=0)
         chunk_starts.update(local[offset] for offset in offsets if offset < len(local))
-        for sweep in (plan.prefix, plan.suffix):
-            chunks = [chunk for stop in sweep for segment in stop.segments for chunk in segment.chunks]
-            chunks += plan.alone
+        for stops, inner in ((plan.prefix, plan.inner), (plan.suffix, plan.inner_reversed)):
+            crossing = [segment for stop in stops for segment in stop.segments]
+            assert all(len(stop.segments) <= 2 for stop in stops) and all(segment.crosses for segment in crossing)
+            assert not any(segment.crosses or len(segment.chunks) < 2 for segment in inner)
+            chunks = [chunk for segment in (*crossing, *inner) for chunk in segment.chunks] + list(plan.alone)
             assert sorted(t for a, b in chunks for t in range(a, b)) == list(range(len(local)))
             assert tuple(b - a for a, b in sorted(chunks)) == plan.chunk_lengths
         for start, stop in plan.alone:
@@ -53,7 +55,9 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
 def test_documents_of_one_chunk_stand_alone():
     plan = make_plan(48, 4, (0, 4, 7, 8, 20, 36, 40, 48), 2, 0)  # slices of 12: this rank has tokens 0-12 and 36-48
     assert plan.alone == ((0, 4), (4, 7), (7, 8), (12, 16))
-    assert [segment.chunks for stop in plan.prefix for segment in stop.segments] == [((8, 12),), ((16, 20), (20, 24))]
+    assert [segment.chunks for stop in plan.prefix for segment in stop.segments] == [((8, 12),)]
+    assert [segment.chunks for segment in plan.inner] == [((16, 20), (20, 24))]
+    assert [segment.chunks for segment in plan.inner_reversed] == [((20, 24), (16, 20))]
     assert list(runs(plan.alone)) == [(0, 8), (12, 16)]
     assert plan.sweep_chunks == 3
 

@@ -9,14 +9,14 @@ the weights of many chunks at once; this one is its twin, for every device, dtyp
     z  (t, f)     where it is written
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from inplace_ttt.ttt.plan import Segment, Span
 
-# Consecutive chunks in the order of their tokens, and the weight (chunks, rows, f) that each of them sees
+# Chunks in the order of their tokens, and the weight (chunks, rows, f) that each of them sees
 Window = tuple[tuple[Span, ...], Tensor]
 
 
@@ -41,39 +41,56 @@ def add_outer(state: Tensor, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor
 
 
 def sweep(
-    segment: Segment,
+    segments: Sequence[Segment],
     base: Tensor | None,
     carry: Tensor | None,
     a: Tensor,
     z: Tensor,
     scale: float,
-    total: Tensor | None = None,
+    *,
+    going: Tensor | None = None,
+    add_to: Tensor | None = None,
+    norms: Tensor | None = None,
     room: int | None = None,
 ) -> Iterator[Window]:
-    """For each chunk in the order of the segment, the weight it sees: ``base + carry +`` what chunks before it wrote.
+    """For each chunk in the order of the segments, the weight it sees: ``base +`` what its document wrote before it.
 
     Args:
+        segments: parts of different documents. Of these only the first may go on from another slice, and only the last
+            go on in another one.
         base: (rows, f) in z's dtype. None: zero.
-        carry: (rows, f) in the state's dtype, what earlier segments of the document wrote. None: nothing.
-        total: (rows, f) in the state's dtype, filled with the carry and what all chunks of the segment wrote. Without
-            it, what the last chunk writes is not computed, for no chunk sees it.
+        carry: (rows, f) in the state's dtype, what earlier slices wrote to the first segment's document. None: nothing.
+        going: (rows, f) in the state's dtype, filled with what goes on from the last segment. None: nobody wants it.
+        add_to: (rows, f) in the state's dtype, to which the sums of all documents that end here are added.
+        norms: (documents that end here,) in the state's dtype, filled with the squared norms of their sums. Without
+            either, what the last chunk of a document writes is not computed, for no chunk sees it.
         room: bytes that a window's weights may take, one chunk's at least; here it is always one chunk's.
 
     Yields:
         Chunks and their weights in z's dtype, valid until the next step. Chunks whose weight is zero are left out.
     """
-    state = total
-    if state is None:
-        state = torch.empty(a.shape[1], z.shape[1], dtype=state_dtype(z.dtype), device=z.device)
-    zero = carry is None
-    state.zero_() if zero else state.copy_(carry)
-    for number, chunk in enumerate(segment.chunks, start=1):
-        if not zero or base is not None:
-            yield (chunk,), _weight(base, None if zero else state, z.dtype)[None]
-        if number < len(segment.chunks) or total is not None:
-            tokens = slice(*chunk)
-            add_outer(state, a[tokens], z[tokens], scale)
-            zero = False
+    state = torch.empty(a.shape[1], z.shape[1], dtype=state_dtype(z.dtype), device=z.device)
+    ended = 0
+    for place, segment in enumerate(segments):
+        zero = place > 0 or carry is None
+        state.zero_() if zero else state.copy_(carry)
+        wanted = going is not None if segment.sends else (add_to is not None or norms is not None)
+        for number, chunk in enumerate(segment.chunks, start=1):
+            if not zero or base is not None:
+                yield (chunk,), _weight(base, None if zero else state, z.dtype)[None]
+            if number < len(segment.chunks) or wanted:
+                tokens = slice(*chunk)
+                add_outer(state, a[tokens], z[tokens], scale)
+                zero = False
+        if segment.sends:
+            if going is not None:
+                going.copy_(state)
+            continue
+        if add_to is not None:
+            add_to.add_(state)
+        if norms is not None:
+            norms[ended] = torch.linalg.vector_norm(state).square()
+        ended += 1
 
 
 def _weight(base: Tensor | None, state: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -86,15 +103,16 @@ def _weight(base: Tensor | None, state: Tensor | None, dtype: torch.dtype) -> Te
 
 
 def by_length(window: Window) -> Iterator[tuple[slice, int, Tensor]]:
-    """Parts of a window whose chunks are equally long: their tokens, how many chunks, and the weights."""
+    """Parts of a window whose chunks are equally long and follow on each other: their tokens, how many chunks, and the
+    weights."""
     chunks, weights = window
-    lengths = [stop - start for start, stop in chunks]
     first = 0
     while first < len(chunks):
-        last = first + 1
-        while last < len(chunks) and lengths[last] == lengths[first]:
-            last += 1
-        yield slice(chunks[first][0], chunks[last - 1][1]), last - first, weights[first:last]
+        start, stop = chunks[first]
+        length, last = stop - start, first + 1
+        while last < len(chunks) and chunks[last] == (stop, stop + length):
+            stop, last = stop + length, last + 1
+        yield slice(start, stop), last - first, weights[first:last]
         first = last
 
 

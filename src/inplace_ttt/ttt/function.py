@@ -14,7 +14,7 @@ import itertools
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -198,51 +198,82 @@ class _How:
     with_norms: bool
 
     def prefix(self, z, v, weight, **options) -> Walk:
-        """The walk on which chunks meet the weights they see."""
+        """The walk on which chunks meet the weights they see, in documents that cross the edges of slices."""
         return Walk(self.plan.prefix, weight, v, z, self.eta, self.exchange, self.sweep, **options)
 
     def suffix(self, z, g, **options) -> Walk:
-        """The walk on which chunks meet the gradients of what they wrote."""
+        """The walk on which they meet the gradients of what they wrote."""
         return Walk(self.plan.suffix, None, g, z, 1.0, self.exchange, self.sweep, **options)
 
-    def alone(self, weight: Tensor, b: int) -> Iterator[tuple[int, slice, Window]]:
-        """(batch row, tokens, these with the weight they see) of documents of one chunk, by which no walk comes."""
+    def inner_prefix(self, z, v, weight, **options) -> Iterator[tuple[int, Window]]:
+        """(batch row, chunks with the weights they see) of documents that cross no edge."""
+        return self._sweep_rows(self.plan.inner, weight, v, z, self.eta, **options)
+
+    def inner_suffix(self, z, g, **options) -> Iterator[tuple[int, Window]]:
+        """(batch row, chunks with the gradients of what they wrote) of the same documents."""
+        return self._sweep_rows(self.plan.inner_reversed, None, g, z, 1.0, **options)
+
+    def _sweep_rows(self, segments, base, a, z, scale, norms: Tensor | None = None, **options):
+        for batch in range(z.shape[1] if segments else 0):
+            of_row = None if norms is None else norms[batch]
+            for window in self.sweep(segments, base, None, a[:, batch], z[:, batch], scale, norms=of_row, **options):
+                yield batch, window
+                del window  # its memory is the next one's
+
+    def alone(self, weight: Tensor, b: int) -> Iterator[tuple[int, Window]]:
+        """(batch row, neighbours with the weight they see) of documents of one chunk."""
         for batch, run in itertools.product(range(b), runs(self.plan.alone)):
-            yield batch, slice(*run), ((run,), weight[None])
+            yield batch, ((run,), weight[None])
+
+    def norms_of_alone(self, z: Tensor, v: Tensor) -> list[Tensor]:
+        """Squared norms of what documents of one chunk write, each row's."""
+        return [
+            self.eta**2 * _squared_norm(v[start:stop, batch], z[start:stop, batch])
+            for batch, (start, stop) in itertools.product(range(z.shape[1]), self.plan.alone)
+        ]
 
 
 class _FastWeightLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, v, weight, how: _How, received: Received | None, before_second_slice: Callable | None):
-        out, norms, kept = torch.empty_like(v), {}, defaultdict(list)
-        carries = None if received is None else received.carries
-
-        def note_norm(stop, place, batch, rows, total):
-            norms.setdefault((stop, place, batch), []).append(torch.linalg.vector_norm(total).square())
+        out, b = torch.empty_like(v), z.shape[1]
+        room = sys.maxsize if how.keep else None
+        kept, kept_inner, carries = defaultdict(list), [], {}
+        norms = z.new_zeros(0, dtype=state_dtype(z.dtype))
 
         def at_stop(stop):
             if stop == 1 and before_second_slice is not None:
                 before_second_slice()
 
-        room = sys.maxsize if how.keep else None
-        walk = how.prefix(z, v, weight, carries=carries, room=room, meanwhile=at_stop)
-        for stop, batch, rows, window in walk.windows(note_norm if how.with_norms else None):
-            apply(window, z[:, batch], out[:, batch, rows], transpose=True)
-            if how.keep:
-                kept[stop].append((stop, batch, rows, window))
-            del window  # its memory is the next one's
-        if received is not None:
-            received.carries = walk.carries
-        ctx.save_for_backward(z, v, weight, *walk.carries.values())
-        ctx.how, ctx.stops = how, list(walk.carries)
-        ctx.kept = kept if how.keep else None  # not as saved tensors: the backward frees them once it has used them
-        for batch, _, window in how.alone(weight, z.shape[1]):
+        if how.exchange.group is not None:
+            came = None if received is None else received.carries
+            walk = how.prefix(z, v, weight, carries=came, room=room, meanwhile=at_stop, with_norms=how.with_norms)
+            for stop, batch, rows, window in walk.windows():
+                apply(window, z[:, batch], out[:, batch, rows], transpose=True)
+                if how.keep:
+                    kept[stop].append((batch, rows, window))
+                del window  # its memory is the next one's
+            carries = walk.carries
+            if received is not None:
+                received.carries = carries
+        of_inner = norms.new_empty(b, len(how.plan.inner)) if how.with_norms else None
+        for batch, window in how.inner_prefix(z, v, weight, norms=of_inner, room=room):
             apply(window, z[:, batch], out[:, batch], transpose=True)
-        norms = [torch.stack(of_blocks).sum() for of_blocks in norms.values()]
+            if how.keep:
+                kept_inner.append((batch, window))
+            del window
+        for batch, window in how.alone(weight, b):
+            apply(window, z[:, batch], out[:, batch], transpose=True)
+
         if how.with_norms:
-            for batch, (start, stop) in itertools.product(range(z.shape[1]), how.plan.alone):
-                norms.append(how.eta**2 * _squared_norm(v[start:stop, batch], z[start:stop, batch]))
-        norms = torch.stack(norms) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
+            parts = [of_inner.flatten(), *(norm[None] for norm in how.norms_of_alone(z, v))]
+            if how.exchange.group is not None:
+                parts.append(walk.norms.sum(0).flatten())
+            norms = torch.cat(parts)
+        ctx.save_for_backward(z, v, weight, *carries.values())
+        ctx.how, ctx.stops = how, list(carries)
+        # not as saved tensors: the backward frees them once it has used them
+        ctx.kept, ctx.kept_inner = (kept, kept_inner) if how.keep else (None, None)
         ctx.mark_non_differentiable(norms)
         return out, norms
 
@@ -251,12 +282,13 @@ class _FastWeightLinear(torch.autograd.Function):
     def backward(ctx, g, _):
         z, v, weight, *carries = ctx.saved_tensors
         carries = dict(zip(ctx.stops, carries, strict=True))
-        how, kept, ctx.kept = ctx.how, ctx.kept, None
+        how, kept, kept_inner = ctx.how, ctx.kept, ctx.kept_inner
+        ctx.kept = ctx.kept_inner = None
         g = g.contiguous()
         if how.sweep is not chunked.sweep:
             g = _aligned(g)
         dz, dv = torch.empty_like(z), torch.zeros_like(v)
-        dweight: dict[int, Tensor] = {}  # by first row
+        dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
         # Others wait for the sums of the rank that starts them, which therefore leaves its other slice for later.
         starts = how.exchange.group is not None and how.plan.suffix[0].source is None
 
@@ -268,35 +300,39 @@ class _FastWeightLinear(torch.autograd.Function):
             if kept is None:
                 windows = how.prefix(z, v, weight, carries=carries, only=stops).windows()
             else:
-                windows = itertools.chain.from_iterable(_emptied(kept[number]) for number in stops if number in kept)
+                windows = ((number, *item) for number in stops if number in kept for item in _emptied(kept[number]))
             for _, batch, rows, window in windows:
                 apply(window, g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
                 del window
 
-        def add_up(stop, place, batch, rows, total):
-            dweight[rows.start] = dweight[rows.start].add_(total) if rows.start in dweight else total
-
-        room = None
-        if kept is not None:
-            room = sum(weights.nbytes for _, _, _, (_, weights) in itertools.chain.from_iterable(kept.values()))
-        walk = how.suffix(z, g, meanwhile=through_weights, room=room)
-        for _, batch, rows, window in walk.windows(add_up):
+        def through_gradients(batch: int, rows: slice, window: Window) -> None:
+            """The terms of dz and dv that come of what the chunks wrote."""
             apply(window, v[:, batch, rows], dz[:, batch], transpose=False, alpha=how.eta, add=True)
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
-            del window
-        of_alone = None  # what documents of one chunk give to the gradient of W
-        for batch, tokens, window in how.alone(weight, z.shape[1]):
+
+        if how.exchange.group is not None:
+            room = None if kept is None else _bytes(itertools.chain.from_iterable(kept.values()))
+            walk = how.suffix(z, g, add_to=dweight, meanwhile=through_weights, room=room)
+            for _, batch, rows, window in walk.windows():
+                through_gradients(batch, rows, window)
+                del window
+        room = None if kept_inner is None else _bytes(kept_inner)
+        for batch, window in how.inner_prefix(z, v, weight) if kept_inner is None else _emptied(kept_inner):
             apply(window, g[:, batch], dz[:, batch], transpose=False)
-            written = g[tokens, batch], z[tokens, batch]
-            of_alone = outer(*written) if of_alone is None else add_outer(of_alone, *written)
-        if of_alone is not None:
-            for row, part in dweight.items():
-                of_alone[row : row + len(part)] += part
-            dweight = {0: of_alone}
-        if not dweight:  # no document begins on this rank
-            return dz, dv, torch.zeros_like(weight), None, None, None
-        dweight = torch.cat([part.to(weight.dtype) for _, part in sorted(dweight.items())])
-        return dz, dv, dweight, None, None, None
+            del window
+        for batch, window in how.inner_suffix(z, g, add_to=dweight, room=room):
+            through_gradients(batch, slice(None), window)
+            del window
+        for batch, window in how.alone(weight, z.shape[1]):
+            apply(window, g[:, batch], dz[:, batch], transpose=False)
+            tokens = slice(*window[0][0])
+            add_outer(dweight, g[tokens, batch], z[tokens, batch])
+        return dz, dv, dweight.to(weight.dtype), None, None, None
+
+
+def _bytes(items: Iterable) -> int:
+    """Of chunk weights."""
+    return sum(weights.nbytes for *_, (_, weights) in items)
 
 
 def _squared_norm(v: Tensor, z: Tensor) -> Tensor:

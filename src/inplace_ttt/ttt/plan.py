@@ -24,20 +24,24 @@ class Segment:
     """The part of one document that lies in one slice."""
 
     chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
-    receives: bool  # the sweep comes to this document's tokens in an earlier slice first
-    sends: bool  # the sweep goes on with this document in a later slice
+    receives: bool = False  # the sweep comes to this document's tokens in an earlier slice first
+    sends: bool = False  # the sweep goes on with this document in a later slice
 
     @property
-    def is_alone(self) -> bool:
-        """It is a whole document, of one chunk: no token sees what it writes."""
-        return len(self.chunks) == 1 and not self.receives and not self.sends
+    def crosses(self) -> bool:
+        """The document goes over an edge of the slice."""
+        return self.receives or self.sends
+
+    def reversed(self) -> "Segment":
+        """The same on a sweep in the other direction."""
+        return Segment(self.chunks[::-1], receives=self.sends, sends=self.receives)
 
 
 @dataclass(frozen=True)
 class Stop:
     """One slice on a sweep."""
 
-    segments: tuple[Segment, ...]  # in the order of the sweep; without those that are alone
+    segments: tuple[Segment, ...]  # those that cross its edges, in the order of the sweep: two at most
     source: int | None  # context-parallel rank whose running sum this slice starts from
     target: int | None  # context-parallel rank that goes on from this slice
 
@@ -48,13 +52,19 @@ class Plan:
 
     prefix: tuple[Stop, ...]  # this rank's slices in reading order
     suffix: tuple[Stop, ...]  # the same slices in the opposite order
-    alone: tuple[Span, ...]  # documents of one chunk, which no sweep comes by
+    inner: tuple[Segment, ...]  # documents of several chunks that lie in one slice, in reading order
+    alone: tuple[Span, ...]  # documents of one chunk, of which no token sees what they write
     chunk_lengths: tuple[int, ...]  # of all local chunks in the order of their tokens
 
     @property
     def sweep_chunks(self) -> int:
         """How many chunks a sweep comes by."""
-        return sum(len(segment.chunks) for stop in self.prefix for segment in stop.segments)
+        return len(self.chunk_lengths) - len(self.alone)
+
+    @property
+    def inner_reversed(self) -> tuple[Segment, ...]:
+        """``inner`` on the suffix sweep."""
+        return tuple(segment.reversed() for segment in reversed(self.inner))
 
 
 def make_plan(
@@ -134,7 +144,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     edges = slice_bounds(seq_length, cp_size)
     if cp_size > 1:
         _check_alignment(edges, bounds, chunk_size)
-    prefix, alone, lengths, offset = [], [], [], 0
+    prefix, inner, alone, lengths, offset = [], [], [], [], 0
     for index in local_slices(cp_size, cp_rank):
         first, last = edges[index], edges[index + 1]
         segments = []
@@ -145,24 +155,23 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
                 chunks.append((begin - first + offset, stop - first + offset))
                 lengths.append(stop - begin)
             segments.append(Segment(tuple(chunks), receives=start < first, sends=end > last))
-        alone += [segment.chunks[0] for segment in segments if segment.is_alone]
+        for segment in segments:
+            if not segment.crosses:
+                inner.append(segment) if len(segment.chunks) > 1 else alone.append(segment.chunks[0])
         prefix.append(
             Stop(
-                tuple(segment for segment in segments if not segment.is_alone),
+                tuple(segment for segment in segments if segment.crosses),
                 source=owner(index - 1, cp_size) if segments[0].receives else None,
                 target=owner(index + 1, cp_size) if segments[-1].sends else None,
             )
         )
         offset += last - first
     suffix = tuple(_reverse(stop) for stop in reversed(prefix))
-    return Plan(tuple(prefix), suffix, tuple(alone), tuple(lengths))
+    return Plan(tuple(prefix), suffix, tuple(inner), tuple(alone), tuple(lengths))
 
 
 def _reverse(stop: Stop) -> Stop:
-    segments = tuple(
-        Segment(segment.chunks[::-1], receives=segment.sends, sends=segment.receives)
-        for segment in reversed(stop.segments)
-    )
+    segments = tuple(segment.reversed() for segment in reversed(stop.segments))
     return Stop(segments, source=stop.target, target=stop.source)
 
 

@@ -1,4 +1,5 @@
-"""One way through the slices that a rank holds: sums come in and go out, chunk weights are handed to whoever uses them.
+"""One way through the slices that a rank holds, by the documents that cross their edges: sums come in and go out, chunk
+weights are handed to whoever uses them.
 
 The rows of the state are independent of each other. They are swept in blocks, so that the sum of one block is on its
 way to the next rank while the next block is swept; the chunk weights of as many blocks as memory has room for are then
@@ -8,7 +9,7 @@ used together, for products are the faster the larger they are.
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -55,7 +56,7 @@ class Exchange:
     comm_dtype: torch.dtype
     mailboxes: bool = True  # where the ranks can have them
 
-    def blocks_and_wire(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Wire | None]:
+    def blocks_and_wire(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Wire]:
         """The row blocks that travel, and by what.
 
         More blocks shorten the wait for the first, which every rank on the way adds to, but not below what one tile
@@ -63,8 +64,6 @@ class Exchange:
         least. Messages take processors from the products beside them, and the more the smaller they are; the copy
         engines do not.
         """
-        if self.group is None:
-            return row_blocks(d, 1), None
         two = self.group.size() == 2
         full = d * f // (AT_A_TIME if two else AT_A_TIME // 2)
         blocks = row_blocks(d, min(4 if two else 8, max(full, 2)))
@@ -106,13 +105,9 @@ class Lanes:
             torch.cuda.current_stream().wait_stream(stream)
 
 
-# A document's sums are complete: (stop, segment's place in it, batch row, rows, their sum over the whole document)
-Complete = Callable[[int, int, int, slice, Tensor], None]
-
-
 @dataclass
 class Walk:
-    """A sweep over all of a rank's tokens, batch row by batch row.
+    """A sweep over what a rank holds of documents that cross the edges of its slices, batch row by batch row.
 
     ``windows`` is walked once. What goes from one rank to another goes and is taken out in one order: batch row by
     batch row, block by block.
@@ -125,19 +120,23 @@ class Walk:
     scale: float
     exchange: Exchange
     sweep: Callable  # chunked.sweep or the kernels'
+    add_to: Tensor | None = None  # (d, f), to which the sums of documents are added where the sweep comes to their end
+    with_norms: bool = False  # note the squared norms of the same sums
     room: int | None = None  # bytes that chunk weights may take at a time; None: the kernels' own choice
     meanwhile: Callable[[int], None] | None = None  # called at each stop once its carries are on their way
     # by stop, (b, d, f): what it started from. Given, where an earlier walk received them: nothing is exchanged
     carries: dict[int, Tensor] | None = None
     only: Collection[int] = (0, 1)  # where nothing is exchanged, stops may be left out
+    # (blocks, b, documents that the sweep comes to the end of): the squared norms, once walked
+    norms: Tensor | None = field(default=None, init=False)
 
-    def windows(self, complete: Complete | None = None) -> Iterator[tuple[int, int, slice, Window]]:
-        """(stop, batch row, rows of the state, chunks with the weights they see), weights valid until the next step.
-
-        ``complete`` is called where the sweep comes to a document's end.
-        """
+    def windows(self) -> Iterator[tuple[int, int, slice, Window]]:
+        """(stop, batch row, rows of the state, chunks with the weights they see), weights valid until the next step."""
         sums = self._sums()
         groups = self._groups(sums.blocks)
+        if self.with_norms:
+            shape = len(sums.blocks), self.a.shape[1], len(self._ends())
+            self.norms = torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
         for leg in self._legs():
             for stop in leg:
                 sums.open(stop)
@@ -145,13 +144,25 @@ class Walk:
                     self.meanwhile(stop)
             for batch in range(self.a.shape[1]):
                 for blocks in groups:
-                    yield from self._together(sums, leg, batch, blocks, complete)
+                    yield from self._together(sums, leg, batch, blocks)
                 if not groups:
                     for block in range(len(sums.blocks)):
-                        yield from self._block(sums, leg, batch, block, complete)
+                        yield from self._block(sums, leg, batch, block)
                     sums.let_go()
         sums.finish()
         self.carries = sums.came
+
+    def _segments(self) -> dict[tuple[int, int], Segment]:
+        """By (stop, place in it)."""
+        return {
+            (number, place): segment
+            for number, stop in enumerate(self.stops)
+            for place, segment in enumerate(stop.segments)
+        }
+
+    def _ends(self) -> list[tuple[int, int]]:
+        """The segments with which documents end."""
+        return [key for key, segment in self._segments().items() if not segment.sends]
 
     def _sums(self) -> PrefixRing | Replay:
         """What sums come in by and go out by."""
@@ -159,48 +170,52 @@ class Walk:
         if self.carries is not None:
             return Replay(self.carries, [slice(0, d)])
         blocks, wire = self.exchange.blocks_and_wire(b, d, f, self.z.device)
-        rank = 0 if self.exchange.group is None else self.exchange.group.rank()
         return PrefixRing(
-            self.stops, blocks, (b, d, f), rank=rank, wire=wire, dtype=state_dtype(self.z.dtype), device=self.z.device
+            self.stops,
+            blocks,
+            (b, d, f),
+            rank=self.exchange.group.rank(),
+            wire=wire,
+            dtype=state_dtype(self.z.dtype),
+            device=self.z.device,
         )
 
     def _legs(self) -> list[tuple[int, ...]]:
         """The stops in the order of the walk. At the turn, where this rank hands the sums to itself, it makes both of
         its stops block by block, for the next rank waits for the second."""
         stops = [stop for stop in range(len(self.stops)) if stop in self.only]
-        group = self.exchange.group
-        if group is not None and self.stops[0].target == group.rank():
+        if self.stops[0].target == self.exchange.group.rank():
             return [tuple(stops)]
         return [(stop,) for stop in stops]
 
     def _groups(self, blocks: list[slice]) -> list[range]:
-        """The blocks whose weights, of all chunks of the rank, there is room for at a time; none where there is no room
+        """The blocks whose weights, of all chunks of the walk, there is room for at a time; none where there is no room
         for one block's, or nothing to be gained. The same for all legs, and on ranks with like documents and memory:
         who waits for more blocks than the rank before it sends at a time waits for products of that rank."""
-        if self.sweep is chunked.sweep or self.exchange.group is None or self.carries is not None:
+        if self.sweep is chunked.sweep or self.carries is not None:
             return []
         from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES
 
-        chunks = sum(len(segment.chunks) for stop in self.stops for segment in stop.segments)
+        chunks = sum(len(segment.chunks) for segment in self._segments().values())
         if chunks == 0:
             return []
         bytes_of_row = self.z.element_size() * self.z.shape[2] * chunks
         return in_groups(blocks, (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row)
 
-    def _together(self, sums, leg, batch: int, blocks: range, complete) -> Iterator:
+    def _together(self, sums, leg, batch: int, blocks: range) -> Iterator:
         """Sweep some blocks and hand out the weights of all of them, segment by segment."""
         rows = slice(sums.blocks[blocks[0]].start, sums.blocks[blocks[-1]].stop)
         weights = {
             (stop, place): self.z.new_empty(len(segment.chunks), rows.stop - rows.start, self.z.shape[2])
-            for stop in leg
-            for place, segment in enumerate(self.stops[stop].segments)
+            for (stop, place), segment in self._segments().items()
+            if stop in leg
         }
         lanes = Lanes(self.z.device)
         for block in blocks:
             here = slice(sums.blocks[block].start - rows.start, sums.blocks[block].stop - rows.start)
             with lanes.of(block):
                 out = {key: of_segment[:, here] for key, of_segment in weights.items()}
-                for _ in self._block(sums, leg, batch, block, complete, out):
+                for _ in self._block(sums, leg, batch, block, out):
                     pass  # its windows are parts of those below
         del out
         lanes.join()
@@ -209,26 +224,25 @@ class Walk:
             chunks = self._with_weights(self.stops[stop].segments[place])
             yield stop, batch, rows, (chunks, weights.pop((stop, place))[: len(chunks)])
 
-    def _block(self, sums, leg, batch: int, block: int, complete, out: dict | None = None) -> Iterator:
+    def _block(self, sums, leg, batch: int, block: int, out: dict | None = None) -> Iterator:
         """Sweep the rows of one block: sums in, windows (into ``out``, by stop and segment, if given), sums out."""
         rows = sums.blocks[block]
         for stop in leg:
             for place, segment in self._what_others_wait_for_first(stop):
-                carry = sums.get(stop, batch, block) if segment.receives else None
-                total = None
-                if segment.sends:
-                    total = sums.going(stop, batch, block)
-                elif complete:
-                    shape = rows.stop - rows.start, self.z.shape[2]
-                    total = torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
+                norms = None
+                if self.with_norms and not segment.sends:
+                    at = self._ends().index((stop, place))
+                    norms = self.norms[block, batch, at : at + 1]
                 for window in self.sweep(
-                    segment,
+                    [segment],
                     None if self.base is None else self.base[rows],
-                    carry,
+                    sums.get(stop, batch, block) if segment.receives else None,
                     self.a[:, batch, rows],
                     self.z[:, batch],
                     self.scale,
-                    total=total,
+                    going=sums.going(stop, batch, block) if segment.sends else None,
+                    add_to=None if self.add_to is None else self.add_to[rows],
+                    norms=norms,
                     room=self.room,
                     **({} if out is None else dict(out=out[stop, place])),
                 ):
@@ -236,8 +250,6 @@ class Walk:
                     del window  # its memory is the next one's
                 if segment.sends:
                     sums.put(stop, batch, block)
-                elif complete:
-                    complete(stop, place, batch, rows, total)
 
     def _what_others_wait_for_first(self, stop: int) -> list[tuple[int, Segment]]:
         return sorted(enumerate(self.stops[stop].segments), key=lambda item: not item[1].sends)

@@ -7,7 +7,7 @@ would be read and written in fp32 besides. README.md has the derivation and the 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from inplace_ttt.ttt import chunked
-from inplace_ttt.ttt.chunked import Window, add_outer, outer
+from inplace_ttt.ttt.chunked import Window
+from inplace_ttt.ttt.kernels.schedule import COLUMNS, GOES_ON, Schedule, make_schedule
 from inplace_ttt.ttt.plan import Segment
 
 # A program's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile,
@@ -42,8 +42,7 @@ EXCHANGE_BYTES = 2 * WINDOW_BYTES
 def _load_step(
     number,  # of the step, in the order of the sweep
     total,  # steps there are
-    chunks,
-    steps,  # in a chunk
+    tokens,
     a_desc,
     z_desc,
     a_tiles,
@@ -51,41 +50,99 @@ def _load_step(
     arrived,
     row0,
     col0,
-    REVERSED: gl.constexpr,
-    BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Have the operands of a step on their way to its slot in shared memory."""
-    chunk = number // steps
-    if REVERSED:
-        chunk = chunks - 1 - chunk
-    token = (chunk * steps + number % steps) * BLOCK_T
-    slot = number % STAGES
     there = number < total
+    token = gl.load(tokens + number, mask=there, other=0)
+    slot = number % STAGES
     mbarrier.expect(arrived.index(slot), a_desc.block_type.nbytes + z_desc.block_type.nbytes, pred=there)
     tma.async_copy_global_to_shared(a_desc, [token, row0], arrived.index(slot), a_tiles.index(slot), pred=there)
     tma.async_copy_global_to_shared(z_desc, [token, col0], arrived.index(slot), z_tiles.index(slot), pred=there)
 
 
-@gluon.jit(do_not_specialize=["chunks", "accumulated"])  # of each document other numbers: one kernel for all
+@gluon.jit
+def _keep_tokens(slot, count, BLOCK_T: gl.constexpr, WIDTH: gl.constexpr, num_warps: gl.constexpr):
+    """Zero what a slot holds of tokens after the first ``count``: they are another document's, or nobody's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    values = slot.load(layout)
+    inside = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, layout)) < count
+    slot.store(gl.where(inside[:, None], values, gl.zeros([BLOCK_T, WIDTH], values.dtype, layout=layout)))
+
+
+@gluon.jit
+def _add_step(
+    state,
+    number,  # of the step
+    count,  # of its tokens, where they are not all
+    total,
+    tokens,
+    a_desc,
+    z_desc,
+    a_tiles,
+    z_tiles,
+    arrived,
+    row0,
+    col0,
+    WHOLE: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
+    BLOCK_F: gl.constexpr,
+    BLOCK_T: gl.constexpr,
+    STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The state with a step's tokens added, which a whole step leaves under way."""
+    slot = number % STAGES
+    mbarrier.wait(arrived.index(slot), (number // STAGES) & 1)
+    if not WHOLE:
+        _keep_tokens(a_tiles.index(slot), count, BLOCK_T, BLOCK_ROWS, num_warps)
+        _keep_tokens(z_tiles.index(slot), count, BLOCK_T, BLOCK_F, num_warps)
+        fence_async_shared()
+    a_tile = a_tiles.index(slot).permute((1, 0))
+    state = warpgroup_mma(a_tile, z_tiles.index(slot), state, is_async=True)
+    state = warpgroup_mma_wait(num_outstanding=1 if WHOLE else 0, deps=(state,))  # the step before has left its slot
+    _load_step(number + STAGES - 1, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
+    return state
+
+
+@gluon.jit
+def _read(tensor, stride, r, c, inside):
+    return gl.load(tensor + r[:, None] * stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
+
+
+# They differ from sequence to sequence: one compiled kernel is for all
+NUMBERS = ["first_chunk", "chunks", "first_step", "total", "made", "carried"]
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
 def _chunk_weights_kernel(
     a_desc,  # (t, rows)
     z_desc,  # (t, f)
-    weights_desc,  # (chunks, rows, f): what each chunk sees
+    weights_desc,  # (chunks that see anything, rows, f): what they see
+    table,  # (chunks, COLUMNS): see schedule.py
+    tokens,  # (steps,): the first of each step
     base,  # (rows, f) or None
-    before,  # (rows, f) fp32 or None: what was written before these chunks
-    after,  # (rows, f) fp32 or None: the same and what these chunks wrote; may be `before`
+    before,  # (rows, f) fp32 or None: what the first chunk's document wrote before it
+    after,  # (rows, f) fp32 or None: what the last chunk's document wrote up to here; may be `before`
+    add_to,  # (rows, f) fp32 or None: to it is added what each document wrote up to its end
+    norms,  # (documents, programs) fp32 or None: the squared norm of the same, the part of each program's tile
     rows,
     f,
     base_stride,  # between rows of base
     before_stride,
     after_stride,
-    chunks,  # to make weights of
-    accumulated,  # of which this many write: all, or all but the last
-    steps,  # BLOCK_T tokens each, in a chunk
+    add_to_stride,
+    first_chunk,
+    chunks,
+    first_step,
+    total,  # steps there are
+    made,  # weights there are to make
+    carried,  # 1 if `before` is to be read, else 0
     scale,  # of everything written
     inverse,  # 1 / scale
-    REVERSED: gl.constexpr,  # from the last chunk to the first
+    REVERSED: gl.constexpr,  # weights come from the last to the first
+    COLUMNS: gl.constexpr,
+    GOES_ON: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
     BLOCK_F: gl.constexpr,
     BLOCK_T: gl.constexpr,
@@ -94,8 +151,8 @@ def _chunk_weights_kernel(
 ):
     """The accumulator holds the state over ``scale``, the base included: storing a chunk's weight reads nothing.
 
-    Loads run ahead of the products by STAGES - 1 steps, across chunk boundaries; a store drains while the next chunk
-    is added up.
+    Loads run ahead of the products by STAGES - 1 steps, across the ends of chunks and documents; a store drains while
+    the next chunk is added up.
     """
     tile: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_F, 16]
@@ -113,53 +170,72 @@ def _chunk_weights_kernel(
     # neighbours in time share a column tile of z, which is the wider operand
     row0 = (program % row_tiles) * BLOCK_ROWS
     col0 = (program // row_tiles) * BLOCK_F
-    total = accumulated * steps
+    table += first_chunk * COLUMNS
+    tokens += first_step
     for number in gl.static_range(STAGES - 1):
-        _load_step(
-            number, total, chunks, steps, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
-            REVERSED, BLOCK_T, STAGES,
-        )  # fmt: skip
+        _load_step(number, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
 
     r = row0 + gl.arange(0, BLOCK_ROWS, layout=gl.SliceLayout(1, tile))
     c = col0 + gl.arange(0, BLOCK_F, layout=gl.SliceLayout(0, tile))
     inside = (r < rows)[:, None] & (c < f)[None, :]
     r = r.to(gl.int64)
-    state = gl.zeros([BLOCK_ROWS, BLOCK_F], gl.float32, layout=tile)
-    if base is not None:
-        state += gl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
-    if before is not None:
-        state += gl.load(before + r[:, None] * before_stride + c[None, :], mask=inside, other=0.0)
-    state *= inverse
 
+    number = 0
     done = 0
-    for number in range(0, chunks):
-        weight = (state * scale).to(weights_desc.dtype)
-        tma.store_wait(pendings=0)  # the last chunk's has left
-        leaving.reshape([BLOCK_ROWS, BLOCK_F]).store(weight)
-        fence_async_shared()
-        chunk = chunks - 1 - number if REVERSED else number
-        tma.async_copy_shared_to_global(weights_desc, [chunk, row0, col0], leaving)
-        for _ in range(0, steps if number < accumulated else 0):
-            here = done % STAGES
-            mbarrier.wait(arrived.index(here), (done // STAGES) & 1)
-            a_tile = a_tiles.index(here).permute((1, 0))
-            state = warpgroup_mma(a_tile, z_tiles.index(here), state, is_async=True)
-            state = warpgroup_mma_wait(num_outstanding=1, deps=(state,))  # the step before has left its slot
-            _load_step(
-                done + STAGES - 1, total, chunks, steps, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
-                REVERSED, BLOCK_T, STAGES,
-            )  # fmt: skip
-            done += 1
-        state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
+    stored = 0
+    while number < chunks:  # for each document
+        state = gl.zeros([BLOCK_ROWS, BLOCK_F], gl.float32, layout=tile)
+        if base is not None:
+            state += _read(base, base_stride, r, c, inside)
+        if before is not None:
+            state += _read(before, before_stride, r, c, inside & (number < carried))
+        state *= inverse
+        ends = GOES_ON
+        goes_on = True
+        while goes_on:  # for each of its chunks
+            row = table + number * COLUMNS
+            whole, left, sees, ends = gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
+            if sees != 0:
+                weight = (state * scale).to(weights_desc.dtype)
+                tma.store_wait(pendings=0)  # the last chunk's has left
+                leaving.reshape([BLOCK_ROWS, BLOCK_F]).store(weight)
+                fence_async_shared()
+                place = made - 1 - stored if REVERSED else stored
+                tma.async_copy_shared_to_global(weights_desc, [place, row0, col0], leaving)
+                stored += 1
+            for _ in range(0, whole):
+                state = _add_step(
+                    state, done, BLOCK_T, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
+                    True, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps,
+                )  # fmt: skip
+                done += 1
+            state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
+            if left > 0:
+                state = _add_step(
+                    state, done, left, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
+                    False, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps,
+                )  # fmt: skip
+                done += 1
+            number += 1
+            goes_on = (number < chunks) & (ends == GOES_ON)
+        if after is not None or add_to is not None or norms is not None:
+            state *= scale
+            if base is not None:
+                state -= _read(base, base_stride, r, c, inside)
+            if after is not None:
+                here = after + r[:, None] * after_stride + c[None, :]
+                gl.store(here, state, mask=inside & (number == chunks))
+            if norms is not None:
+                squares = gl.sum(gl.sum(state * state, axis=1), axis=0)
+                gl.store(norms + ends * gl.num_programs(0) + program, squares, mask=ends >= 0)
+            if add_to is not None:
+                here = add_to + r[:, None] * add_to_stride + c[None, :]
+                added = state + gl.load(here, mask=inside & (ends >= 0), other=0.0)
+                gl.store(here, added, mask=inside & (ends >= 0))
 
     tma.store_wait(pendings=0)
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(arrived.index(slot))
-    if after is not None:
-        state *= scale
-        if base is not None:
-            state -= gl.load(base + r[:, None] * base_stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
-        gl.store(after + r[:, None] * after_stride + c[None, :], state, mask=inside)
 
 
 @functools.cache
@@ -174,60 +250,79 @@ def _descriptor(tensor: Tensor, *block: int) -> TensorDescriptor:
 def chunk_weights(
     a: Tensor,
     z: Tensor,
+    schedule: Schedule,
+    window: range,
     *,
-    chunk_size: int,
-    chunks: int,
-    accumulated: int,
     scale: float,
     base: Tensor | None = None,
     before: Tensor | None = None,
     after: Tensor | None = None,
-    reverse: bool = False,
+    add_to: Tensor | None = None,
+    norms: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight that each chunk sees: ``base + before + scale * sum a_t^T z_t`` over the chunks that come before it.
+    """The weights that chunks see: ``base + before + scale * sum a_t^T z_t``, over the tokens of their document that
+    come before them.
 
     Args:
-        a: (t, rows) bf16, at least ``accumulated`` chunks.
+        a: (t, rows) bf16.
         z: (t, f) bf16.
-        chunks: how many weights to make.
-        accumulated: how many chunks write, ``chunks`` or one less: what the last writes matters to ``after`` alone.
+        window: the numbers of the schedule's chunks that are swept.
         base: (rows, f) bf16.
-        before: (rows, f) fp32.
-        after: (rows, f) fp32, filled with ``before`` and what the accumulated chunks wrote; may be ``before`` itself.
-        reverse: chunks come in the order from the last to the first.
-        out: (chunks or more, rows, f) bf16, where the weights go. None: into new memory.
+        before: (rows, f) fp32, what the first chunk's document wrote before it.
+        after: (rows, f) fp32, filled with what the last chunk's document wrote up to there; may be ``before`` itself.
+        add_to: (rows, f) fp32, to which the same of each document that ends here is added.
+        norms: (documents, programs) fp32, filled with the squared norm of the same: that of each program's tile.
+        out: (weights or more, rows, f) bf16, where they go. None: into new memory.
 
     Returns:
-        (chunks, rows, f) bf16, in the order of tokens.
+        (chunks that see anything, rows, f) bf16, in the order of tokens.
     """
     rows, f = a.shape[1], z.shape[1]
-    weights = torch.empty(chunks, rows, f, dtype=z.dtype, device=z.device) if out is None else out[:chunks]
-    _chunk_weights_kernel[(triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F),)](
+    first, last = window[0], window[-1] + 1
+    made = schedule.seen[last] - schedule.seen[first]
+    if out is None:
+        out = torch.empty(max(made, 1), rows, f, dtype=z.dtype, device=z.device)  # a descriptor needs something
+    start = before
+    if before is None and base is None:  # a state of constant zeros would have ptxas wait for each product (C7515)
+        start = add_to if add_to is not None else after
+    _chunk_weights_kernel[(programs(rows, f),)](
         _descriptor(a, BLOCK_T, BLOCK_ROWS),
         _descriptor(z, BLOCK_T, BLOCK_F),
-        _descriptor(weights, 1, BLOCK_ROWS, BLOCK_F),
+        _descriptor(out, 1, BLOCK_ROWS, BLOCK_F),
+        schedule.table,
+        schedule.tokens,
         base,
-        before,
+        start,
         after,
+        add_to,
+        norms,
         rows,
         f,
-        0 if base is None else base.stride(0),
-        0 if before is None else before.stride(0),
-        0 if after is None else after.stride(0),
-        chunks,
-        accumulated,
-        chunk_size // BLOCK_T,
+        *(0 if tensor is None else tensor.stride(0) for tensor in (base, start, after, add_to)),
+        first,
+        last - first,
+        schedule.steps[first],
+        schedule.steps[last] - schedule.steps[first],
+        made,
+        int(before is not None),
         scale,
         1.0 / scale,
-        REVERSED=reverse,
+        REVERSED=schedule.reverse,
+        COLUMNS=COLUMNS,
+        GOES_ON=GOES_ON,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_F=BLOCK_F,
         BLOCK_T=BLOCK_T,
         STAGES=STAGES,
         num_warps=WARPS,
     )
-    return weights
+    return out[:made]
+
+
+def programs(rows: int, f: int) -> int:
+    """How many tiles the state has."""
+    return triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F)
 
 
 def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | None:
@@ -246,19 +341,17 @@ def why_unsupported(z: Tensor, v: Tensor, chunk_size: int, eta: float) -> str | 
     return None
 
 
-def takes(segment: Segment) -> bool:
-    """Whether the kernel can sweep a segment: one of a single short chunk may be too odd for it."""
-    return max(stop - start for start, stop in segment.chunks) % CHUNK_MULTIPLE == 0
-
-
 def sweep(
-    segment: Segment,
+    segments: Sequence[Segment],
     base: Tensor | None,
     carry: Tensor | None,
     a: Tensor,
     z: Tensor,
     scale: float,
-    total: Tensor | None = None,
+    *,
+    going: Tensor | None = None,
+    add_to: Tensor | None = None,
+    norms: Tensor | None = None,
     room: int | None = None,
     out: Tensor | None = None,
 ) -> Iterator[Window]:
@@ -266,52 +359,33 @@ def sweep(
 
     ``out`` (chunks or more, rows, f) takes the weights of all chunks, which are then one window.
     """
-    if not takes(segment):
-        for chunk, weight in chunked.sweep(segment, base, carry, a, z, scale, total):
-            yield chunk, weight if out is None else out[:1].copy_(weight)
-        return
-    chunks = list(segment.chunks)
-    size = max(stop - start for start, stop in chunks)
-    reverse = len(chunks) > 1 and chunks[1] < chunks[0]
-    if base is None and carry is None:
-        # The first weight is zero. What its chunk writes, which alone may be shorter here, is where the next starts.
-        first = slice(*chunks.pop(0))
-        if total is not None or chunks:
-            carry = outer(a[first], z[first])
-            if scale != 1:
-                carry.mul_(scale)
-        if not chunks:
-            if total is not None:
-                total.copy_(carry)
-            return
-    most = max(1, (WINDOW_BYTES if room is None else room) // (2 * a.shape[1] * z.shape[1]))
+    schedule = make_schedule(
+        tuple(segments),
+        BLOCK_T,
+        based=base is not None,
+        carried=carry is not None,
+        goes_elsewhere=going is not None,
+        to_the_end=add_to is not None or norms is not None,
+        stream=torch.cuda.current_stream(z.device) if z.is_cuda else None,
+    )
+    rows, f = a.shape[1], z.shape[1]
+    most = max(1, (WINDOW_BYTES if room is None else room) // (2 * rows * f))
     if out is not None:
-        most = len(chunks)
-    running = total
-    if running is None and len(chunks) > most:  # takes the sum from window to window
-        running = torch.empty(a.shape[1], z.shape[1], device=z.device)
-    while chunks:
-        window, chunks = chunks[:most], chunks[most:]
-        start, stop = window[-1]
-        short = stop - start < size  # the end of a document, in reading order
-        accumulated = len(window) - (short or (not chunks and total is None))
-        ordered = window[::-1] if reverse else window
-        tokens = slice(ordered[0][0], ordered[-1][1])
+        most = len(schedule.chunks)
+    of_tiles = None if norms is None else torch.empty(schedule.documents, programs(rows, f), device=z.device)
+    running = None  # takes the sum from window to window, where a document goes on
+    before = carry
+    for window in schedule.windows(most):
+        after = going if window.stop == len(schedule.chunks) else None
+        if schedule.goes_on[window[-1]]:
+            running = after = torch.empty(rows, f, device=z.device) if running is None else running
         weights = chunk_weights(
-            a[tokens],
-            z[tokens],
-            chunk_size=size,
-            chunks=len(window),
-            accumulated=accumulated,
-            scale=scale,
-            base=base,
-            before=carry,
-            after=running,
-            reverse=reverse,
-            out=out,
-        )
-        carry = running
-        yield tuple(ordered), weights
+            a, z, schedule, window,
+            scale=scale, base=base, before=before, after=after, add_to=add_to, norms=of_tiles, out=out,
+        )  # fmt: skip
+        before = after
+        if len(weights):
+            yield schedule.that_see(window), weights
         del weights  # unless the caller keeps them, their memory is the next window's
-        if short and total is not None:
-            add_outer(total, a[start:stop], z[start:stop], scale)
+    if norms is not None:
+        torch.sum(of_tiles, 1, out=norms)
