@@ -10,7 +10,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 
 from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive, target
 from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
-from numerics.cases import operands, relative_error
+from numerics.cases import operands, relative_error, update_norms
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,15 @@ def test_kernels_equal_the_definition(seed, monkeypatch):
         error = relative_error(value.double(), reference)
         assert error < 1e-2
         assert error <= 1.1 * relative_error(of_twin.double(), reference) + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_update_norms(seed, monkeypatch):
+    (z, v, weight, _), options = random_case(seed)
+    monkeypatch.setattr(chunk_weights, "WINDOW_BYTES", random.Random(seed).choice([0, 300_000, 2**30]))
+    _, norms = fast_weight_linear(amid_nan(z), amid_nan(v), weight.cuda(), **options, return_update_norms=True)
+    expected = update_norms(z.double(), v.double(), options["cu_seqlens"], options["eta"])
+    assert relative_error(norms.sort().values.double().cpu(), expected) < 1e-3
 
 
 def test_kernels_are_what_runs():

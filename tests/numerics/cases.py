@@ -1,5 +1,6 @@
 """Random shapes, documents and chunk sizes, and how results are compared."""
 
+import itertools
 import math
 import random
 from collections.abc import Iterable
@@ -33,6 +34,16 @@ def operands(seed: int, s: int, b: int, d: int, f: int, dtype=torch.float64) -> 
     generator = torch.Generator().manual_seed(seed)
     shapes = (s, b, f), (s, b, d), (d, f), (s, b, d)
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def update_norms(z: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor | None, eta: float) -> torch.Tensor:
+    """Squared norms of what documents sum up to, by definition; in rising order."""
+    bounds = [0, len(z)] if cu_seqlens is None else cu_seqlens.tolist()
+    norms = [
+        (eta * v[start:stop, row].T @ z[start:stop, row]).square().sum()
+        for row, (start, stop) in itertools.product(range(z.shape[1]), itertools.pairwise(bounds))
+    ]
+    return torch.stack(norms).sort().values
 
 
 def with_gradients(function, z, v, weight, g, **options):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.ttt import fast_weight_linear, function, naive
-from numerics.cases import largest, operands, random_documents, with_gradients
+from numerics.cases import largest, operands, random_documents, relative_error, update_norms, with_gradients
 from ranks import run_ranks
 
 kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
@@ -77,7 +77,7 @@ def documents_that_end_oddly(rng, length, slices):
 
 
 def worst_error(seeds):
-    """Of values and gradients, over random layouts, windows and ways to keep weights."""
+    """Of values, gradients and norms of updates, over random layouts, windows and ways to keep weights."""
     size, rank, errors = dist.get_world_size(), dist.get_rank(), []
     kernels.chunk_weights = chunk_weights_in_torch
     function._choose_sweep = lambda *_: kernels.sweep
@@ -99,7 +99,11 @@ def worst_error(seeds):
         group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
         local = [t.float() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]
         values = with_gradients(fast_weight_linear, *local, **options, **keep, **group)
-        errors.append(error_of_slices(values, expected))
+        _, norms = fast_weight_linear(*local[:3], **options, **group, return_update_norms=True)
+        of_ranks = [None] * size
+        dist.all_gather_object(of_ranks, norms)
+        norms, expected_norms = torch.cat(of_ranks).sort().values.double(), update_norms(z, v, documents, 0.01)
+        errors += [error_of_slices(values, expected), relative_error(norms, expected_norms)]
     return largest(errors)
 
 

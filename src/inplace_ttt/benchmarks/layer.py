@@ -1,5 +1,6 @@
 """One MLP layer, plain and with fast weights: time, memory, and error against float64."""
 
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ class Shape:
         """Forward and backward of the plain MLP."""
         return 9 * 2.0 * self.tokens * self.hidden * self.ffn
 
-    @property
-    def ttt_flops(self) -> float:
-        """The same with fast weights: update and its gradients 3 of T d f, projection 3 of T d d, as 2 FLOPs each."""
-        return self.plain_flops + 6.0 * self.tokens * self.hidden * (self.ffn + self.hidden)
+    def ttt_flops(self, chunk_size: int) -> float:
+        """The same with fast weights. A token takes 3 products of d x d more, its projection's; one whose document goes
+        on after its chunk 3 of d x f, those of the update and its gradients. 2 FLOPs each."""
+        lengths = [stop - start for start, stop in itertools.pairwise(self.bounds)]
+        learned_from = sum((length - 1) // chunk_size * chunk_size for length in lengths if length)
+        return self.plain_flops + 6.0 * self.hidden * (learned_from * self.ffn + self.tokens * self.hidden)
 
 
 def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size: int) -> Tensor:
@@ -128,7 +131,7 @@ def measure(shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: i
         times = milliseconds({name: partial(layer.forward_backward, run) for name, run in forwards.items()}, rounds)
         for name in forwards:
             median = statistics.median(times[name])
-            flops = shape.plain_flops if name == "plain" else shape.ttt_flops
+            flops = shape.plain_flops if name == "plain" else shape.ttt_flops(chunk_size)
             records.append(
                 dict(
                     chunk_size=chunk_size,

@@ -372,13 +372,17 @@ def sweep(
     most = max(1, (WINDOW_BYTES if room is None else room) // (2 * rows * f))
     if out is not None:
         most = len(schedule.chunks)
-    of_tiles = None if norms is None else torch.empty(schedule.documents, programs(rows, f), device=z.device)
+    of_tiles = (
+        None
+        if norms is None
+        else torch.empty(schedule.documents, programs(rows, f), dtype=torch.float32, device=z.device)
+    )
     running = None  # takes the sum from window to window, where a document goes on
     before = carry
     for window in schedule.windows(most):
         after = going if window.stop == len(schedule.chunks) else None
         if schedule.goes_on[window[-1]]:
-            running = after = torch.empty(rows, f, device=z.device) if running is None else running
+            running = after = torch.empty(rows, f, dtype=torch.float32, device=z.device) if running is None else running
         weights = chunk_weights(
             a, z, schedule, window,
             scale=scale, base=base, before=before, after=after, add_to=add_to, norms=of_tiles, out=out,
