@@ -49,8 +49,11 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--ffn", type=_positive, default=9728, help="f (9728)")
         command.add_argument("--chunks", type=_positive, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
         command.add_argument("--rounds", type=_positive, default={"layer": 7, "prefix": 15}[name])
+        command.add_argument(
+            "--documents", type=_positive, default=1, help="of equal length in the sequence; prefix: of all ranks (1)"
+        )
     layer, prefix = commands.choices["layer"], commands.choices["prefix"]
-    layer.add_argument("--documents", type=_positive, default=1, help="of equal length in the sequence (1)")
+    layer.add_argument("--update-norms", action="store_true", help="note the norms of updates, as training does")
     layer.add_argument(
         "--variants",
         nargs="+",
@@ -122,7 +125,7 @@ def run_layer(arguments):
 
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
     with shape_fits(arguments):
-        records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds)
+        records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds, arguments.update_norms)
         errors = {}
         for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
             tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
@@ -142,11 +145,11 @@ def run_prefix(arguments):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world < 2:
         raise UserError("prefix passes states between ranks: start it with torchrun --nproc-per-node 2 or more")
+    shape = layer.Shape(arguments.tokens * world, arguments.hidden, arguments.ffn, arguments.documents)
     for size in arguments.chunks:  # before anyone waits for anyone
-        make_plan(arguments.tokens * world, size, None, world, 0)
+        make_plan(shape.tokens, size, shape.bounds, world, 0)
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as Megatron's context-parallel group has it in training
     dist.init_process_group("nccl")
-    shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn)
     comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]
     options = dict(keep_chunk_weights=arguments.keep, comm_dtype=comm_dtype, prefix=arguments.prefix)
     with shape_fits(arguments):

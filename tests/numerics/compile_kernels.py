@@ -1,5 +1,6 @@
 """Compile the kernels for Hopper on a machine without a GPU; prints one line a kernel. Run by test_kernels.py."""
 
+import itertools
 import subprocess
 import tempfile
 
@@ -45,25 +46,33 @@ def main():
     driver.set_active(HopperByName())
     compiler.CompiledKernel._init_handles = stop
     from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
+    from inplace_ttt.ttt.kernels.schedule import make_schedule
     from inplace_ttt.ttt.plan import Segment
 
     a, z, base = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((256, 192), (256, 320), (192, 320)))
     state, ids = torch.empty(192, 320), torch.empty(256, dtype=torch.int32)
-    whole = [Segment(((0, 64), (64, 100))), Segment(((100, 164), (164, 228)))]
-    going = [whole[0], Segment(whole[1].chunks, sends=True)]
-    backward = [segment.reversed() for segment in reversed(whole)]
+    norms = torch.empty(2, chunk_weights.programs(192, 320))
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
-    prefix, suffix = (base, None, a, z, 0.5), (None, None, a, z, 1.0)
-    with_carry, carried = (base, state, a, z, 0.5), (None, state, a, z, 1.0)
+    forward = Segment(((0, 64), (64, 100))), Segment(((100, 164), (164, 228)))
+    backward = tuple(segment.reversed() for segment in reversed(forward))
 
-    def sweep(segments, operands, **wanted):
-        return lambda: list(chunk_weights.sweep(segments, *operands, **wanted))
+    def sweep(segments, **operands):
+        wanted = dict(based="base" in operands, carried="before" in operands, goes_elsewhere=False, to_the_end=True)
+        schedule = make_schedule(segments, chunk_weights.BLOCK_T, **wanted, stream=None)
+        return lambda: chunk_weights.chunk_weights(a, z, schedule, range(4), scale=0.5, **operands)
+
+    def with_some(**operands):
+        """All ways to leave some of them out."""
+        for chosen in itertools.product([True, False], repeat=len(operands)):
+            yield dict(itertools.compress(operands.items(), chosen))
 
     for launch in (
-        *(sweep(whole, operands) for operands in (prefix, with_carry)),
-        *(sweep(whole, operands, norms=torch.empty(2)) for operands in (prefix, with_carry)),
-        *(sweep(going, operands, going=state) for operands in (prefix, with_carry, suffix, carried)),
-        *(sweep(backward, operands, add_to=state) for operands in (suffix, carried)),
+        *(sweep(forward, base=base, **some) for some in with_some(before=state, after=state, norms=norms)),
+        *(
+            sweep(segments, add_to=state, **some)
+            for segments in (forward, backward)  # a single chunk counts as forward
+            for some in with_some(before=state, after=state)
+        ),
         lambda: chunk_conv.conv(u, weight, ids),
         lambda: chunk_conv.conv_backward(u, u, weight, ids),
     ):

@@ -54,7 +54,7 @@ def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size
 class Layer:
     """Parameters and input of one layer in bf16, and its variants."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, update_norms: bool = False):
         d, f = shape.hidden, shape.ffn
         generator = torch.Generator(device="cuda").manual_seed(0)
 
@@ -62,7 +62,7 @@ class Layer:
             values = torch.randn(size, generator=generator, device="cuda") * std
             return values.bfloat16().requires_grad_()
 
-        self.shape, self.ids = shape, {}
+        self.shape, self.update_norms, self.ids = shape, update_norms, {}
         self.x = normal(shape.tokens, 1, d, std=1.0)
         self.fc1, self.fc2 = normal(2 * f, d, std=d**-0.5), normal(d, f, std=f**-0.5)
         self.conv, self.projection = normal(d, 1, 5, std=0.4), normal(d, d, std=d**-0.5)
@@ -101,7 +101,7 @@ class Layer:
 
     def variants(self, chunk_size: int, wanted: list[str]) -> dict[str, Callable[[], Tensor]]:
         bounds = torch.tensor(self.shape.bounds, dtype=torch.int32)
-        ours = partial(fast_weight_linear, cu_seqlens=bounds)
+        ours = partial(_noting_norms if self.update_norms else fast_weight_linear, cu_seqlens=bounds)
         operations = {
             "materialised": materialised,
             "chunk loop": partial(_without_kernels, ours),
@@ -111,14 +111,22 @@ class Layer:
         return {name: partial(self.fast, operations[name], chunk_size) for name in wanted}
 
 
+def _noting_norms(*args, **kwargs) -> Tensor:
+    out, _ = fast_weight_linear(*args, return_update_norms=True, **kwargs)
+    return out
+
+
 def _without_kernels(operation: Callable, *args, **kwargs) -> Tensor:
     with patch.object(function, "_choose_sweep", lambda *_: chunked.sweep):
         return operation(*args, **kwargs)
 
 
-def measure(shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: int) -> list[dict]:
-    """A record for the plain layer and for each variant at each chunk size."""
-    layer = Layer(shape)
+def measure(
+    shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: int, update_norms: bool = False
+) -> list[dict]:
+    """A record for the plain layer and for each variant at each chunk size; ``update_norms``: as training asks for them
+    in the forward that is not a recompute."""
+    layer = Layer(shape, update_norms)
     records = []
     layer.forward_backward(layer.plain)  # the libraries' workspaces are not the layer's
     plain_memory = peak_gib(lambda: layer.forward_backward(layer.plain))

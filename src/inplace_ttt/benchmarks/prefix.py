@@ -11,27 +11,33 @@ import torch.distributed as dist
 from inplace_ttt.benchmarks.layer import Layer, Shape
 from inplace_ttt.benchmarks.timing import milliseconds
 from inplace_ttt.ttt import fast_weight_linear
+from inplace_ttt.ttt.plan import make_plan
+from inplace_ttt.ttt.target import chunk_ids
 from inplace_ttt.ttt.walk import Walk
 
 AHEAD = 40_000_000  # clock cycles, about 20 ms
 
 
 def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) -> list[dict]:
-    """A record for each chunk size; ``shape.tokens`` is the length on each rank, ``options`` are fast_weight_linear's.
+    """A record for each chunk size; ``shape`` is the whole sequence's, ``options`` are fast_weight_linear's.
 
     Every rank calls it.
     """
-    layer = Layer(shape)
-    ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, **options)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    bounds = torch.tensor(shape.bounds, dtype=torch.int32)
+    layer = Layer(Shape(shape.tokens // ranks, shape.hidden, shape.ffn))
+    ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, cu_seqlens=bounds, **options)
     records = []
     for chunk_size in chunk_sizes:
+        lengths = make_plan(shape.tokens, chunk_size, shape.bounds, ranks, rank).chunk_lengths
+        layer.ids[chunk_size] = chunk_ids(lengths).cuda()
         run = partial(layer.forward_backward, partial(layer.fast_over_ranks, ours, chunk_size))
         runs = {"over ranks": run, "alone": partial(_alone, run)}
         times = {name: _slowest(found) for name, found in milliseconds(runs, rounds, _together).items()}
         exposed = [a - b for a, b in zip(times["over ranks"], times["alone"], strict=True)]
         records.append(
             dict(
-                ranks=dist.get_world_size(),
+                ranks=ranks,
                 chunk_size=chunk_size,
                 prefix=options["prefix"],
                 kept=options["keep_chunk_weights"],

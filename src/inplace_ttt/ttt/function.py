@@ -103,12 +103,13 @@ def fast_weight_linear(
     cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     plan = make_plan(z.shape[0] * cp_size, chunk_size, documents, cp_size, cp_rank)
-    group = cp_group if cp_size > 1 else None
-    exchange = Exchange(group, comm_dtype or state_dtype(z.dtype), mailboxes=prefix == "ring")
+    exchange = None
+    if cp_size > 1:
+        exchange = Exchange(cp_group, comm_dtype or state_dtype(z.dtype), mailboxes=prefix == "ring")
     sweep = _choose_sweep(z, v, chunk_size, eta)
     kernels = sweep is not chunked.sweep
     copied = kernels and not all(map(_is_aligned, (z, v)))
-    if before_second_slice is not None and (group is None or copied):
+    if before_second_slice is not None and (exchange is None or copied):
         before_second_slice()
         before_second_slice = None
     if kernels:
@@ -192,7 +193,7 @@ class _How:
 
     eta: float
     plan: Plan
-    exchange: Exchange
+    exchange: Exchange | None  # None: no other rank holds a part of the sequence
     sweep: Callable
     keep: bool
     with_norms: bool
@@ -214,7 +215,9 @@ class _How:
         return self._sweep_rows(self.plan.inner_reversed, None, g, z, 1.0, **options)
 
     def _sweep_rows(self, segments, base, a, z, scale, norms: Tensor | None = None, **options):
-        for batch in range(z.shape[1] if segments else 0):
+        if not segments:
+            return
+        for batch in range(z.shape[1]):
             of_row = None if norms is None else norms[batch]
             for window in self.sweep(segments, base, None, a[:, batch], z[:, batch], scale, norms=of_row, **options):
                 yield batch, window
@@ -225,12 +228,13 @@ class _How:
         for batch, run in itertools.product(range(b), runs(self.plan.alone)):
             yield batch, ((run,), weight[None])
 
-    def norms_of_alone(self, z: Tensor, v: Tensor) -> list[Tensor]:
-        """Squared norms of what documents of one chunk write, each row's."""
-        return [
-            self.eta**2 * _squared_norm(v[start:stop, batch], z[start:stop, batch])
-            for batch, (start, stop) in itertools.product(range(z.shape[1]), self.plan.alone)
-        ]
+    def norms_of_alone(self, z: Tensor, v: Tensor) -> Tensor:
+        """(b, documents): squared norms of what documents of one chunk write."""
+        norms = torch.empty(z.shape[1], len(self.plan.alone), dtype=state_dtype(z.dtype), device=z.device)
+        for number, (start, stop) in enumerate(self.plan.alone):
+            for batch in range(z.shape[1]):
+                norms[batch, number] = _squared_norm(v[start:stop, batch], z[start:stop, batch])
+        return self.eta**2 * norms
 
 
 class _FastWeightLinear(torch.autograd.Function):
@@ -238,14 +242,13 @@ class _FastWeightLinear(torch.autograd.Function):
     def forward(ctx, z, v, weight, how: _How, received: Received | None, before_second_slice: Callable | None):
         out, b = torch.empty_like(v), z.shape[1]
         room = sys.maxsize if how.keep else None
-        kept, kept_inner, carries = defaultdict(list), [], {}
-        norms = z.new_zeros(0, dtype=state_dtype(z.dtype))
+        kept, kept_inner, carries, norms = defaultdict(list), [], {}, []
 
         def at_stop(stop):
             if stop == 1 and before_second_slice is not None:
                 before_second_slice()
 
-        if how.exchange.group is not None:
+        if how.exchange is not None:
             came = None if received is None else received.carries
             walk = how.prefix(z, v, weight, carries=came, room=room, meanwhile=at_stop, with_norms=how.with_norms)
             for stop, batch, rows, window in walk.windows():
@@ -254,9 +257,14 @@ class _FastWeightLinear(torch.autograd.Function):
                     kept[stop].append((batch, rows, window))
                 del window  # its memory is the next one's
             carries = walk.carries
-            if received is not None:
-                received.carries = carries
-        of_inner = norms.new_empty(b, len(how.plan.inner)) if how.with_norms else None
+            if how.with_norms:
+                norms.append(walk.norms.sum(0))
+        if received is not None:
+            received.carries = carries
+        of_inner = None
+        if how.with_norms:
+            of_inner = torch.empty(b, len(how.plan.inner), dtype=state_dtype(z.dtype), device=z.device)
+            norms += [of_inner, how.norms_of_alone(z, v)]
         for batch, window in how.inner_prefix(z, v, weight, norms=of_inner, room=room):
             apply(window, z[:, batch], out[:, batch], transpose=True)
             if how.keep:
@@ -265,11 +273,7 @@ class _FastWeightLinear(torch.autograd.Function):
         for batch, window in how.alone(weight, b):
             apply(window, z[:, batch], out[:, batch], transpose=True)
 
-        if how.with_norms:
-            parts = [of_inner.flatten(), *(norm[None] for norm in how.norms_of_alone(z, v))]
-            if how.exchange.group is not None:
-                parts.append(walk.norms.sum(0).flatten())
-            norms = torch.cat(parts)
+        norms = torch.cat([part.flatten() for part in norms]) if norms else z.new_zeros(0, dtype=state_dtype(z.dtype))
         ctx.save_for_backward(z, v, weight, *carries.values())
         ctx.how, ctx.stops = how, list(carries)
         # not as saved tensors: the backward frees them once it has used them
@@ -290,7 +294,7 @@ class _FastWeightLinear(torch.autograd.Function):
         dz, dv = torch.empty_like(z), torch.zeros_like(v)
         dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
         # Others wait for the sums of the rank that starts them, which therefore leaves its other slice for later.
-        starts = how.exchange.group is not None and how.plan.suffix[0].source is None
+        starts = how.exchange is not None and how.plan.suffix[0].source is None
 
         def through_weights(stop: int) -> None:
             """dz = W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
@@ -310,14 +314,16 @@ class _FastWeightLinear(torch.autograd.Function):
             apply(window, v[:, batch, rows], dz[:, batch], transpose=False, alpha=how.eta, add=True)
             apply(window, z[:, batch], dv[:, batch, rows], transpose=True, alpha=how.eta)
 
-        if how.exchange.group is not None:
+        if how.exchange is not None:
             room = None if kept is None else _bytes(itertools.chain.from_iterable(kept.values()))
             walk = how.suffix(z, g, add_to=dweight, meanwhile=through_weights, room=room)
             for _, batch, rows, window in walk.windows():
                 through_gradients(batch, rows, window)
                 del window
+            del walk  # and the sums that came
         room = None if kept_inner is None else _bytes(kept_inner)
-        for batch, window in how.inner_prefix(z, v, weight) if kept_inner is None else _emptied(kept_inner):
+        windows = how.inner_prefix(z, v, weight) if kept_inner is None else _emptied(kept_inner)
+        for batch, window in windows:
             apply(window, g[:, batch], dz[:, batch], transpose=False)
             del window
         for batch, window in how.inner_suffix(z, g, add_to=dweight, room=room):

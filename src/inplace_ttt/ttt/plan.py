@@ -10,7 +10,7 @@ rank, so both are one algorithm on mirrored indices.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 Span = tuple[int, int]  # first token, one past the last
 
@@ -61,7 +61,7 @@ class Plan:
         """How many chunks a sweep comes by."""
         return len(self.chunk_lengths) - len(self.alone)
 
-    @property
+    @cached_property
     def inner_reversed(self) -> tuple[Segment, ...]:
         """``inner`` on the suffix sweep."""
         return tuple(segment.reversed() for segment in reversed(self.inner))

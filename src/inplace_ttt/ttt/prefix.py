@@ -78,7 +78,7 @@ class PrefixRing:
     """One sweep's exchange: take out the sum that came before a slice, hand in the sum that goes on from it.
 
     ``open`` each stop before its first ``get``; for each row of the batch and each block, in this order, ``get`` and
-    ``put``; at the end ``finish``. Where no stop has a source or a target nothing is exchanged: no wire is needed.
+    ``put``; at the end ``finish``.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PrefixRing:
         shape: tuple[int, int, int],  # (b, d, f)
         *,
         rank: int,
-        wire: Wire | None,
+        wire: Wire,
         dtype: torch.dtype,  # of the sums
         device: torch.device,
     ):
@@ -134,13 +134,11 @@ class PrefixRing:
 
     def let_go(self) -> None:
         """Have the device send before it goes on."""
-        if self.wire:
-            self.wire.let_go()
+        self.wire.let_go()
 
     def finish(self) -> None:
         """Wait until everything sent may be forgotten (on a GPU: have the current stream wait)."""
-        if self.wire:
-            self.wire.finish()
+        self.wire.finish()
 
     def _numbered(self, state: Tensor):
         parts = (rows[block] for rows in state for block in self.blocks)

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -50,9 +50,9 @@ def in_groups(blocks: list[slice], most: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How sums travel: along which group (None: nowhere), in which dtype."""
+    """How sums travel: along which group, in which dtype."""
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     comm_dtype: torch.dtype
     mailboxes: bool = True  # where the ranks can have them
 
@@ -135,7 +135,7 @@ class Walk:
         sums = self._sums()
         groups = self._groups(sums.blocks)
         if self.with_norms:
-            shape = len(sums.blocks), self.a.shape[1], len(self._ends())
+            shape = len(sums.blocks), self.a.shape[1], len(self._ends)
             self.norms = torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
         for leg in self._legs():
             for stop in leg:
@@ -160,9 +160,11 @@ class Walk:
             for place, segment in enumerate(stop.segments)
         }
 
-    def _ends(self) -> list[tuple[int, int]]:
-        """The segments with which documents end."""
-        return [key for key, segment in self._segments().items() if not segment.sends]
+    @cached_property
+    def _ends(self) -> dict[tuple[int, int], int]:
+        """The segments with which documents end, numbered."""
+        ends = [key for key, segment in self._segments().items() if not segment.sends]
+        return {key: number for number, key in enumerate(ends)}
 
     def _sums(self) -> PrefixRing | Replay:
         """What sums come in by and go out by."""
@@ -231,8 +233,7 @@ class Walk:
             for place, segment in self._what_others_wait_for_first(stop):
                 norms = None
                 if self.with_norms and not segment.sends:
-                    at = self._ends().index((stop, place))
-                    norms = self.norms[block, batch, at : at + 1]
+                    norms = self.norms[block, batch, self._ends[stop, place]].unsqueeze(0)
                 for window in self.sweep(
                     [segment],
                     None if self.base is None else self.base[rows],

@@ -30,7 +30,7 @@ from inplace_ttt.ttt.plan import Segment
 # A program's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile,
 # and in shared memory six steps on their way (144 KB) beside a tile of bf16 weights on its way out (64 KB).
 BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
-# Chunk sizes are multiples of this
+# Chunk sizes are multiples of this: of others the last step of every chunk would be partly empty
 CHUNK_MULTIPLE = 64
 # Chunk weights held at a time where they are not kept, in bytes; and where sums are exchanged between ranks, who would
 # wait for each other's products between one window and the next
@@ -74,7 +74,7 @@ def _keep_tokens(slot, count, BLOCK_T: gl.constexpr, WIDTH: gl.constexpr, num_wa
 def _add_step(
     state,
     number,  # of the step
-    count,  # of its tokens, where they are not all
+    count,  # of its tokens
     total,
     tokens,
     a_desc,
@@ -84,23 +84,23 @@ def _add_step(
     arrived,
     row0,
     col0,
-    WHOLE: gl.constexpr,
+    FULL: gl.constexpr,  # count is BLOCK_T
     BLOCK_ROWS: gl.constexpr,
     BLOCK_F: gl.constexpr,
     BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """The state with a step's tokens added, which a whole step leaves under way."""
+    """The state with a step's tokens added, which a full step leaves under way."""
     slot = number % STAGES
     mbarrier.wait(arrived.index(slot), (number // STAGES) & 1)
-    if not WHOLE:
+    if not FULL:
         _keep_tokens(a_tiles.index(slot), count, BLOCK_T, BLOCK_ROWS, num_warps)
         _keep_tokens(z_tiles.index(slot), count, BLOCK_T, BLOCK_F, num_warps)
         fence_async_shared()
     a_tile = a_tiles.index(slot).permute((1, 0))
     state = warpgroup_mma(a_tile, z_tiles.index(slot), state, is_async=True)
-    state = warpgroup_mma_wait(num_outstanding=1 if WHOLE else 0, deps=(state,))  # the step before has left its slot
+    state = warpgroup_mma_wait(num_outstanding=1 if FULL else 0, deps=(state,))  # the step before has left its slot
     _load_step(number + STAGES - 1, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
     return state
 
@@ -193,7 +193,7 @@ def _chunk_weights_kernel(
         ends = GOES_ON
         goes_on = True
         while goes_on:  # for each of its chunks
-            row = table + number * COLUMNS
+            row = table + number * COLUMNS  # WHOLE, LEFT, SEES, ENDS
             whole, left, sees, ends = gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
             if sees != 0:
                 weight = (state * scale).to(weights_desc.dtype)

@@ -1,11 +1,11 @@
 """A sweep over documents, written out as the tables that the kernel goes by.
 
-Documents have any number of chunks and end at any token, and one launch sweeps them all: so what a chunk does, and
-where each step's tokens are, is read from memory.
+Documents have any number of chunks and end at any token, and one launch sweeps as many of a batch row as there is room
+for: so what a chunk does, and where each step's tokens are, is read from memory.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -55,7 +55,7 @@ class Schedule:
 
 @lru_cache(maxsize=64)
 def make_schedule(
-    segments: Sequence[Segment],
+    segments: tuple[Segment, ...],
     step: int,
     *,
     based: bool,
