@@ -75,6 +75,16 @@ def test_update_norms(seed, monkeypatch):
     assert relative_error(norms.sort().values.double().cpu(), expected) < 1e-3
 
 
+def test_update_norms_of_equal_documents():
+    """Of one chunk, all in one product of pairs."""
+    z, v, weight, _ = (t.to(torch.bfloat16) for t in operands(0, 640, 2, 128, 320))
+    bounds = torch.arange(0, 641, 64, dtype=torch.int32)
+    options = dict(eta=0.01, chunk_size=64, cu_seqlens=bounds)
+    _, norms = fast_weight_linear(z.cuda(), v.cuda(), weight.cuda(), **options, return_update_norms=True)
+    expected = update_norms(z.double(), v.double(), bounds, 0.01)
+    assert relative_error(norms.sort().values.double().cpu(), expected) < 1e-4
+
+
 def test_kernels_are_what_runs():
     z = torch.zeros(256, 1, 64, dtype=torch.bfloat16, device="cuda")
     assert function._choose_sweep(z, z, 64, 0.1) is chunk_weights.sweep

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from inplace_ttt.ttt import LayoutError, chunked, fast_weight_linear, naive
+from inplace_ttt.ttt import LayoutError, chunked, fast_weight_linear, function, naive
 from numerics.cases import operands, random_documents, relative_error, update_norms, with_gradients
 
 
@@ -60,10 +60,12 @@ def test_zero_target_is_the_plain_linear_map():
     torch.testing.assert_close(out, z @ weight.T)
 
 
-@pytest.mark.parametrize("chunk_size", [3, 5])
-def test_update_norms_are_those_of_the_summed_updates(chunk_size):
+@pytest.mark.parametrize("pairs", [1, 5, 8192])
+@pytest.mark.parametrize("chunk_size", [2, 3, 5])
+def test_update_norms_are_those_of_the_summed_updates(monkeypatch, chunk_size, pairs):
+    monkeypatch.setattr(function, "PAIRED_TOKENS", pairs)
     z, v, weight, _ = operands(5, 20, 2, 6, 8)
-    bounds = torch.tensor([0, 7, 9, 14, 20])  # of one chunk and of several
+    bounds = torch.tensor([0, 7, 9, 11, 13, 18, 20])  # of one chunk, some equally long, and of several
     _, norms = fast_weight_linear(
         z, v, weight, eta=0.5, chunk_size=chunk_size, cu_seqlens=bounds, return_update_norms=True
     )

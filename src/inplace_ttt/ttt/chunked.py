@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from inplace_ttt.ttt.plan import Segment, Span
+from inplace_ttt.ttt.plan import Segment, Span, equal_neighbours
 
 # Chunks in the order of their tokens, and the weight (chunks, rows, f) that each of them sees
 Window = tuple[tuple[Span, ...], Tensor]
@@ -26,11 +26,12 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def outer(a: Tensor, z: Tensor) -> Tensor:
-    """``a^T z`` in the state's dtype."""
+    """``a^T z`` in the state's dtype, or of each in a batch of them."""
     dtype = state_dtype(z.dtype)
     if z.is_cuda and z.dtype != dtype:  # tensor cores take the low precision as it is and accumulate in fp32
-        return torch.mm(a.t(), z, out_dtype=dtype)
-    return a.t().to(dtype) @ z.to(dtype)
+        product = torch.mm if a.dim() == 2 else torch.bmm
+        return product(a.mT, z, out_dtype=dtype)
+    return a.mT.to(dtype) @ z.to(dtype)
 
 
 def add_outer(state: Tensor, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
@@ -107,13 +108,9 @@ def by_length(window: Window) -> Iterator[tuple[slice, int, Tensor]]:
     weights."""
     chunks, weights = window
     first = 0
-    while first < len(chunks):
-        start, stop = chunks[first]
-        length, last = stop - start, first + 1
-        while last < len(chunks) and chunks[last] == (stop, stop + length):
-            stop, last = stop + length, last + 1
-        yield slice(start, stop), last - first, weights[first:last]
-        first = last
+    for tokens, count in equal_neighbours(chunks):
+        yield slice(*tokens), count, weights[first : first + count]
+        first += count
 
 
 def apply(window: Window, x: Tensor, out: Tensor, *, transpose: bool, alpha: float = 1.0, add: bool = False) -> None:

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt import chunked
 from inplace_ttt.ttt.chunked import Window, add_outer, apply, outer, state_dtype
-from inplace_ttt.ttt.plan import Plan, make_plan, runs
+from inplace_ttt.ttt.plan import Plan, equal_neighbours, make_plan, runs
 from inplace_ttt.ttt.walk import Exchange, Walk
 
 # Ways in which sums pass between context-parallel ranks
@@ -32,6 +32,8 @@ PREFIXES = ("ring", "ring_messages")
 # Chunk weights are kept for the backward where they take no more than this share of the free device memory, all layers'
 # together whose weights live at a time
 KEPT_SHARE = 0.125
+# Of whose pairs the products are held at a time: 64 MiB of fp32 for documents of 2048 tokens
+PAIRED_TOKENS = 8192
 
 
 @dataclass
@@ -231,9 +233,12 @@ class _How:
     def norms_of_alone(self, z: Tensor, v: Tensor) -> Tensor:
         """(b, documents): squared norms of what documents of one chunk write."""
         norms = torch.empty(z.shape[1], len(self.plan.alone), dtype=state_dtype(z.dtype), device=z.device)
-        for number, (start, stop) in enumerate(self.plan.alone):
+        first = 0
+        for (start, stop), count in equal_neighbours(self.plan.alone):
             for batch in range(z.shape[1]):
-                norms[batch, number] = _squared_norm(v[start:stop, batch], z[start:stop, batch])
+                documents = (t[start:stop, batch].unflatten(0, (count, -1)) for t in (v, z))
+                norms[batch, first : first + count] = _squared_norms(*documents)
+            first += count
         return self.eta**2 * norms
 
 
@@ -341,13 +346,21 @@ def _bytes(items: Iterable) -> int:
     return sum(weights.nbytes for *_, (_, weights) in items)
 
 
-def _squared_norm(v: Tensor, z: Tensor) -> Tensor:
-    """The squared Frobenius norm of ``sum_t v_t z_t^T``, by whichever product is smaller: the sum, (d, f), or those of
-    all pairs of tokens, ``sum_tu (v_t . v_u) (z_t . z_u)``."""
-    t, d, f = len(v), v.shape[1], z.shape[1]
-    if t * (d + f) < d * f:
-        return (outer(v.t(), v.t()) * outer(z.t(), z.t())).sum().clamp(min=0)
-    return torch.linalg.vector_norm(outer(v, z)).square()
+def _squared_norms(
+    v: Tensor,  # (documents, t, d)
+    z: Tensor,  # (documents, t, f)
+) -> Tensor:  # (documents,)
+    """Squared Frobenius norms of ``sum_t v_t z_t^T``, by whichever product is smaller: the sum, (d, f), or those of all
+    pairs of tokens, ``sum_tu (v_t . v_u) (z_t . z_u)``."""
+    t, d, f = v.shape[1], v.shape[2], z.shape[2]
+    if t * (d + f) >= d * f:
+        return torch.stack([torch.linalg.vector_norm(outer(*of_one)).square() for of_one in zip(v, z, strict=True)])
+    few = max(1, PAIRED_TOKENS // t)
+    norms = [
+        (outer(some_v.mT, some_v.mT) * outer(some_z.mT, some_z.mT)).sum((1, 2))
+        for some_v, some_z in zip(v.split(few), z.split(few), strict=True)
+    ]
+    return torch.cat(norms).clamp(min=0)
 
 
 def _emptied(items: list) -> Iterator:

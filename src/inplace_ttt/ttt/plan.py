@@ -131,6 +131,18 @@ def runs(spans: tuple[Span, ...]) -> list[Span]:
     return found
 
 
+def equal_neighbours(spans: tuple[Span, ...]) -> Iterator[tuple[Span, int]]:
+    """Spans that follow on each other and are equally long, as one, and how many they are."""
+    first = 0
+    while first < len(spans):
+        start, stop = spans[first]
+        length, last = stop - start, first + 1
+        while last < len(spans) and spans[last] == (stop, stop + length):
+            stop, last = stop + length, last + 1
+        yield (start, stop), last - first
+        first = last
+
+
 def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
     """Of each document with tokens in [first, last): its own start and end, and those of its part that lies there."""
     for start, end in itertools.pairwise(bounds):
