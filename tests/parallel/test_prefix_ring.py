@@ -135,6 +135,13 @@ def test_a_repeated_forward_communicates_nothing():
     assert run_ranks(4, messages_of_a_repeated_forward) == [[True] * 4] * 4
 
 
+def norms_of_all_ranks(norms):
+    """In rising order."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, norms)
+    return torch.cat(parts).sort().values
+
+
 def norms_of_each_rank():
     z, v, weight, _ = operands(3, 32, 2, 4, 5)
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -143,9 +150,7 @@ def norms_of_each_rank():
     _, part = fast_weight_linear(
         zigzag(z, size, rank), zigzag(v, size, rank), weight, cp_group=dist.group.WORLD, **options
     )
-    parts = [None] * size
-    dist.all_gather_object(parts, part)
-    return (torch.cat(parts).sort().values - whole.sort().values).abs().max().item()
+    return (norms_of_all_ranks(part) - whole.sort().values).abs().max().item()
 
 
 def test_update_norms_are_counted_once_where_documents_end():

@@ -52,9 +52,9 @@ def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size
 
 
 class Layer:
-    """Parameters and input of one layer in bf16, and its variants."""
+    """Parameters and input of one layer in bf16, and its variants; of a sequence split over ranks what one holds."""
 
-    def __init__(self, shape: Shape, update_norms: bool = False):
+    def __init__(self, shape: Shape, update_norms: bool = False, ranks: int = 1, rank: int = 0):
         d, f = shape.hidden, shape.ffn
         generator = torch.Generator(device="cuda").manual_seed(0)
 
@@ -62,11 +62,11 @@ class Layer:
             values = torch.randn(size, generator=generator, device="cuda") * std
             return values.bfloat16().requires_grad_()
 
-        self.shape, self.update_norms, self.ids = shape, update_norms, {}
-        self.x = normal(shape.tokens, 1, d, std=1.0)
+        self.shape, self.update_norms, self.share, self.ids = shape, update_norms, (ranks, rank), {}
+        self.x = normal(shape.tokens // ranks, 1, d, std=1.0)
         self.fc1, self.fc2 = normal(2 * f, d, std=d**-0.5), normal(d, f, std=f**-0.5)
         self.conv, self.projection = normal(d, 1, 5, std=0.4), normal(d, d, std=d**-0.5)
-        self.g = normal(shape.tokens, 1, d, std=1.0).detach()
+        self.g = normal(shape.tokens // ranks, 1, d, std=1.0).detach()
 
     def z(self) -> Tensor:
         gate, up = F.linear(self.x, self.fc1).chunk(2, dim=-1)
@@ -78,7 +78,7 @@ class Layer:
     def chunk_ids(self, chunk_size: int) -> Tensor:
         """One copy for all runs, as all layers of a model share one."""
         if chunk_size not in self.ids:
-            lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds).chunk_lengths
+            lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds, *self.share).chunk_lengths
             self.ids[chunk_size] = chunk_ids(lengths).cuda()
         return self.ids[chunk_size]
 

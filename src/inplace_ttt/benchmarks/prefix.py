@@ -11,8 +11,6 @@ import torch.distributed as dist
 from inplace_ttt.benchmarks.layer import Layer, Shape
 from inplace_ttt.benchmarks.timing import milliseconds
 from inplace_ttt.ttt import fast_weight_linear
-from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import chunk_ids
 from inplace_ttt.ttt.walk import Walk
 
 AHEAD = 40_000_000  # clock cycles, about 20 ms
@@ -23,14 +21,12 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
 
     Every rank calls it.
     """
-    ranks, rank = dist.get_world_size(), dist.get_rank()
+    ranks = dist.get_world_size()
     bounds = torch.tensor(shape.bounds, dtype=torch.int32)
-    layer = Layer(Shape(shape.tokens // ranks, shape.hidden, shape.ffn))
+    layer = Layer(shape, ranks=ranks, rank=dist.get_rank())
     ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, cu_seqlens=bounds, **options)
     records = []
     for chunk_size in chunk_sizes:
-        lengths = make_plan(shape.tokens, chunk_size, shape.bounds, ranks, rank).chunk_lengths
-        layer.ids[chunk_size] = chunk_ids(lengths).cuda()
         run = partial(layer.forward_backward, partial(layer.fast_over_ranks, ours, chunk_size))
         runs = {"over ranks": run, "alone": partial(_alone, run)}
         times = {name: _slowest(found) for name, found in milliseconds(runs, rounds, _together).items()}

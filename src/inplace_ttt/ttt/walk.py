@@ -152,6 +152,7 @@ class Walk:
         sums.finish()
         self.carries = sums.came
 
+    @cached_property
     def _segments(self) -> dict[tuple[int, int], Segment]:
         """By (stop, place in it)."""
         return {
@@ -163,7 +164,7 @@ class Walk:
     @cached_property
     def _ends(self) -> dict[tuple[int, int], int]:
         """The segments with which documents end, numbered."""
-        ends = [key for key, segment in self._segments().items() if not segment.sends]
+        ends = [key for key, segment in self._segments.items() if not segment.sends]
         return {key: number for number, key in enumerate(ends)}
 
     def _sums(self) -> PrefixRing | Replay:
@@ -198,7 +199,7 @@ class Walk:
             return []
         from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES
 
-        chunks = sum(len(segment.chunks) for segment in self._segments().values())
+        chunks = sum(len(segment.chunks) for segment in self._segments.values())
         if chunks == 0:
             return []
         bytes_of_row = self.z.element_size() * self.z.shape[2] * chunks
@@ -209,7 +210,7 @@ class Walk:
         rows = slice(sums.blocks[blocks[0]].start, sums.blocks[blocks[-1]].stop)
         weights = {
             (stop, place): self.z.new_empty(len(segment.chunks), rows.stop - rows.start, self.z.shape[2])
-            for (stop, place), segment in self._segments().items()
+            for (stop, place), segment in self._segments.items()
             if stop in leg
         }
         lanes = Lanes(self.z.device)

@@ -74,35 +74,26 @@ def _keep_tokens(slot, count, BLOCK_T: gl.constexpr, WIDTH: gl.constexpr, num_wa
 def _add_step(
     state,
     number,  # of the step
-    count,  # of its tokens
-    total,
-    tokens,
-    a_desc,
-    z_desc,
+    count,  # of its tokens; None: BLOCK_T
     a_tiles,
     z_tiles,
     arrived,
-    row0,
-    col0,
-    FULL: gl.constexpr,  # count is BLOCK_T
     BLOCK_ROWS: gl.constexpr,
     BLOCK_F: gl.constexpr,
     BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """The state with a step's tokens added, which a full step leaves under way."""
+    """The state with a step's tokens added, a full step's still under way; the step before has left its slot."""
     slot = number % STAGES
     mbarrier.wait(arrived.index(slot), (number // STAGES) & 1)
-    if not FULL:
+    if count is not None:
         _keep_tokens(a_tiles.index(slot), count, BLOCK_T, BLOCK_ROWS, num_warps)
         _keep_tokens(z_tiles.index(slot), count, BLOCK_T, BLOCK_F, num_warps)
         fence_async_shared()
     a_tile = a_tiles.index(slot).permute((1, 0))
     state = warpgroup_mma(a_tile, z_tiles.index(slot), state, is_async=True)
-    state = warpgroup_mma_wait(num_outstanding=1 if FULL else 0, deps=(state,))  # the step before has left its slot
-    _load_step(number + STAGES - 1, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
-    return state
+    return warpgroup_mma_wait(num_outstanding=1 if count is None else 0, deps=(state,))
 
 
 @gluon.jit
@@ -205,16 +196,18 @@ def _chunk_weights_kernel(
                 stored += 1
             for _ in range(0, whole):
                 state = _add_step(
-                    state, done, BLOCK_T, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
-                    True, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps,
-                )  # fmt: skip
+                    state, done, None, a_tiles, z_tiles, arrived, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps
+                )
+                next_step = done + STAGES - 1
+                _load_step(next_step, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
                 done += 1
             state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
             if left > 0:
                 state = _add_step(
-                    state, done, left, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0,
-                    False, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps,
-                )  # fmt: skip
+                    state, done, left, a_tiles, z_tiles, arrived, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps
+                )
+                next_step = done + STAGES - 1
+                _load_step(next_step, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
                 done += 1
             number += 1
             goes_on = (number < chunks) & (ends == GOES_ON)
@@ -372,17 +365,17 @@ def sweep(
     most = max(1, (WINDOW_BYTES if room is None else room) // (2 * rows * f))
     if out is not None:
         most = len(schedule.chunks)
-    of_tiles = (
-        None
-        if norms is None
-        else torch.empty(schedule.documents, programs(rows, f), dtype=torch.float32, device=z.device)
-    )
+    of_tiles = None
+    if norms is not None:
+        of_tiles = torch.empty(schedule.documents, programs(rows, f), dtype=torch.float32, device=z.device)
     running = None  # takes the sum from window to window, where a document goes on
     before = carry
     for window in schedule.windows(most):
         after = going if window.stop == len(schedule.chunks) else None
         if schedule.goes_on[window[-1]]:
-            running = after = torch.empty(rows, f, dtype=torch.float32, device=z.device) if running is None else running
+            if running is None:
+                running = torch.empty(rows, f, dtype=torch.float32, device=z.device)
+            after = running
         weights = chunk_weights(
             a, z, schedule, window,
             scale=scale, base=base, before=before, after=after, add_to=add_to, norms=of_tiles, out=out,
