@@ -66,6 +66,17 @@ def test_kernels_equal_the_definition(seed, monkeypatch):
         assert error <= 1.1 * relative_error(of_twin.double(), reference) + 1e-6
 
 
+@pytest.mark.parametrize("length", [64, 100, 128, 192])
+def test_equal_documents(length):
+    """Whose chunks go through one product where they are evenly spaced."""
+    tensors = [t.to(torch.bfloat16).cuda() for t in operands(length, 10 * length, 2, 128, 320)]
+    options = dict(eta=0.01, chunk_size=64, cu_seqlens=torch.arange(0, 10 * length + 1, length))
+    exact = gradients(naive.fast_weight_linear, [t.double() for t in tensors], options)
+    tensors = [amid_nan(t) if at != 2 else t for at, t in enumerate(tensors)]
+    for value, reference in zip(gradients(fast_weight_linear, tensors, options), exact, strict=True):
+        assert relative_error(value.double(), reference) < 5e-3
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_update_norms(seed, monkeypatch):
     (z, v, weight, _), options = random_case(seed)

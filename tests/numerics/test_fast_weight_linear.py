@@ -20,6 +20,30 @@ def test_matches_definition(seed):
         assert relative_error(value, reference) < 1e-12
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_apply_is_a_product_for_each_chunk(seed):
+    """Chunks of any lengths and distances; between them nothing is written."""
+    rng = random.Random(seed)
+    chunks, end = [], rng.randint(0, 3)
+    for _ in range(rng.randint(1, 4)):
+        length, gap = rng.randint(1, 4), rng.randint(0, 4)
+        for _ in range(rng.randint(1, 5)):
+            chunks.append((end, end + length))
+            end += length + gap
+    x, out, weights, _ = operands(seed, end + 3, 2, 3, 3)
+    weights = torch.randn(len(chunks), 3, 3, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+    transpose, alpha, add = rng.random() < 0.5, rng.uniform(-2, 2), rng.random() < 0.5
+    expected = out.clone()
+    for (start, stop), weight in zip(chunks, weights, strict=True):
+        product = alpha * x[start:stop, 1] @ (weight.T if transpose else weight)
+        expected[start:stop, 1] = product + (out[start:stop, 1] if add else 0)
+    if not add:  # what is there is not read
+        for start, stop in chunks:
+            out[start:stop, 1] = torch.nan
+    chunked.apply((tuple(chunks), weights), x[:, 1], out[:, 1], transpose=transpose, alpha=alpha, add=add)
+    torch.testing.assert_close(out, expected)
+
+
 def test_gradcheck():
     z, v, weight, _ = (t.requires_grad_() for t in operands(0, 9, 2, 3, 4))
     cu_seqlens = torch.tensor([0, 5, 9])

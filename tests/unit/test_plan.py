@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from inplace_ttt.ttt.plan import LayoutError, local_slices, make_plan, owner, runs, slice_bounds
+from inplace_ttt.ttt.plan import LayoutError, evenly_spaced, local_slices, make_plan, owner, runs, slice_bounds
 
 
 def test_owner_is_the_inverse_of_local_slices():
@@ -60,6 +60,13 @@ def test_documents_of_one_chunk_stand_alone():
     assert [segment.chunks for segment in plan.inner_reversed] == [((20, 24), (16, 20))]
     assert list(runs(plan.alone)) == [(0, 8), (12, 16)]
     assert plan.sweep_chunks == 3
+
+
+def test_evenly_spaced():
+    neighbours, apart, others = ((0, 4), (4, 8)), ((12, 16), (20, 24), (28, 32)), ((33, 35), (35, 37))
+    assert list(evenly_spaced((*neighbours, *apart, *others))) == [neighbours, apart, others]
+    assert list(evenly_spaced(((0, 4), (4, 7), (9, 12)))) == [((0, 4),), ((4, 7), (9, 12))]
+    assert list(evenly_spaced(())) == []
 
 
 def test_suffix_mirrors_prefix():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from inplace_ttt.ttt.plan import Segment, Span, equal_neighbours
+from inplace_ttt.ttt.plan import Segment, Span, evenly_spaced
 
 # Chunks in the order of their tokens, and the weight (chunks, rows, f) that each of them sees
 Window = tuple[tuple[Span, ...], Tensor]
@@ -103,14 +103,11 @@ def _weight(base: Tensor | None, state: Tensor | None, dtype: torch.dtype) -> Te
     return (base + state).to(dtype)
 
 
-def by_length(window: Window) -> Iterator[tuple[slice, int, Tensor]]:
-    """Parts of a window whose chunks are equally long and follow on each other: their tokens, how many chunks, and the
-    weights."""
-    chunks, weights = window
-    first = 0
-    for tokens, count in equal_neighbours(chunks):
-        yield slice(*tokens), count, weights[first : first + count]
-        first += count
+def stacked(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """(spans, tokens of each, k), a view of x (s, k) at spans that are evenly spaced."""
+    start, stop = spans[0]
+    distance = (spans[1][0] if len(spans) > 1 else stop) - start
+    return x[start : spans[-1][1]].unfold(0, stop - start, distance).mT
 
 
 def apply(window: Window, x: Tensor, out: Tensor, *, transpose: bool, alpha: float = 1.0, add: bool = False) -> None:
@@ -121,10 +118,15 @@ def apply(window: Window, x: Tensor, out: Tensor, *, transpose: bool, alpha: flo
         out: (s, n), written in place.
         transpose: W_i is (n, k) rather than (k, n).
     """
-    for tokens, count, weights in by_length(window):
-        factor = weights.transpose(1, 2) if transpose else weights
-        if count == 1:
-            out[tokens].addmm_(x[tokens], factor[0], beta=add, alpha=alpha)
+    chunks, weights = window
+    first = 0
+    for batch in evenly_spaced(chunks):  # one product for all of them
+        factors = weights[first : first + len(batch)]
+        if transpose:
+            factors = factors.mT
+        if len(batch) == 1:
+            tokens = slice(*batch[0])
+            out[tokens].addmm_(x[tokens], factors[0], beta=add, alpha=alpha)
         else:
-            chunks = x[tokens].unflatten(0, (count, -1))
-            out[tokens].unflatten(0, (count, -1)).baddbmm_(chunks, factor, beta=add, alpha=alpha)
+            stacked(out, batch).baddbmm_(stacked(x, batch), factors, beta=add, alpha=alpha)
+        first += len(batch)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt import chunked
-from inplace_ttt.ttt.chunked import Window, add_outer, apply, outer, state_dtype
-from inplace_ttt.ttt.plan import Plan, equal_neighbours, make_plan, runs
+from inplace_ttt.ttt.chunked import Window, add_outer, apply, outer, stacked, state_dtype
+from inplace_ttt.ttt.plan import Plan, evenly_spaced, make_plan, runs
 from inplace_ttt.ttt.walk import Exchange, Walk
 
 # Ways in which sums pass between context-parallel ranks
@@ -234,11 +234,11 @@ class _How:
         """(b, documents): squared norms of what documents of one chunk write."""
         norms = torch.empty(z.shape[1], len(self.plan.alone), dtype=state_dtype(z.dtype), device=z.device)
         first = 0
-        for (start, stop), count in equal_neighbours(self.plan.alone):
+        for documents in evenly_spaced(self.plan.alone):
+            last = first + len(documents)
             for batch in range(z.shape[1]):
-                documents = (t[start:stop, batch].unflatten(0, (count, -1)) for t in (v, z))
-                norms[batch, first : first + count] = _squared_norms(*documents)
-            first += count
+                norms[batch, first:last] = _squared_norms(*(stacked(t[:, batch], documents) for t in (v, z)))
+            first = last
         return self.eta**2 * norms
 
 

@@ -131,15 +131,17 @@ def runs(spans: tuple[Span, ...]) -> list[Span]:
     return found
 
 
-def equal_neighbours(spans: tuple[Span, ...]) -> Iterator[tuple[Span, int]]:
-    """Spans that follow on each other and are equally long, as one, and how many they are."""
+def evenly_spaced(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
+    """Spans in as few parts as there can be, in each of which all are equally long and equally far from the next."""
     first = 0
     while first < len(spans):
         start, stop = spans[first]
-        length, last = stop - start, first + 1
-        while last < len(spans) and spans[last] == (stop, stop + length):
-            stop, last = stop + length, last + 1
-        yield (start, stop), last - first
+        last = first + 1
+        distance = spans[last][0] - start if last < len(spans) else 0
+        while last < len(spans) and spans[last] == (start + distance, stop + distance):
+            start, stop = spans[last]
+            last += 1
+        yield spans[first:last]
         first = last
 
 
