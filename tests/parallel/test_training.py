@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -246,3 +247,15 @@ def test_wandb_offline_is_the_default_without_a_key(tmp_path, monkeypatch):
     code, text = run_ranks(1, run_main, *TRAIN, "log.wandb=auto", "train.steps=3", f"run.dir={run}")[0]
     assert code == 0, text
     assert list((run / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_that_is_not_there(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')")  # found before the installed one
+    code, text = run_ranks(2, without_wandb, tmp_path, CP2)[0]
+    assert code == 2 and "log.wandb=offline" in text and "log.wandb=disabled" in text and "Traceback" not in text
+
+
+def without_wandb(folder, *overrides):
+    sys.modules.pop("wandb", None)
+    sys.path.insert(0, str(folder))
+    return run_main(*TRAIN, "log.wandb=offline", *overrides, f"run.dir={folder / 'run'}")

@@ -110,8 +110,13 @@ class WandB:
         self.run = None
         if mode == "disabled":
             return
-        import wandb
-
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"log.wandb={mode}: the package wandb cannot be loaded ({one_line(error)}): install it, or use "
+                f"log.wandb=disabled"
+            ) from error
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
         remembered = folder / "wandb_id"
