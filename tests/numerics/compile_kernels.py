@@ -49,12 +49,16 @@ def main():
     from inplace_ttt.ttt.kernels.schedule import make_schedule
     from inplace_ttt.ttt.plan import Segment
 
-    a, z, base = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((256, 192), (256, 320), (192, 320)))
+    a, z, base = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((2048, 192), (2048, 320), (192, 320)))
     state, ids = torch.empty(192, 320), torch.empty(256, dtype=torch.int32)
     norms = torch.empty(2, chunk_weights.programs(192, 320))
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
-    forward = Segment(((0, 64), (64, 100))), Segment(((100, 164), (164, 228)))
-    backward = tuple(segment.reversed() for segment in reversed(forward))
+
+    def documents(chunk_size):
+        """Two of two chunks, of which the second is cut short: in the order of the forward, and of the backward."""
+        bounds = [(0, chunk_size), (chunk_size, chunk_size + 36)]
+        forward = Segment(tuple(bounds)), Segment(tuple((start + 600, stop + 600) for start, stop in bounds))
+        return forward, tuple(segment.reversed() for segment in reversed(forward))
 
     def sweep(segments, **operands):
         wanted = dict(based="base" in operands, carried="before" in operands, goes_elsewhere=False, to_the_end=True)
@@ -66,13 +70,17 @@ def main():
         for chosen in itertools.product([True, False], repeat=len(operands)):
             yield dict(itertools.compress(operands.items(), chosen))
 
+    def sweeps(chunk_size):
+        forward, backward = documents(chunk_size)
+        for some in with_some(before=state, after=state, norms=norms):
+            yield sweep(forward, base=base, **some)
+        for segments in (forward, backward):  # a single chunk counts as forward
+            for some in with_some(before=state, after=state):
+                yield sweep(segments, add_to=state, **some)
+
     for launch in (
-        *(sweep(forward, base=base, **some) for some in with_some(before=state, after=state, norms=norms)),
-        *(
-            sweep(segments, add_to=state, **some)
-            for segments in (forward, backward)  # a single chunk counts as forward
-            for some in with_some(before=state, after=state)
-        ),
+        *sweeps(64),  # of which a tile of chunk weights leaves shared memory whole
+        *sweeps(512),  # and in pieces
         lambda: chunk_conv.conv(u, weight, ids),
         lambda: chunk_conv.conv_backward(u, u, weight, ids),
     ):

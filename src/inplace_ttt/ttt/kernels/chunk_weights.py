@@ -30,6 +30,9 @@ from inplace_ttt.ttt.plan import Segment
 # A program's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile,
 # and in shared memory six steps on their way (144 KB) beside a tile of bf16 weights on its way out (64 KB).
 BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
+# Columns of bf16 that lie together in a tile's shared memory (128 bytes, the width of its swizzle), and the least rows
+# of them that one transfer takes to memory
+PIECE_F, LEAST_PIECE_ROWS = 64, 32
 # Chunk sizes are multiples of this: of others the last step of every chunk would be partly empty
 CHUNK_MULTIPLE = 64
 # Chunk weights held at a time where they are not kept, in bytes; and where sums are exchanged between ranks, who would
@@ -97,6 +100,24 @@ def _add_step(
 
 
 @gluon.jit
+def _store_piece(
+    piece,  # its number in the tile, down the rows of its columns first
+    place,  # of the chunk's weight
+    weights_desc,
+    pieces,  # (number, 1, rows, columns)
+    row0,
+    col0,
+    BLOCK_ROWS: gl.constexpr,
+):
+    """Have a piece of the chunk's weight leave shared memory."""
+    height: gl.constexpr = weights_desc.block_type.shape[1]
+    width: gl.constexpr = weights_desc.block_type.shape[2]
+    row = row0 + piece % (BLOCK_ROWS // height) * height
+    col = col0 + piece // (BLOCK_ROWS // height) * width
+    tma.async_copy_shared_to_global(weights_desc, [place, row, col], pieces.index(piece))
+
+
+@gluon.jit
 def _read(tensor, stride, r, c, inside):
     return gl.load(tensor + r[:, None] * stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
 
@@ -138,19 +159,23 @@ def _chunk_weights_kernel(
     BLOCK_F: gl.constexpr,
     BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr,
+    LEAVING: gl.constexpr,  # how a tile of weights lies in shared memory
     num_warps: gl.constexpr,
 ):
     """The accumulator holds the state over ``scale``, the base included: storing a chunk's weight reads nothing.
 
-    Loads run ahead of the products by STAGES - 1 steps, across the ends of chunks and documents; a store drains while
-    the next chunk is added up.
+    Loads run ahead of the products by STAGES - 1 steps, across the ends of chunks and documents. A chunk's weight waits
+    in shared memory and leaves it piece by piece, one before each of the chunk's steps: all programs come to a chunk's
+    end together, and whole tiles would come to memory at once. A chunk of fewer steps leaves the rest to its end.
     """
     tile: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_F, 16]
     )
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_T, BLOCK_ROWS], a_desc.layout)
     z_tiles = gl.allocate_shared_memory(z_desc.dtype, [STAGES, BLOCK_T, BLOCK_F], z_desc.layout)
-    leaving = gl.allocate_shared_memory(weights_desc.dtype, [1, BLOCK_ROWS, BLOCK_F], weights_desc.layout)
+    PIECES: gl.constexpr = BLOCK_ROWS * BLOCK_F // weights_desc.block_type.numel
+    leaving = gl.allocate_shared_memory(weights_desc.dtype, [BLOCK_ROWS, BLOCK_F], LEAVING)
+    pieces = leaving._reinterpret(weights_desc.dtype, [PIECES] + weights_desc.block_type.shape, weights_desc.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(arrived.index(slot), count=1)
@@ -174,6 +199,8 @@ def _chunk_weights_kernel(
     number = 0
     done = 0
     stored = 0
+    place = 0  # of the weight that waits
+    piece = PIECES  # of it that leaves next
     while number < chunks:  # for each document
         state = gl.zeros([BLOCK_ROWS, BLOCK_F], gl.float32, layout=tile)
         if base is not None:
@@ -188,13 +215,19 @@ def _chunk_weights_kernel(
             whole, left, sees, ends = gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
             if sees != 0:
                 weight = (state * scale).to(weights_desc.dtype)
-                tma.store_wait(pendings=0)  # the last chunk's has left
-                leaving.reshape([BLOCK_ROWS, BLOCK_F]).store(weight)
+                while piece < PIECES:  # of the last chunk's
+                    _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
+                    piece += 1
+                tma.store_wait(pendings=0)
+                leaving.store(weight)
                 fence_async_shared()
                 place = made - 1 - stored if REVERSED else stored
-                tma.async_copy_shared_to_global(weights_desc, [place, row0, col0], leaving)
+                piece = 0
                 stored += 1
             for _ in range(0, whole):
+                if piece < PIECES:
+                    _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
+                    piece += 1
                 state = _add_step(
                     state, done, None, a_tiles, z_tiles, arrived, BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, num_warps
                 )
@@ -218,14 +251,17 @@ def _chunk_weights_kernel(
             if after is not None:
                 here = after + r[:, None] * after_stride + c[None, :]
                 gl.store(here, state, mask=inside & (number == chunks))
-            if norms is not None:
-                squares = gl.sum(gl.sum(state * state, axis=1), axis=0)
-                gl.store(norms + ends * gl.num_programs(0) + program, squares, mask=ends >= 0)
-            if add_to is not None:
-                here = add_to + r[:, None] * add_to_stride + c[None, :]
-                added = state + gl.load(here, mask=inside & (ends >= 0), other=0.0)
-                gl.store(here, added, mask=inside & (ends >= 0))
+            if ends >= 0:
+                if norms is not None:
+                    squares = gl.sum(gl.sum(state * state, axis=1), axis=0)
+                    gl.store(norms + ends * gl.num_programs(0) + program, squares)
+                if add_to is not None:
+                    here = add_to + r[:, None] * add_to_stride + c[None, :]
+                    gl.store(here, state + gl.load(here, mask=inside, other=0.0), mask=inside)
 
+    while piece < PIECES:
+        _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
+        piece += 1
     tma.store_wait(pendings=0)
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(arrived.index(slot))
@@ -282,7 +318,7 @@ def chunk_weights(
     _chunk_weights_kernel[(programs(rows, f),)](
         _descriptor(a, BLOCK_T, BLOCK_ROWS),
         _descriptor(z, BLOCK_T, BLOCK_F),
-        _descriptor(out, 1, BLOCK_ROWS, BLOCK_F),
+        _descriptor(out, 1, *_piece(schedule.steps_a_chunk)),
         schedule.table,
         schedule.tokens,
         base,
@@ -308,9 +344,19 @@ def chunk_weights(
         BLOCK_F=BLOCK_F,
         BLOCK_T=BLOCK_T,
         STAGES=STAGES,
+        LEAVING=_layout(BLOCK_ROWS, BLOCK_F),
         num_warps=WARPS,
     )
     return out[:made]
+
+
+def _piece(steps: int) -> tuple[int, int]:
+    """Rows and columns of a tile's pieces, of which one leaves before each of so many steps; of few, the whole tile."""
+    across = BLOCK_F // PIECE_F
+    if steps < across:
+        return BLOCK_ROWS, BLOCK_F
+    down = 2 ** ((steps // across).bit_length() - 1)
+    return max(BLOCK_ROWS // down, LEAST_PIECE_ROWS), PIECE_F
 
 
 def programs(rows: int, f: int) -> int:

@@ -32,6 +32,7 @@ class Schedule:
     steps: tuple[int, ...]  # by chunk: how many before it; then of all
     goes_on: tuple[bool, ...]  # by chunk: whether the next one is the same document's
     documents: int  # that end on the sweep
+    steps_a_chunk: int  # whole ones, in the longest
 
     @property
     def reverse(self) -> bool:
@@ -92,6 +93,7 @@ def make_schedule(
         steps=tuple(itertools.accumulate((row[WHOLE] + (row[LEFT] > 0) for row in rows), initial=0)),
         goes_on=tuple(row[ENDS] == GOES_ON for row in rows),
         documents=documents,
+        steps_a_chunk=max(row[WHOLE] for row in rows),
     )
 
 
