@@ -215,10 +215,7 @@ def _chunk_weights_kernel(
             whole, left, sees, ends = gl.load(row), gl.load(row + 1), gl.load(row + 2), gl.load(row + 3)
             if sees != 0:
                 weight = (state * scale).to(weights_desc.dtype)
-                while piece < PIECES:  # of the last chunk's
-                    _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
-                    piece += 1
-                tma.store_wait(pendings=0)
+                tma.store_wait(pendings=0)  # the last chunk's has left
                 leaving.store(weight)
                 fence_async_shared()
                 place = made - 1 - stored if REVERSED else stored
@@ -234,6 +231,9 @@ def _chunk_weights_kernel(
                 next_step = done + STAGES - 1
                 _load_step(next_step, total, tokens, a_desc, z_desc, a_tiles, z_tiles, arrived, row0, col0, STAGES)
                 done += 1
+            while piece < PIECES:
+                _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
+                piece += 1
             state = warpgroup_mma_wait(num_outstanding=0, deps=(state,))
             if left > 0:
                 state = _add_step(
@@ -259,9 +259,6 @@ def _chunk_weights_kernel(
                     here = add_to + r[:, None] * add_to_stride + c[None, :]
                     gl.store(here, state + gl.load(here, mask=inside, other=0.0), mask=inside)
 
-    while piece < PIECES:
-        _store_piece(piece, place, weights_desc, pieces, row0, col0, BLOCK_ROWS)
-        piece += 1
     tma.store_wait(pendings=0)
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(arrived.index(slot))
