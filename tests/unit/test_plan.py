@@ -41,15 +41,19 @@ def test_chunks_tile_the_sequence_and_hops_meet(seed):
     expected = {t for a, b in itertools.pairwise(documents) for t in range(a, b, chunk_size)}
     assert chunk_starts == expected
 
-    stops = {
-        index: stop
-        for rank, plan in enumerate(plans)
-        for index, stop in zip(local_slices(cp_size, rank), plan.prefix, strict=True)
-    }
-    for index, edge in enumerate(edges[1:-1]):
+    arrives, leaves = {}, {}  # by edge
+    for rank, plan in enumerate(plans):
+        held = local_slices(cp_size, rank)
+        ends = [(held[0], held[-1])] if rank == cp_size - 1 else [(index, index) for index in held]
+        for (first, last), stop in zip(ends, plan.prefix, strict=True):
+            arrives[edges[first]], leaves[edges[last + 1]] = stop.source, stop.target
+    for index, edge in enumerate(edges[1:-1], start=1):
         crossed = edge not in documents
-        assert stops[index].target == (owner(index + 1, cp_size) if crossed else None)
-        assert stops[index + 1].source == (owner(index, cp_size) if crossed else None)
+        if index == cp_size:  # between the slices of the last rank
+            assert edge not in arrives and edge not in leaves
+        else:
+            assert leaves[edge] == (owner(index, cp_size) if crossed else None)
+            assert arrives[edge] == (owner(index - 1, cp_size) if crossed else None)
 
 
 def test_documents_of_one_chunk_stand_alone():

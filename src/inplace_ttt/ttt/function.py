@@ -250,7 +250,7 @@ class _FastWeightLinear(torch.autograd.Function):
         kept, kept_inner, carries, norms = defaultdict(list), [], {}, []
 
         def at_stop(stop):
-            if stop == 1 and before_second_slice is not None:
+            if stop == len(how.plan.prefix) - 1 and before_second_slice is not None:
                 before_second_slice()
 
         if how.exchange is not None:
@@ -298,14 +298,16 @@ class _FastWeightLinear(torch.autograd.Function):
             g = _aligned(g)
         dz, dv = torch.empty_like(z), torch.zeros_like(v)
         dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
-        # Others wait for the sums of the rank that starts them, which therefore leaves its other slice for later.
+        # Others wait for the sums of the rank that starts them, which therefore leaves its other stop for later.
         starts = how.exchange is not None and how.plan.suffix[0].source is None
 
         def through_weights(stop: int) -> None:
             """dz = W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
             if stop > 0 and not starts:
                 return
-            stops = (1 - stop,) if starts else (0, 1)  # on the walk in the other direction
+            stops = range(len(how.plan.prefix))  # on the walk in the other direction
+            if starts:
+                stops = stops[::-1][stop : stop + 1]
             if kept is None:
                 windows = how.prefix(z, v, weight, carries=carries, only=stops).windows()
             else:

@@ -4,7 +4,8 @@ Under context parallelism of size n a sequence is cut into 2n slices of equal le
 2n-1-r (Megatron's load-balanced zigzag), one after the other. A *sweep* walks over the slices in one direction
 and carries a running sum of chunk states along every document: the prefix sweep in reading order (the updates a
 token sees), the suffix sweep against it (their gradients). Reversed, the zigzag assigns every slice to the same
-rank, so both are one algorithm on mirrored indices.
+rank, so both are one algorithm on mirrored indices. The last rank's slices follow on each other: it sweeps them as
+one, which is one *stop* of the sweep where other ranks have two.
 """
 
 import itertools
@@ -21,15 +22,15 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one document that lies in one slice."""
+    """The part of one document that lies in one stop."""
 
     chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
-    receives: bool = False  # the sweep comes to this document's tokens in an earlier slice first
-    sends: bool = False  # the sweep goes on with this document in a later slice
+    receives: bool = False  # the sweep comes to this document's tokens in an earlier stop first
+    sends: bool = False  # the sweep goes on with this document in a later stop
 
     @property
     def crosses(self) -> bool:
-        """The document goes over an edge of the slice."""
+        """The document goes over an edge of the stop."""
         return self.receives or self.sends
 
     def reversed(self) -> "Segment":
@@ -39,20 +40,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class Stop:
-    """One slice on a sweep."""
+    """What a sweep comes to on one rank before it goes on to another: a slice, or the two of the last rank."""
 
     segments: tuple[Segment, ...]  # those that cross its edges, in the order of the sweep: two at most
-    source: int | None  # context-parallel rank whose running sum this slice starts from
-    target: int | None  # context-parallel rank that goes on from this slice
+    source: int | None  # context-parallel rank whose running sum this stop starts from
+    target: int | None  # context-parallel rank that goes on from this stop
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that a rank needs to know about its share of a sequence."""
 
-    prefix: tuple[Stop, ...]  # this rank's slices in reading order
-    suffix: tuple[Stop, ...]  # the same slices in the opposite order
-    inner: tuple[Segment, ...]  # documents of several chunks that lie in one slice, in reading order
+    prefix: tuple[Stop, ...]  # this rank's in reading order
+    suffix: tuple[Stop, ...]  # the same in the opposite order
+    inner: tuple[Segment, ...]  # documents of several chunks that lie in one stop, in reading order
     alone: tuple[Span, ...]  # documents of one chunk, of which no token sees what they write
     chunk_lengths: tuple[int, ...]  # of all local chunks in the order of their tokens
 
@@ -159,8 +160,7 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
     if cp_size > 1:
         _check_alignment(edges, bounds, chunk_size)
     prefix, inner, alone, lengths, offset = [], [], [], [], 0
-    for index in local_slices(cp_size, cp_rank):
-        first, last = edges[index], edges[index + 1]
+    for first, last in runs(tuple((edges[index], edges[index + 1]) for index in local_slices(cp_size, cp_rank))):
         segments = []
         for start, end, left, right in document_parts(bounds, first, last):
             chunks = []
@@ -175,8 +175,8 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
         prefix.append(
             Stop(
                 tuple(segment for segment in segments if segment.crosses),
-                source=owner(index - 1, cp_size) if segments[0].receives else None,
-                target=owner(index + 1, cp_size) if segments[-1].sends else None,
+                source=owner(edges.index(first) - 1, cp_size) if segments[0].receives else None,
+                target=owner(edges.index(last), cp_size) if segments[-1].sends else None,
             )
         )
         offset += last - first

@@ -2,8 +2,8 @@
 
 The state that a slice starts from is the sum of what all earlier slices wrote to the same document: an exclusive
 prefix sum over slices, whose transition is the identity. The running sum goes up the ranks (slices 0 .. n-1), turns
-at rank n-1, which holds slices n-1 and n, and comes back down (slices n .. 2n-1). A hop exists only where a document
-crosses the edge between two slices; where one starts anew, nothing is waited for.
+at rank n-1, which sweeps slices n-1 and n as one, and comes back down (slices n .. 2n-1). A hop exists only where a
+document crosses the edge between two ranks' slices; where one starts anew, nothing is waited for.
 
 The rows of the state are independent of each other, so it travels in blocks: while one is on the wire, the next is
 computed. What carries a block from rank to rank is a *wire*: messages (below), or memory that the ranks of one host
@@ -87,50 +87,41 @@ class PrefixRing:
         blocks: list[slice],  # of the rows
         shape: tuple[int, int, int],  # (b, d, f)
         *,
-        rank: int,
         wire: Wire,
         dtype: torch.dtype,  # of the sums
         device: torch.device,
     ):
-        self.stops, self.blocks, self.shape, self.rank, self.wire = stops, blocks, shape, rank, wire
+        self.stops, self.blocks, self.shape, self.wire = stops, blocks, shape, wire
         self.options = dict(dtype=dtype, device=device)
         self.came: dict[int, Tensor] = {}  # by stop: (b, d, f), the sums that it starts from
         self.goes: dict[int, Tensor] = {}  # by stop: (b, d, f), the sums that the next one starts from
 
     def open(self, stop: int) -> None:
-        """Have all that a stop receives from another rank on its way, and memory for what it passes on."""
+        """Have all that a stop receives on its way, and memory for what it passes on."""
         source, target = self.stops[stop].source, self.stops[stop].target
         if target is not None:
             self.goes[stop] = torch.empty(self.shape, **self.options)
-        if source == self.rank:
-            self.came[stop] = self.goes.pop(stop - 1)
-        elif source is not None:
+        if source is not None:
             self.came[stop] = torch.empty(self.shape, **self.options)
             for number, block in self._numbered(self.came[stop]):
                 self.wire.expect(source, number, block)
 
     def get(self, stop: int, batch: int, block: int) -> Tensor | None:
-        """(rows, f): the sum over all earlier slices of the document that this slice starts in; None: there is none."""
+        """(rows, f): the sum over all earlier stops of the document that this one starts in; None: there is none."""
         source = self.stops[stop].source
         if source is None:
             return None
-        if source != self.rank:
-            self.wire.take(source, batch * len(self.blocks) + block)
+        self.wire.take(source, batch * len(self.blocks) + block)
         return self.came[stop][batch, self.blocks[block]]
 
     def going(self, stop: int, batch: int, block: int) -> Tensor | None:
-        """(rows, f): where the sum that the next slice starts from is to be written; None: it starts anew."""
-        target = self.stops[stop].target
-        if target is None:
-            return None
-        held = self.came[stop + 1] if target == self.rank else self.goes[stop]
-        return held[batch, self.blocks[block]]
+        """(rows, f): where the sum that the next stop starts from is to be written; None: it starts anew."""
+        return self.goes[stop][batch, self.blocks[block]] if stop in self.goes else None
 
     def put(self, stop: int, batch: int, block: int) -> None:
         """Pass on what was written; it is not to be changed until ``finish``."""
-        target = self.stops[stop].target
-        if target != self.rank:
-            self.wire.send(target, batch * len(self.blocks) + block, self.goes[stop][batch, self.blocks[block]])
+        number = batch * len(self.blocks) + block
+        self.wire.send(self.stops[stop].target, number, self.goes[stop][batch, self.blocks[block]])
 
     def let_go(self) -> None:
         """Have the device send before it goes on."""

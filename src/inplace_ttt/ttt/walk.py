@@ -1,5 +1,5 @@
-"""One way through the slices that a rank holds, by the documents that cross their edges: sums come in and go out, chunk
-weights are handed to whoever uses them.
+"""One way through the stops that a rank has on a sweep, by the documents that cross their edges: sums come in and go
+out, chunk weights are handed to whoever uses them.
 
 The rows of the state are independent of each other. They are swept in blocks, so that the sum of one block is on its
 way to the next rank while the next block is swept; the chunk weights of as many blocks as memory has room for are then
@@ -107,7 +107,7 @@ class Lanes:
 
 @dataclass
 class Walk:
-    """A sweep over what a rank holds of documents that cross the edges of its slices, batch row by batch row.
+    """A sweep over what a rank holds of documents that cross the edges of its stops, batch row by batch row.
 
     ``windows`` is walked once. What goes from one rank to another goes and is taken out in one order: batch row by
     batch row, block by block.
@@ -126,7 +126,7 @@ class Walk:
     meanwhile: Callable[[int], None] | None = None  # called at each stop once its carries are on their way
     # by stop, (b, d, f): what it started from. Given, where an earlier walk received them: nothing is exchanged
     carries: dict[int, Tensor] | None = None
-    only: Collection[int] = (0, 1)  # where nothing is exchanged, stops may be left out
+    only: Collection[int] | None = None  # where nothing is exchanged, stops may be left out
     # (blocks, b, documents that the sweep comes to the end of): the squared norms, once walked
     norms: Tensor | None = field(default=None, init=False)
 
@@ -137,17 +137,16 @@ class Walk:
         if self.with_norms:
             shape = len(sums.blocks), self.a.shape[1], len(self._ends)
             self.norms = torch.empty(shape, dtype=state_dtype(self.z.dtype), device=self.z.device)
-        for leg in self._legs():
-            for stop in leg:
-                sums.open(stop)
-                if self.meanwhile:
-                    self.meanwhile(stop)
+        for stop in range(len(self.stops)) if self.only is None else self.only:
+            sums.open(stop)
+            if self.meanwhile:
+                self.meanwhile(stop)
             for batch in range(self.a.shape[1]):
                 for blocks in groups:
-                    yield from self._together(sums, leg, batch, blocks)
+                    yield from self._together(sums, stop, batch, blocks)
                 if not groups:
                     for block in range(len(sums.blocks)):
-                        yield from self._block(sums, leg, batch, block)
+                        yield from self._block(sums, stop, batch, block)
                     sums.let_go()
         sums.finish()
         self.carries = sums.came
@@ -177,23 +176,14 @@ class Walk:
             self.stops,
             blocks,
             (b, d, f),
-            rank=self.exchange.group.rank(),
             wire=wire,
             dtype=state_dtype(self.z.dtype),
             device=self.z.device,
         )
 
-    def _legs(self) -> list[tuple[int, ...]]:
-        """The stops in the order of the walk. At the turn, where this rank hands the sums to itself, it makes both of
-        its stops block by block, for the next rank waits for the second."""
-        stops = [stop for stop in range(len(self.stops)) if stop in self.only]
-        if self.stops[0].target == self.exchange.group.rank():
-            return [tuple(stops)]
-        return [(stop,) for stop in stops]
-
     def _groups(self, blocks: list[slice]) -> list[range]:
         """The blocks whose weights, of all chunks of the walk, there is room for at a time; none where there is no room
-        for one block's, or nothing to be gained. The same for all legs, and on ranks with like documents and memory:
+        for one block's, or nothing to be gained. The same for all stops, and on ranks with like documents and memory:
         who waits for more blocks than the rank before it sends at a time waits for products of that rank."""
         if self.sweep is chunked.sweep or self.carries is not None:
             return []
@@ -205,53 +195,51 @@ class Walk:
         bytes_of_row = self.z.element_size() * self.z.shape[2] * chunks
         return in_groups(blocks, (EXCHANGE_BYTES if self.room is None else self.room) // bytes_of_row)
 
-    def _together(self, sums, leg, batch: int, blocks: range) -> Iterator:
+    def _together(self, sums, stop: int, batch: int, blocks: range) -> Iterator:
         """Sweep some blocks and hand out the weights of all of them, segment by segment."""
         rows = slice(sums.blocks[blocks[0]].start, sums.blocks[blocks[-1]].stop)
-        weights = {
-            (stop, place): self.z.new_empty(len(segment.chunks), rows.stop - rows.start, self.z.shape[2])
-            for (stop, place), segment in self._segments.items()
-            if stop in leg
-        }
+        segments = self.stops[stop].segments
+        weights = [
+            self.z.new_empty(len(segment.chunks), rows.stop - rows.start, self.z.shape[2]) for segment in segments
+        ]
         lanes = Lanes(self.z.device)
         for block in blocks:
             here = slice(sums.blocks[block].start - rows.start, sums.blocks[block].stop - rows.start)
             with lanes.of(block):
-                out = {key: of_segment[:, here] for key, of_segment in weights.items()}
-                for _ in self._block(sums, leg, batch, block, out):
+                out = [of_segment[:, here] for of_segment in weights]
+                for _ in self._block(sums, stop, batch, block, out):
                     pass  # its windows are parts of those below
         del out
         lanes.join()
         sums.let_go()
-        for stop, place in list(weights):
-            chunks = self._with_weights(self.stops[stop].segments[place])
-            yield stop, batch, rows, (chunks, weights.pop((stop, place))[: len(chunks)])
+        for segment in segments:
+            chunks = self._with_weights(segment)
+            yield stop, batch, rows, (chunks, weights.pop(0)[: len(chunks)])
 
-    def _block(self, sums, leg, batch: int, block: int, out: dict | None = None) -> Iterator:
-        """Sweep the rows of one block: sums in, windows (into ``out``, by stop and segment, if given), sums out."""
+    def _block(self, sums, stop: int, batch: int, block: int, out: list | None = None) -> Iterator:
+        """Sweep the rows of one block: sums in, windows (into ``out``, by segment, if given), sums out."""
         rows = sums.blocks[block]
-        for stop in leg:
-            for place, segment in self._what_others_wait_for_first(stop):
-                norms = None
-                if self.with_norms and not segment.sends:
-                    norms = self.norms[block, batch, self._ends[stop, place]].unsqueeze(0)
-                for window in self.sweep(
-                    [segment],
-                    None if self.base is None else self.base[rows],
-                    sums.get(stop, batch, block) if segment.receives else None,
-                    self.a[:, batch, rows],
-                    self.z[:, batch],
-                    self.scale,
-                    going=sums.going(stop, batch, block) if segment.sends else None,
-                    add_to=None if self.add_to is None else self.add_to[rows],
-                    norms=norms,
-                    room=self.room,
-                    **({} if out is None else dict(out=out[stop, place])),
-                ):
-                    yield stop, batch, rows, window
-                    del window  # its memory is the next one's
-                if segment.sends:
-                    sums.put(stop, batch, block)
+        for place, segment in self._what_others_wait_for_first(stop):
+            norms = None
+            if self.with_norms and not segment.sends:
+                norms = self.norms[block, batch, self._ends[stop, place]].unsqueeze(0)
+            for window in self.sweep(
+                [segment],
+                None if self.base is None else self.base[rows],
+                sums.get(stop, batch, block) if segment.receives else None,
+                self.a[:, batch, rows],
+                self.z[:, batch],
+                self.scale,
+                going=sums.going(stop, batch, block) if segment.sends else None,
+                add_to=None if self.add_to is None else self.add_to[rows],
+                norms=norms,
+                room=self.room,
+                **({} if out is None else dict(out=out[place])),
+            ):
+                yield stop, batch, rows, window
+                del window  # its memory is the next one's
+            if segment.sends:
+                sums.put(stop, batch, block)
 
     def _what_others_wait_for_first(self, stop: int) -> list[tuple[int, Segment]]:
         return sorted(enumerate(self.stops[stop].segments), key=lambda item: not item[1].sends)
