@@ -305,9 +305,8 @@ class _FastWeightLinear(torch.autograd.Function):
             """dz = W_i^T g, with the chunk weights of the forward; the suffix sums may then use their memory."""
             if stop > 0 and not starts:
                 return
-            stops = range(len(how.plan.prefix))  # on the walk in the other direction
-            if starts:
-                stops = stops[::-1][stop : stop + 1]
+            last = len(how.plan.prefix) - 1
+            stops = (last - stop,) if starts else range(last + 1)  # on the walk in the other direction
             if kept is None:
                 windows = how.prefix(z, v, weight, carries=carries, only=stops).windows()
             else:

@@ -75,10 +75,10 @@ class Messages:
 
 
 class PrefixRing:
-    """One sweep's exchange: take out the sum that came before a slice, hand in the sum that goes on from it.
+    """One sweep's exchange: take out the sum that came before a stop, hand in the sum that goes on from it.
 
-    ``open`` each stop before its first ``get``; for each row of the batch and each block, in this order, ``get`` and
-    ``put``; at the end ``finish``.
+    ``open`` each stop before its first ``get``; for each row of the batch and each block, in this order, ``get`` where
+    a document comes in, and ``going`` and ``put`` where one goes on; at the end ``finish``.
     """
 
     def __init__(
@@ -106,22 +106,19 @@ class PrefixRing:
             for number, block in self._numbered(self.came[stop]):
                 self.wire.expect(source, number, block)
 
-    def get(self, stop: int, batch: int, block: int) -> Tensor | None:
-        """(rows, f): the sum over all earlier stops of the document that this one starts in; None: there is none."""
-        source = self.stops[stop].source
-        if source is None:
-            return None
-        self.wire.take(source, batch * len(self.blocks) + block)
+    def get(self, stop: int, batch: int, block: int) -> Tensor:
+        """(rows, f): the sum over all earlier stops of the document that this one starts in."""
+        self.wire.take(self.stops[stop].source, batch * len(self.blocks) + block)
         return self.came[stop][batch, self.blocks[block]]
 
-    def going(self, stop: int, batch: int, block: int) -> Tensor | None:
-        """(rows, f): where the sum that the next stop starts from is to be written; None: it starts anew."""
-        return self.goes[stop][batch, self.blocks[block]] if stop in self.goes else None
+    def going(self, stop: int, batch: int, block: int) -> Tensor:
+        """(rows, f): where the sum that the next stop starts from is to be written."""
+        return self.goes[stop][batch, self.blocks[block]]
 
     def put(self, stop: int, batch: int, block: int) -> None:
         """Pass on what was written; it is not to be changed until ``finish``."""
         number = batch * len(self.blocks) + block
-        self.wire.send(self.stops[stop].target, number, self.goes[stop][batch, self.blocks[block]])
+        self.wire.send(self.stops[stop].target, number, self.going(stop, batch, block))
 
     def let_go(self) -> None:
         """Have the device send before it goes on."""
