@@ -1,4 +1,4 @@
-"""What the CPU has shown, on one and on two GPUs: the operation, the ring over NCCL, the model."""
+"""What the CPU has shown, on one, two and four GPUs: the operation, the ring over NCCL, the model."""
 
 import functools
 import random
@@ -19,7 +19,12 @@ from numerics.cases import largest, operands, random_documents, relative_error, 
 from parallel.test_prefix_ring import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+def gpus(count):
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} GPUs")
+
+
+over_ranks = pytest.mark.parametrize("size", [pytest.param(size, marks=gpus(size)) for size in (2, 4)])
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -53,10 +58,10 @@ def ring_errors(seeds, prefix):
     return largest(errors)
 
 
-@two_gpus
+@over_ranks
 @pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
-def test_ring(prefix):
-    assert largest(run_ranks(2, ring_errors, range(40), prefix, backend="nccl")) < 1e-12
+def test_ring(prefix, size):
+    assert largest(run_ranks(size, ring_errors, range(40), prefix, backend="nccl")) < 1e-12
 
 
 def ring_with_kernels_errors(seeds, prefix):
@@ -76,10 +81,10 @@ def ring_with_kernels_errors(seeds, prefix):
     return largest(errors)
 
 
-@two_gpus
+@over_ranks
 @pytest.mark.parametrize("prefix", ["ring", "ring_messages"])
-def test_ring_with_kernels(prefix):
-    assert largest(run_ranks(2, ring_with_kernels_errors, range(60), prefix, backend="nccl")) < 1e-2
+def test_ring_with_kernels(prefix, size):
+    assert largest(run_ranks(size, ring_with_kernels_errors, range(60), prefix, backend="nccl")) < 1e-2
 
 
 def assert_close(results, expected, bound):
@@ -136,7 +141,7 @@ def test_bf16_follows_fp32(variant):
         assert_close(on_one_gpu()[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
 
 
-@two_gpus
+@gpus(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_two_gpus_equal_one(sizes, variant):
