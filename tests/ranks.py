@@ -8,7 +8,16 @@ from collections.abc import Callable
 from datetime import timedelta
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "inplace_ttt.ttt", "inplace_ttt.megatron.runtime"])
+_context.set_forkserver_preload(
+    [
+        "inplace_ttt.data.build",
+        "inplace_ttt.megatron.initialize",
+        "inplace_ttt.megatron.optimizer",
+        "inplace_ttt.training.compose",
+        "inplace_ttt.training.loop",
+        "matplotlib.pyplot",
+    ]
+)
 
 
 def run_ranks(size: int, function: Callable, *args, backend: str = "gloo", timeout: float = 300):
