@@ -62,11 +62,12 @@ def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
     assert numbers(run) == numbers(unbroken)
 
 
-def test_asked_to_stop_all_ranks_save_and_exit_0(unbroken, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, *TRAIN, "checkpoint.interval=0", CP2, f"run.dir={run}", log=tmp_path / "log")
     wait_for(lambda: len(numbers(run)) >= 2, process)
-    workers(process)[1].send_signal(signal.SIGTERM)  # one rank hears it, all follow
+    workers(process)[1].send_signal(number)  # one rank hears it, all follow
     assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
     assert "asked to stop: saved step" in (tmp_path / "log").read_text()
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")

@@ -57,7 +57,7 @@ def sweep(
     """For each chunk in the order of the segments, the weight it sees: ``base +`` what its document wrote before it.
 
     Args:
-        segments: parts of different documents. Of these only the first may go on from another slice, and only the last
+        segments: parts of different documents. Of these only the first may go on from another stop, and only the last
             go on in another one.
         base: (rows, f) in z's dtype. None: zero.
         carry: (rows, f) in the state's dtype, what earlier slices wrote to the first segment's document. None: nothing.

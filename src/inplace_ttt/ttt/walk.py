@@ -152,18 +152,14 @@ class Walk:
         self.carries = sums.came
 
     @cached_property
-    def _segments(self) -> dict[tuple[int, int], Segment]:
-        """By (stop, place in it)."""
-        return {
-            (number, place): segment
+    def _ends(self) -> dict[tuple[int, int], int]:
+        """The segments with which documents end, by (stop, place in it), numbered."""
+        ends = [
+            (number, place)
             for number, stop in enumerate(self.stops)
             for place, segment in enumerate(stop.segments)
-        }
-
-    @cached_property
-    def _ends(self) -> dict[tuple[int, int], int]:
-        """The segments with which documents end, numbered."""
-        ends = [key for key, segment in self._segments.items() if not segment.sends]
+            if not segment.sends
+        ]
         return {key: number for number, key in enumerate(ends)}
 
     def _sums(self) -> PrefixRing | Replay:
@@ -189,7 +185,7 @@ class Walk:
             return []
         from inplace_ttt.ttt.kernels.chunk_weights import EXCHANGE_BYTES
 
-        chunks = sum(len(segment.chunks) for segment in self._segments.values())
+        chunks = sum(len(segment.chunks) for stop in self.stops for segment in stop.segments)
         if chunks == 0:
             return []
         bytes_of_row = self.z.element_size() * self.z.shape[2] * chunks

@@ -17,7 +17,7 @@ from inplace_ttt.ttt.plan import Segment, Span
 # Columns of a chunk's row: how many whole steps write it, how many tokens are left for one more, whether it sees
 # anything, and the number of the document that ends with it
 WHOLE, LEFT, SEES, ENDS, COLUMNS = range(5)
-# In the place of that number: the next chunk is the same document's; it goes on in another slice
+# In the place of that number: the next chunk is the same document's; it goes on in another stop
 GOES_ON, GOES_ELSEWHERE = -1, -2
 
 
