@@ -3,9 +3,13 @@
 python launch/prepare_data.py --output data/mine --tokenizer Qwen/Qwen3-4B-Base books/ code.jsonl.zst notes.parquet
 python launch/prepare_data.py --output data/web --tokenizer DIR --dataset HuggingFaceFW/fineweb-edu --split train
 python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048
+
+Documents that cannot be used (cut off, no text in them, another encoding) are left out, counted, and the first ten
+named. Stopped, the same command goes on; parts that are done stay done when a file is mended.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,93 +17,123 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from inplace_ttt.command import run_command
+from inplace_ttt.config import UserError
+
+MOST_ENTRIES = 2**20
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", help="files or folders: text, .jsonl, .json, .parquet, also .zst or .gz")
+    parser.add_argument(
+        "inputs", nargs="*", help="files or folders: text, .jsonl, .ndjson, .json, .parquet, also .zst or .gz"
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json, .tokenizer/")
-    parser.add_argument("--tokenizer", metavar="NAME", help="folder or Hugging Face name")
-    parser.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE entries")
-    parser.add_argument("--dataset", metavar="NAME", help="a dataset of the `datasets` library instead of files")
-    parser.add_argument("--dataset-config", metavar="CONFIG")
-    parser.add_argument("--split", default="train", help="of the dataset (train)")
-    parser.add_argument("--text-key", default="text", help="field or column that holds the text (text)")
-    parser.add_argument("--python-packages", action="store_true", help="the sources of the installed Python packages")
-    parser.add_argument("--max-megabytes", type=float, default=32.0, help="of --python-packages (32)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument("--overwrite", action="store_true", help="make anew what is there already")
     parser.add_argument("--if-missing", action="store_true", help="do nothing where the output is there already")
+    parser.add_argument("--strict", action="store_true", help="stop at the first document that cannot be used")
+    source = parser.add_argument_group("text")
+    source.add_argument(
+        "--format", choices=["text", "jsonl", "json", "parquet"], help="of files whose endings do not say it"
+    )
+    source.add_argument("--text-key", default="text", help="field or column that holds the text (text)")
+    source.add_argument("--dataset", metavar="NAME", help="a dataset of the `datasets` library instead of files")
+    source.add_argument("--dataset-config", metavar="CONFIG")
+    source.add_argument("--split", default="train", help="of the dataset (train)")
+    source.add_argument("--python-packages", action="store_true", help="the sources of the installed Python packages")
+    source.add_argument("--max-megabytes", type=float, default=32.0, help="of --python-packages (32)")
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument("--tokenizer", metavar="NAME", help="folder or Hugging Face name")
+    tokens.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE entries")
+    tokens.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="begin documents with the begin-of-text token (as the tokenizer does by itself: Llama yes, Qwen no)",
+    )
+    tokens.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-text token")
+    tokens.add_argument(
+        "--special-tokens",
+        choices=["text", "control"],
+        default="text",
+        help="what the name of a special token inside text is: text like any other, or that token (text)",
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
     return parser.parse_args()
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    console = Console(stderr=True)
-    try:
-        run(arguments, console)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 130
-    except Exception as error:
-        from inplace_ttt.config import UserError
-
-        if isinstance(error, UserError):
-            console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-            return 2
-        if isinstance(error, OSError):
-            console.print(f"[red]error:[/red] cannot write '{arguments.output}': {error}", soft_wrap=True)
-            return 2
-        raise
-    return 0
+    arguments, console = parse_arguments(), Console(stderr=True)
+    return run_command(lambda: run(arguments, console), "stopped; the same command goes on from here")
 
 
-def run(arguments: argparse.Namespace, console: Console) -> None:
-    from inplace_ttt.config import UserError
-
+def check(arguments: argparse.Namespace) -> None:
     sources = [bool(arguments.inputs), bool(arguments.dataset), arguments.python_packages]
     if sum(sources) != 1:
         raise UserError("give exactly one source of text: files or folders, --dataset NAME, or --python-packages")
-    if bool(arguments.tokenizer) == bool(arguments.train_tokenizer):
+    if bool(arguments.tokenizer) == (arguments.train_tokenizer is not None):
         raise UserError("give exactly one of --tokenizer NAME and --train-tokenizer SIZE")
-    if arguments.train_tokenizer is not None and arguments.train_tokenizer < 257:
-        raise UserError(f"--train-tokenizer {arguments.train_tokenizer} is too small: 256 bytes and an end need 257")
-    if arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers}: at least 1 is needed")
-    if arguments.if_missing and all(Path(f"{arguments.output}.{end}").is_file() for end in ("bin", "idx", "json")):
-        console.print(f"{arguments.output} is there")
+    size = arguments.train_tokenizer
+    if size is not None and not 257 <= size <= MOST_ENTRIES:
+        raise UserError(f"--train-tokenizer {size}: 256 bytes and an end need 257, and {MOST_ENTRIES:,} are enough")
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= arguments.workers <= most:
+        raise UserError(f"--workers {arguments.workers}: use 1 to {most}")
+    if not (math.isfinite(arguments.max_megabytes) and arguments.max_megabytes > 0):
+        raise UserError(f"--max-megabytes {arguments.max_megabytes}: use a number above 0")
+    if not Path(arguments.output).name or arguments.output.endswith("/"):
+        raise UserError(f"--output '{arguments.output}' is a folder: name a prefix in it, such as data/mine")
+    if arguments.overwrite and arguments.if_missing:
+        raise UserError("--overwrite and --if-missing contradict each other: give one of them")
+
+
+def run(arguments: argparse.Namespace, console: Console) -> None:
+    check(arguments)
+    output = Path(arguments.output).expanduser()
+    if arguments.if_missing and all(Path(f"{output}.{end}").is_file() for end in ("bin", "idx", "json")):
+        console.print(f"{output} is there", markup=False)
         return
 
     from inplace_ttt.data import documents, prepare
-    from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
+    from inplace_ttt.data.tokenizer import begins_texts, load_tokenizer, train_tokenizer
 
-    Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+    report = documents.Report(strict=arguments.strict)
     total = None
     if arguments.dataset:
         settings = dict(dataset=arguments.dataset, config=arguments.dataset_config, split=arguments.split)
 
-        def read():
+        def read(report):
             return documents.read_hub_dataset(
-                arguments.dataset, arguments.dataset_config, arguments.split, arguments.text_key
+                arguments.dataset, arguments.dataset_config, arguments.split, arguments.text_key, report
             )
     elif arguments.python_packages:
         settings = dict(python_packages=arguments.max_megabytes)
         total = arguments.max_megabytes * 1e6
 
-        def read():
+        def read(report):
             return documents.python_packages(int(arguments.max_megabytes * 1e6))
     else:
-        files = documents.find_files(arguments.inputs)
-        settings = dict(files=[[str(f), f.stat().st_size, f.stat().st_mtime] for f in files])
+        settings = {}
+        files = documents.find_files(arguments.inputs, report, output)
+        for file in files if arguments.format is None else ():
+            documents.format_of(file)  # raises for what it does not know
         if not any(f.suffix in (".zst", ".gz", ".parquet") for f in files):
             total = sum(f.stat().st_size for f in files)
 
-        def read():
-            return documents.read_documents(files, arguments.text_key)
+        def read(report):
+            return documents.read_documents(files, arguments.text_key, report, arguments.format)
 
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         with console.status(f"training a byte-level BPE of {arguments.train_tokenizer} entries"):
-            tokenizer = train_tokenizer(_first_bytes(read(), 8_000_000), arguments.train_tokenizer)
+            first = documents.Report(strict=arguments.strict)  # what is left out is counted when all is read
+            tokenizer = train_tokenizer(_first_bytes(read(first), 8_000_000), arguments.train_tokenizer)
+    options = prepare.Options(
+        begin=begins_texts(tokenizer) if arguments.bos is None else arguments.bos,
+        end=not arguments.no_eos,
+        special_tokens=arguments.special_tokens,
+    )
     with Progress(
         TextColumn("tokenizing"),
         BarColumn(),
@@ -119,18 +153,30 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 tokens=fields["tokens"] + n_tokens / 1e6,
             )
 
-        description = prepare.prepare(
-            read(),
-            tokenizer,
-            arguments.output,
-            settings={**settings, "text_key": arguments.text_key},
-            workers=arguments.workers,
-            progress=progress,
-        )
+        try:
+            description = prepare.prepare(
+                read(report),
+                tokenizer,
+                str(output),
+                settings={**settings, "text_key": arguments.text_key},
+                workers=arguments.workers,
+                progress=progress,
+                options=options,
+                overwrite=arguments.overwrite,
+            )
+        except UserError as error:
+            if report.places and "no text" in str(error):
+                raise UserError(f"{error} ({report.places[0]})") from error
+            raise
+        bar.update(task, total=bar.tasks[task].completed)
+    for line in report.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(
-        f"{arguments.output}: {description.documents:,} documents, {description.tokens:,} tokens, "
+        f"{output}: {description.documents:,} documents, {description.tokens:,} tokens, "
         f"vocabulary {description.vocab_size:,}",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
 
 

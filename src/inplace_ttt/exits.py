@@ -1,4 +1,4 @@
-"""How a process of a job ends: what it says, who hears it, and what it takes along."""
+"""Exit codes, the Slurm exit file, torchrun's error file, cleanup of child processes."""
 
 import contextlib
 import errno
@@ -10,23 +10,37 @@ from pathlib import Path
 
 import psutil
 
+from inplace_ttt.torchrun import MARK
+
 # What a user must mend before a run can go on; other failures of a file system may pass
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def fail(message: str, code: int) -> int:
-    """Tell whoever started the job, who does not see the code through torchrun; tell torchrun, whose summary then has
-    the message; say it once a machine. Each by itself: a full disk, which may be the reason, keeps some from it."""
+    """Report why this process ends, and return its exit code.
+
+    The Slurm job reads the code from a file, for torchrun's own is 1 whatever happened. torchrun prints the message
+    last (``torchrun.py``), from the error file that it names; a rank without torchrun prints it itself. Each report is
+    made by itself: a full disk, which may be the reason, keeps some from being written.
+    """
     told, report = os.environ.get("INPLACE_TTT_EXIT_FILE"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    logs, rank = os.environ.get("INPLACE_TTT_LOGS"), os.environ.get("RANK", "0")
+    torchrun_says = False
     with contextlib.suppress(OSError):
         if told:
             _tell(Path(told), code)
     with contextlib.suppress(OSError):
         if report:
-            extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+            extra = {"py_callstack": message, "timestamp": str(int(time.time())), MARK: code}
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+            torchrun_says = True
     with contextlib.suppress(OSError):
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if logs and torchrun_says:  # of each rank (launch/slurm/rank.sh)
+            with Path(logs, f"rank_{rank}.log").open("a") as log:
+                log.write(f"{message}\n")
+    with contextlib.suppress(OSError):
+        if not torchrun_says and os.environ.get("LOCAL_RANK", "0").strip() in ("0", ""):
+            sys.stdout.flush()
             print(message, file=sys.stderr, flush=True)
     return code
 

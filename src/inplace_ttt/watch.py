@@ -8,25 +8,31 @@ and may jump.
 
 Where the network is cut the store's client may wait for ever. So a second thread watches the marks, and whatever it
 asks the store is given some seconds.
+
+The store is open to whoever reaches its port. Once the ranks are joined they sign what they tell with a key that they
+share through the process group, and the store never holds.
 """
 
 import contextlib
 import faulthandler
+import hmac
 import json
 import os
 import re
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
 from inplace_ttt.config import one_line
+from inplace_ttt.environment import World
+from inplace_ttt.rendezvous import Rendezvous
 
 # Innermost Python frames of a rank that waits for others, rather than being what others wait for
 _WAITING = ("torch/distributed/", "ttt/prefix.py", "ttt/mailbox.py", "p2p_communication.py", "tensor_parallel/mappings")
@@ -73,7 +79,8 @@ class Watch:
         self._marks, self._doing, self._since, self._patience = 0, "starting", time.monotonic(), 1.0
         self._main, self._host = threading.get_ident(), socket.gethostname()
         self._number, self._left = 0, None
-        self._seen: dict[int, tuple[int, float]] = {}  # of each rank: its last beat's number, and when that was new
+        self._secret: bytes | None = None
+        self._seen: dict[int, tuple[Beat, float]] = {}  # of each rank: its last beat, and when that was new
         self._lock, self._ended = threading.Lock(), threading.Event()
         if store is not None:
             self._beat()
@@ -81,15 +88,25 @@ class Watch:
                 threading.Thread(target=run, name=name, daemon=True).start()
 
     @classmethod
-    def join(cls, rank: int, size: int, limit: float, on_hang: Callable[[str], None]) -> "Watch":
-        """Watch through the store of torchrun's agents; alone, or without torchrun, watch nothing."""
+    def join(cls, world: World, limit: float, on_hang: Callable[[str], None], rendezvous: Rendezvous | None) -> "Watch":
+        """Watch through the job's store, on a connection of its own; a process that is alone watches nothing."""
         store = None
-        if size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=20))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"watch/{attempt}", store)
-        return cls(rank, size, limit, on_hang, store)
+        if rendezvous is not None:
+            store = dist.PrefixStore("watch", rendezvous.connect())
+        return cls(world.rank, world.size, limit, on_hang, store)
+
+    def share_secret(self) -> None:
+        """Give all ranks a key to sign their beats with, through the process group: every rank calls it.
+
+        Whoever reaches the store can write to it. From here on a beat that is not signed with the key is no beat.
+        """
+        if self.store is not None:
+            secret = [secrets.token_bytes(32)]
+            dist.broadcast_object_list(secret, src=0)
+            for beat, _ in list(self._seen.values()):  # what anyone may have written; all ranks are here now
+                beat.number, beat.left = -1, None
+            self._secret = secret[0]
+            self._beat()
 
     def mark(self, doing: str, patience: float = 1.0) -> None:
         """What the rank goes about now, and how many times the limit that may take."""
@@ -165,22 +182,40 @@ class Watch:
             stands = time.monotonic() - self._since > 2 * self.interval
             where, waits = _where(self._main) if stands else ("", False)
             beat = Beat(self._number, self._host, os.getpid(), self._marks, self._doing, where, waits, self._left)
-            self.store.set(str(self.rank), json.dumps(asdict(beat)))
+            self.store.set(str(self.rank), self._signed(json.dumps(asdict(beat))))
 
     def _look(self) -> dict[int, Seen]:
         """What every rank that has told anything told last."""
         ranks = range(self.size)
         if len(self._seen) < self.size:
             ranks = [rank for rank in ranks if rank in self._seen or self.store.check([str(rank)])]
-        known, now = {}, time.monotonic()
+        now = time.monotonic()
         for rank, text in zip(ranks, self.store.multi_get([str(rank) for rank in ranks]), strict=True):
-            beat = Beat(**json.loads(text))
-            number, since = self._seen.get(rank, (None, now))
-            if beat.number != number:
-                since = now
-            self._seen[rank] = beat.number, since
-            known[rank] = Seen(beat, now - since)
-        return known
+            beat = self._verified(rank, text)
+            before = self._seen.get(rank)
+            if beat is not None and (before is None or beat.number > before[0].number):
+                self._seen[rank] = beat, now
+        return {rank: Seen(beat, now - since) for rank, (beat, since) in sorted(self._seen.items())}
+
+    def _signed(self, text: str) -> str:
+        return f"{self._signature(self.rank, text)} {text}"
+
+    def _signature(self, rank: int, text: str) -> str:
+        """Of a rank's beat; nothing before the ranks share a key."""
+        return hmac.digest(self._secret, f"{rank} {text}".encode(), "sha256").hex() if self._secret else "-"
+
+    def _verified(self, rank: int, content: bytes) -> Beat | None:
+        """The beat that a rank wrote; None: someone else did, or the rank has no key yet."""
+        try:
+            signature, _, text = content.decode().partition(" ")
+            if hmac.compare_digest(signature, self._signature(rank, text)):
+                beat = Beat(**json.loads(text))
+                numbers, words = (beat.number, beat.marks, beat.process), (beat.host, beat.doing, beat.where)
+                whole = all(type(one) is int for one in numbers) and all(isinstance(one, str) for one in words)
+                return beat if whole and isinstance(beat.left, str | None) else None
+        except (ValueError, TypeError, RecursionError):
+            pass
+        return None
 
 
 def _within(seconds: float, action: Callable):

@@ -1,18 +1,39 @@
 """The training and validation sets of a configuration, and the samples that a rank reads of them."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch.utils.data import DataLoader
 
 from inplace_ttt.config import Config, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.packed import Blend, PackedDocuments, open_indexed, split_documents
+from inplace_ttt.data.identity import check_tokens, identity
+from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_indexed, split_documents
 from inplace_ttt.data.prepare import read_description
 from inplace_ttt.data.recall import KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.megatron.indexed import IndexedDataset
 from inplace_ttt.signals import unheard
+
+BLEND_BYTES = 10  # of each sample of a run with several sources
+
+
+@dataclass
+class Corpora:
+    """The opened sources of a configuration; of synthetic data there are none."""
+
+    prefixes: list[str]
+    files: list[IndexedDataset]
+    identity: list[dict]  # of each, see identity.py
+    vocab_size: int
+
+    def check_tokens(self) -> None:
+        """Raise UserError where a token is none of the vocabulary; reads all tokens the first time."""
+        for prefix, indexed, described in zip(self.prefixes, self.files, self.identity, strict=True):
+            check_tokens(prefix, indexed, described, self.vocab_size)
 
 
 @dataclass
@@ -20,55 +41,91 @@ class Sets:
     train: object  # sample by number
     validation: object | None
     vocab_size: int
+    epochs: tuple[float, ...] = ()  # of each source, how often the run reads it
 
 
-def build_sets(config: Config) -> Sets:
-    """Open and check all data. Raises UserError; needs no process group, so it runs before one forms."""
-    data, train = config.data, config.train
-    if data.kind == "recall":
-        recall = (data.seq_length, data.recall_pairs, data.recall_alphabet)
-        vocab_size = config.model.vocab_size or recall_vocab_size(data.recall_alphabet)
-        return Sets(
-            KeyValueRecall(*recall, seed=train.seed), KeyValueRecall(*recall, seed=train.seed + 1_000_003), vocab_size
+def open_corpora(config: Config) -> Corpora:
+    """Open the sources. Raises UserError; needs no process group, so it runs before one forms."""
+    data = config.data
+    if data.num_workers > max(8, 4 * (os.cpu_count() or 1)):
+        raise UserError(
+            f"data.num_workers={data.num_workers} is more than this machine's {os.cpu_count()} cores can run: use "
+            f"{max(8, 4 * (os.cpu_count() or 1))} or less"
         )
+    if data.kind == "recall":
+        needed = recall_vocab_size(data.recall_alphabet)
+        if config.model.vocab_size is not None and config.model.vocab_size < needed:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is too small for data.recall_alphabet="
+                f"{data.recall_alphabet}: use {needed} or more, or null"
+            )
+        return Corpora([], [], [], config.model.vocab_size or needed)
     if not data.sources:
         raise UserError("data.sources is empty: name at least one, as in data.sources=[{path: data/python}]")
-    files = [open_indexed(source.path) for source in data.sources]
-    vocab_size = _vocab_size(config)
+    prefixes = [os.path.expanduser(source.path) for source in data.sources]
+    files = [open_indexed(prefix) for prefix in prefixes]
+    described = [read_description(prefix) for prefix in prefixes]
+    vocab_size = _vocab_size(config, dict(zip(prefixes, described, strict=True)))
+    marks = [one.tokenizer_fingerprint if one else None for one in described]
+    known = [identity(prefix, indexed, mark) for prefix, indexed, mark in zip(prefixes, files, marks, strict=True)]
+    return Corpora(prefixes, files, known, vocab_size)
+
+
+def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PACKING) -> Sets:
+    """Return the sets of opened corpora. ``packing``: the version of the order of samples, see packed.py."""
+    data, train, corpora = config.data, config.train, corpora or open_corpora(config)
+    if data.kind == "recall":
+        recall = (data.seq_length, data.recall_pairs, data.recall_alphabet)
+        return Sets(
+            KeyValueRecall(*recall, seed=train.seed),
+            KeyValueRecall(*recall, seed=train.seed + 1_000_003),
+            corpora.vocab_size,
+        )
+    aligned = config.ttt.enabled or packing == 1  # without fast weights there are no chunks
     training, held_out = [], []
-    for number, (source, indexed) in enumerate(zip(data.sources, files, strict=True)):
-        common = dict(seq_length=data.seq_length, align=config.ttt.chunk_size, reset=data.reset_at_documents)
-        kept, validation = split_documents(indexed, data.validation_fraction, source.path)
+    for number, (prefix, indexed) in enumerate(zip(corpora.prefixes, corpora.files, strict=True)):
+        common = dict(
+            seq_length=data.seq_length,
+            align=config.ttt.chunk_size if aligned else 1,
+            reset=data.reset_at_documents,
+            packing=packing,
+        )
+        kept, validation = split_documents(indexed, data.validation_fraction, prefix)
         training.append(PackedDocuments(indexed, kept, seed=train.seed + 7919 * number, **common))
         if len(validation):
             held_out.append(PackedDocuments(indexed, validation, seed=0, shuffle=False, **common))
     weights = [source.weight for source in data.sources]
+    samples = train.steps * train.global_batch_size
+    free = psutil.virtual_memory().available
+    if len(weights) > 1 and BLEND_BYTES * samples > free / 2:
+        raise UserError(
+            f"train.steps={train.steps} x train.global_batch_size={train.global_batch_size} samples of several sources "
+            f"need {BLEND_BYTES * samples / 2**30:,.1f} GiB to be mixed, and {free / 2**30:,.1f} are free: use fewer "
+            f"steps, or one source"
+        )
+    share = sum(weights)
     return Sets(
-        Blend(training, weights, train.steps * train.global_batch_size),
+        Blend(training, weights, samples),
         Blend(held_out, weights, train.eval_samples) if len(held_out) == len(weights) and train.eval_samples else None,
-        vocab_size,
+        corpora.vocab_size,
+        tuple(samples * weight / share / part.samples for weight, part in zip(weights, training, strict=True)),
     )
 
 
-def _vocab_size(config: Config) -> int:
-    """The model's vocabulary, which must hold every token of every source."""
-    data = config.data
-    sizes = {}
-    for source in data.sources:
-        described = read_description(source.path)
-        if described is not None:
-            sizes[source.path] = described
-    if data.tokenizer is not None:
-        tokenizer = load_tokenizer(data.tokenizer)
-        for path, described in sizes.items():
-            if described.tokenizer_fingerprint != fingerprint(tokenizer):
+def _vocab_size(config: Config, described: dict) -> int:
+    """The model's vocabulary, which must hold every token of every source. ``described``: by prefix, or None."""
+    sizes = {prefix: one for prefix, one in described.items() if one is not None}
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        for path, one in sizes.items():
+            if one.tokenizer_fingerprint != fingerprint(tokenizer):
                 raise UserError(
-                    f"data.tokenizer='{data.tokenizer}' is not what '{path}' was made with: prepare the data with it, "
-                    f"or use '{path}.tokenizer'"
+                    f"data.tokenizer='{config.data.tokenizer}' is not what '{path}' was made with: prepare the data "
+                    f"with it, or use '{path}.tokenizer'"
                 )
         needed = len(tokenizer)
     elif sizes:
-        if len({described.tokenizer_fingerprint for described in sizes.values()}) > 1:
+        if len({one.tokenizer_fingerprint for one in sizes.values()}) > 1:
             raise UserError(
                 f"data.sources were made with different tokenizers ({', '.join(sizes)}): prepare them alike"
             )
@@ -88,7 +145,7 @@ def _vocab_size(config: Config) -> int:
 class _Numbered(torch.utils.data.Dataset):
     """The samples with given numbers."""
 
-    def __init__(self, samples, numbers: list[int]):
+    def __init__(self, samples, numbers: Sequence[int]):
         self.samples, self.numbers = samples, numbers
 
     def __len__(self) -> int:
@@ -99,7 +156,7 @@ class _Numbered(torch.utils.data.Dataset):
 
 
 def micro_batches(
-    samples, numbers: list[int], *, micro_batch_size: int, num_workers: int, cp_size: int, cp_rank: int, device
+    samples, numbers: Sequence[int], *, micro_batch_size: int, num_workers: int, cp_size: int, cp_rank: int, device
 ) -> Iterator[MicroBatch]:
     """Micro batches of the samples with these numbers, in order; workers, if any, read ahead."""
     loader = DataLoader(
@@ -119,3 +176,19 @@ def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[
     """Of ``count`` samples from ``first`` on, those of one data-parallel rank: the step's set is the same for all."""
     share = count // dp_size
     return list(range(first + dp_rank * share, first + (dp_rank + 1) * share))
+
+
+class NumbersOfSteps(Sequence):
+    """The samples of one data-parallel rank in many steps, one step's after the other's; none is stored."""
+
+    def __init__(self, steps: range, per_step: int, dp_size: int, dp_rank: int):
+        self.steps, self.per_step, self.share, self.dp_rank = steps, per_step, per_step // dp_size, dp_rank
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.share
+
+    def __getitem__(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        step, number = divmod(index, self.share)
+        return self.steps[step] * self.per_step + self.dp_rank * self.share + number

@@ -1,33 +1,105 @@
-"""Where text comes from: local files in several formats, Hugging Face datasets, installed Python packages."""
+"""Where text comes from: local files in several formats, Hugging Face datasets, installed Python packages.
 
+Text is as its makers left it: cut off, of another encoding, without the field that others have. What is no document is
+left out and counted, with its place; in a strict reading the first one is an error.
+"""
+
+import codecs
 import gzip
 import hashlib
 import io
 import json
+import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zstandard
 
 from inplace_ttt.config import UserError, one_line
 
-# Whole files that are one document each; other endings are named by the user one by one
+# Whole files that are one document each
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex", ".html")
-TABLE_SUFFIXES = (".jsonl", ".json", ".parquet")
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
+}
 COMPRESSIONS = (".zst", ".gz")
+NAMED = 10  # places of what was left out that are named
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """The files that inputs name, folders searched for known endings; sorted within each folder."""
-    files = []
+@dataclass
+class Report:
+    """What a reading left out, or changed."""
+
+    strict: bool = False
+    bad: int = 0  # documents, or files where no more is known
+    empty: int = 0  # documents without text
+    mended: int = 0  # documents with halves of characters, which were replaced by U+FFFD
+    skipped_files: int = 0  # in folders: hidden, or of an ending that is not known
+    places: list[str] = field(default_factory=list)  # of the first bad ones, and why
+
+    def leave_out(self, place: str, why: str) -> None:
+        """Count a document that cannot be used. Raises UserError in a strict reading."""
+        if self.strict:
+            raise UserError(f"{place} {why}")
+        self.bad += 1
+        if len(self.places) < NAMED:
+            self.places.append(f"{place} {why}")
+
+    def checked(self, text: str, place: str) -> str | None:
+        """Return text as Unicode has it, or None where there is none."""
+        if not text:
+            self.empty += 1
+            return None
+        if _SURROGATE.search(text):
+            if self.strict:
+                raise UserError(f"{place} holds half a character (a lone surrogate)")
+            self.mended += 1
+            return _SURROGATE.sub("\ufffd", text)
+        return text
+
+    def lines(self) -> list[str]:
+        """Return what a user should hear."""
+        said = []
+        if self.skipped_files:
+            said.append(f"{self.skipped_files:,} files of the folders left out: hidden, or of an ending not known")
+        if self.empty:
+            said.append(f"{self.empty:,} documents without text left out")
+        if self.mended:
+            said.append(f"{self.mended:,} documents had halves of characters, replaced by U+FFFD")
+        if self.bad:
+            said.append(f"{self.bad:,} documents left out that cannot be used, the first of them:")
+            said += [f"  {place}" for place in self.places]
+        return said
+
+
+def find_files(inputs: list[str], report: Report | None = None, output: Path | None = None) -> list[Path]:
+    """Return the files that inputs name, folders searched for known endings; sorted within each folder.
+
+    Hidden files of a folder, and what belongs to ``output``, are left out. Raises UserError for an input that is not
+    there, and for a file of an ending that is not known.
+    """
+    files, report = [], report or Report()
     for name in inputs:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
+            found = []
+            for one in sorted(p for p in path.rglob("*") if p.is_file() and not _belongs_to(p, output)):
+                if any(part.startswith(".") for part in one.relative_to(path).parts) or _kind(one) not in FORMATS:
+                    report.skipped_files += 1
+                else:
+                    found.append(one)
             if not found:
                 raise UserError(
-                    f"folder '{name}' holds no file of a known kind ({' '.join(TABLE_SUFFIXES + TEXT_SUFFIXES)}, "
+                    f"folder '{name}' holds no file of a known kind ({' '.join(FORMATS)}, "
                     f"also with {' or '.join(COMPRESSIONS)})"
                 )
             files += found
@@ -38,30 +110,48 @@ def find_files(inputs: list[str]) -> list[Path]:
     return files
 
 
-def read_documents(files: list[Path], text_key: str) -> Iterator[str]:
-    """The documents of all files in order: one a line of .jsonl, one a row of .parquet, else one a file."""
+def format_of(path: Path) -> str:
+    """Return the format that a file's ending stands for: text, jsonl, json, parquet. Raises UserError for others."""
+    kind = _kind(path)
+    if kind not in FORMATS:
+        raise UserError(
+            f"'{path}' has an ending that is not known ({kind or 'none'}): use one of {' '.join(FORMATS)}, or say what "
+            f"the files are with --format text, jsonl, json or parquet"
+        )
+    return FORMATS[kind]
+
+
+def read_documents(
+    files: list[Path], text_key: str, report: Report | None = None, file_format: str | None = None
+) -> Iterator[str]:
+    """Yield the documents of all files in order: one a line of .jsonl, one a row of .parquet, else one a file.
+
+    ``report`` counts what is left out. ``file_format``: of files whose endings do not say it.
+    """
+    report = report or Report(strict=True)
+    readers = dict(parquet=_read_parquet, jsonl=_read_json_lines, json=_read_json, text=_read_text)
     for path in files:
-        kind = _kind(path)
+        read = readers[file_format or format_of(path)]
         try:
-            if kind == ".parquet":
-                yield from _read_parquet(path, text_key)
-            elif kind == ".jsonl":
-                yield from _read_json_lines(path, text_key)
-            elif kind == ".json":
-                yield from _read_json(path, text_key)
-            else:
-                with _open(path) as stream:
-                    yield stream.read()
-        except (OSError, EOFError, UnicodeDecodeError, zstandard.ZstdError) as error:
-            raise UserError(f"file '{path}' cannot be read ({error}); remove or replace it") from error
+            yield from read(path, text_key, report)
+        except _UNREADABLE as error:
+            report.leave_out(f"file '{path}'", f"cannot be read ({one_line(error)}): mend or remove it")
 
 
-def read_hub_dataset(name: str, config: str | None, split: str, text_key: str) -> Iterator[str]:
-    """The documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a folder
-    that its ``save_to_disk`` wrote."""
+def read_hub_dataset(
+    name: str, config: str | None, split: str, text_key: str, report: Report | None = None
+) -> Iterator[str]:
+    """Yield the documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a
+    folder that its ``save_to_disk`` wrote."""
     import datasets
 
-    folder = Path(name)
+    from inplace_ttt.hub import hub_is_reached
+
+    report = report or Report(strict=True)
+    folder = Path(name).expanduser()
+    if not folder.exists() and not hub_is_reached():
+        raise UserError(f"dataset '{name}' is no folder, and the hub is out of reach: give files, or mend the network")
+    name = str(folder) if folder.exists() else name
     try:
         if (folder / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(name)[split]
@@ -69,8 +159,10 @@ def read_hub_dataset(name: str, config: str | None, split: str, text_key: str) -
             rows = datasets.load_from_disk(name)
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for row in rows:
-            yield _text(row, text_key, f"dataset '{name}'")
+        for number, row in enumerate(rows):
+            text = _text(row, text_key, f"dataset '{name}', row {number}", report)
+            if text is not None:
+                yield text
     except UserError:
         raise
     except Exception as error:
@@ -80,7 +172,7 @@ def read_hub_dataset(name: str, config: str | None, split: str, text_key: str) -
 
 
 def python_packages(max_bytes: int) -> Iterator[str]:
-    """Python sources of the installed packages, one document a package folder, up to ``max_bytes`` in all.
+    """Yield Python sources of the installed packages, one document a package folder, up to ``max_bytes`` in all.
 
     Real, long and there without a download. Folders come in an order that only their names decide, mixed so that
     a part of them is like the whole.
@@ -108,65 +200,136 @@ def python_packages(max_bytes: int) -> Iterator[str]:
         yield document
 
 
+def _belongs_to(path: Path, output: Path | None) -> bool:
+    return output is not None and any(
+        str(one.absolute()) == f"{output.absolute()}.{end}"
+        for one in (path, *path.parents)
+        for end in ("bin", "idx", "json", "tokenizer", "parts", "checked")
+    )
+
+
 def _kind(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes if s.lower() not in COMPRESSIONS]
     return suffixes[-1] if suffixes else ""
 
 
-def _open(path: Path) -> io.TextIOBase:
+def _open(path: Path) -> io.BufferedIOBase:
     suffix = path.suffix.lower()
     if suffix == ".zst":
         stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.TextIOWrapper(stream, encoding="utf-8")
-    if suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return io.BufferedReader(stream)
+    return gzip.open(path, "rb") if suffix == ".gz" else path.open("rb")
 
 
-def _read_json_lines(path: Path, text_key: str) -> Iterator[str]:
+def _read_text(path: Path, text_key: str, report: Report) -> Iterator[str]:
+    with _open(path) as stream:
+        text = _decoded(stream.read())
+    text = report.checked(text, f"file '{path}'")
+    if text is not None:
+        yield text
+
+
+def _decoded(content: bytes) -> str:
+    """Text without a byte-order mark and with \\n for an end of line."""
+    text = content.decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_json_lines(path: Path, text_key: str, report: Report) -> Iterator[str]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text(_parse(line, f"{path}:{number}"), text_key, f"{path}:{number}")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                report.leave_out(place, f"is not JSON ({_json_fault(error)}); one object a line is needed")
+                continue
+            text = _text(row, text_key, place, report)
+            if text is not None:
+                yield text
 
 
-def _read_json(path: Path, text_key: str) -> Iterator[str]:
+def _read_json(path: Path, text_key: str, report: Report) -> Iterator[str]:
     """One object or a list of them; a file with an object a line is taken for what it is."""
     with _open(path) as stream:
         content = stream.read()
     try:
-        rows = json.loads(content)
-    except json.JSONDecodeError:
-        yield from _read_json_lines(path, text_key)
+        rows = json.loads(content.removeprefix(codecs.BOM_UTF8))
+    except RecursionError as error:
+        report.leave_out(f"file '{path}'", f"is not JSON ({_json_fault(error)})")
         return
-    for row in rows if isinstance(rows, list) else [rows]:
-        yield _text(row, text_key, str(path))
+    except ValueError:
+        yield from _read_json_lines(path, text_key, report)
+        return
+    listed = isinstance(rows, list)
+    for number, row in enumerate(rows if listed else [rows], start=1):
+        text = _text(row, text_key, f"{path}, element {number}" if listed else str(path), report)
+        if text is not None:
+            yield text
 
 
-def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start + 1} is not UTF-8"
+    return "a number has too many digits" if "digits" in str(error) else one_line(error)
+
+
+def _read_parquet(path: Path, text_key: str, report: Report) -> Iterator[str]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path)
-    except Exception as error:
-        raise UserError(f"file '{path}' is not a readable Parquet file ({error}); remove or replace it") from error
-    if text_key not in table.schema_arrow.names:
-        raise UserError(f"'{path}' has no column '{text_key}'; --text-key takes one of {table.schema_arrow.names}")
-    for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
-
-
-def _parse(line: str, place: str) -> dict:
+        schema = table.schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:
+        report.leave_out(f"file '{path}'", f"is not a readable Parquet file ({one_line(error)}); remove or replace it")
+        return
+    if text_key not in schema.names:
+        report.leave_out(f"'{path}'", f"has no column '{text_key}'; --text-key takes one of {schema.names}")
+        return
+    kind = schema.field(text_key).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        report.leave_out(f"'{path}'", f"has {kind} in its column '{text_key}', where there should be strings")
+        return
+    number = 0
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place} is not JSON ({error.msg} at column {error.colno}); one object a line is needed"
-        ) from error
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            for value in batch.column(0):
+                text = _text({text_key: _value(value)}, text_key, f"{path}, row {number}", report)
+                number += 1
+                if text is not None:
+                    yield text
+    except (pa.ArrowException, OSError) as error:
+        report.leave_out(f"file '{path}'", f"cannot be read beyond row {number} ({one_line(error)})")
 
 
-def _text(row, text_key: str, place: str) -> str:
+def _value(value):
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return b""  # no string: it is left out
+
+
+def _text(row, text_key: str, place: str, report: Report) -> str | None:
+    """The text of a row; None where it has none that can be used, which the report counts."""
     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{place} has no text under '{text_key}'; --text-key names the field (there is: {keys})")
-    return row[text_key]
+        if isinstance(row, dict) and text_key in row:
+            if row[text_key] is None:
+                report.empty += 1
+                return None
+            kind = type(row[text_key]).__name__
+            report.leave_out(place, f"has {kind} under '{text_key}', where there should be text")
+        else:
+            keys = ", ".join(map(str, list(row)[:20])) if isinstance(row, dict) else type(row).__name__
+            report.leave_out(place, f"has no text under '{text_key}'; --text-key names the field (there is: {keys})")
+        return None
+    return report.checked(row[text_key], place)

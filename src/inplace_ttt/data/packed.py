@@ -2,12 +2,18 @@
 
 Documents lie one after the other in a stream, each padded to whole chunks so that it starts on a chunk boundary; a
 sample is a stretch of ``seq_length`` tokens of it. A document that does not fit goes on in another sample, as a
-document of its own. Every epoch shuffles the documents anew, and then the samples: those of one long document would
-otherwise come one after the other. Nothing is stored: where a sample lies follows from the documents' lengths, so any
-rank finds any sample, and a run resumes by its number alone.
+document of its own. Without fast weights there are no chunks, and nothing is padded. Every epoch shuffles the documents
+anew, and then the samples: those of one long document would otherwise come one after the other. Nothing is stored:
+where a sample lies follows from the documents' lengths, so any rank finds any sample, and a run resumes by its number
+alone.
+
+The order of samples has a version, which a run keeps (run.json). In version 1 documents were padded to chunks with and
+without fast weights, and the last sample of an epoch could hold padding alone; in version 2 that sample is the last
+``seq_length`` tokens of the stream.
 """
 
 import os
+import struct
 from functools import lru_cache
 
 import numpy as np
@@ -15,16 +21,32 @@ import torch
 
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.data.batch import Sample
-from inplace_ttt.megatron.indexed import IndexedDataset
+from inplace_ttt.megatron.indexed import DType, IndexedDataset
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, kind of numbers, sequences, documents
+
+PACKING = 2  # the version of the order of samples
 
 
 class PackedDocuments:
     """Samples from some documents of one indexed file, without end."""
 
-    def __init__(self, indexed: IndexedDataset, documents: np.ndarray, *, seq_length, align, reset, seed, shuffle=True):
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        documents: np.ndarray,
+        *,
+        seq_length: int,
+        align: int,
+        reset: bool,
+        seed: int,
+        shuffle: bool = True,
+        packing: int = PACKING,
+    ):
         """``documents``: their numbers in the file. ``align``: tokens that document starts are multiples of.
-        ``reset``: samples know their documents; without it a sample is one document, and nothing is aligned."""
-        self.indexed, self.documents = indexed, documents
+        ``reset``: samples know their documents; without it a sample is one document, and nothing is aligned.
+        ``packing``: the version of the order of samples."""
+        self.indexed, self.documents, self.packing = indexed, documents, packing
         self.seq_length, self.reset, self.seed, self.shuffle = seq_length, reset, seed, shuffle
         # the last token of a document is only ever a label
         self.lengths = indexed.sequence_lengths[documents].astype(np.int64) - 1
@@ -47,6 +69,10 @@ class PackedDocuments:
         epoch, number = divmod(index, self.samples)
         order, starts, samples = self._epoch(epoch)
         first = int(samples[number]) * s
+        if self.packing > 1 and first + s > self.stream_length:
+            last = order[-1]
+            if first >= int(starts[-2]) + int(self.lengths[last]):  # nothing but the padding of the last document
+                first = max(0, self.stream_length - s)
         end = min(first + s, self.stream_length)
         tokens, labels, mask = np.zeros(s, np.int64), np.zeros(s, np.int64), np.zeros(s, np.float32)
         bounds = []
@@ -71,21 +97,20 @@ class Blend:
     """Several datasets mixed by weight: sample i is of the dataset that is furthest behind its share."""
 
     def __init__(self, parts: list, weights: list[float], samples: int):
-        self.parts = parts
-        self.which = np.zeros(samples, dtype=np.int16)
-        self.number = np.zeros(samples, dtype=np.int64)
+        self.parts, self.samples = parts, samples
         if len(parts) > 1:
+            self.which, self.number = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
             from megatron.core.datasets import helpers_cpp
 
             share = np.asarray(weights, dtype=np.float64) / sum(weights)
             helpers_cpp.build_blending_indices(self.which, self.number, share, len(parts), samples, False)
-        else:
-            self.number[:] = np.arange(samples)
 
     def __len__(self) -> int:
-        return len(self.which)
+        return self.samples
 
     def __getitem__(self, index: int) -> Sample:
+        if len(self.parts) == 1:
+            return self.parts[0][index]
         return self.parts[self.which[index]][int(self.number[index])]
 
 
@@ -98,19 +123,57 @@ def open_indexed(prefix: str) -> IndexedDataset:
                 f"launch/prepare_data.py --output {prefix}"
             )
     try:
-        indexed = IndexedDataset(prefix)
-        lengths = indexed.sequence_lengths
-        needed = int(lengths.sum()) * indexed.index.dtype_size
+        fault = _header_fault(f"{prefix}.idx")
+        if fault is None:
+            indexed = IndexedDataset(prefix)
+            fault = _index_fault(indexed)
     except Exception as error:
-        raise UserError(
-            f"'{prefix}.idx' is not a whole Megatron index ({first_line(error)}); prepare the data again"
-        ) from error
-    size = os.path.getsize(f"{prefix}.bin")
+        fault = first_line(error)
+    if fault:
+        raise UserError(f"'{prefix}.idx' is not a whole Megatron index ({fault}); prepare the data again")
+    index, size = indexed.index, os.path.getsize(f"{prefix}.bin")
+    ends = index.sequence_pointers + index.sequence_lengths.astype(np.int64) * index.dtype_size
+    needed = int(ends.max(initial=0))
     if size < needed:
         raise UserError(
             f"'{prefix}.bin' has {size} bytes where its index needs {needed}: it is cut off; prepare it again"
         )
     return indexed
+
+
+def _header_fault(path: str) -> str | None:
+    """What the first bytes of an index say that cannot be; Megatron's reader leaves a traceback at its end."""
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return f"it has {len(header)} bytes"
+    magic, version, code, sequences, documents = _HEADER.unpack(header)
+    if magic != b"MMIDIDX\0\0" or version != 1:
+        return "it does not begin as one"
+    if code not in [one.value for one in DType]:
+        return f"its kind of numbers, {code}, is not known"
+    needed, size = _HEADER.size + 12 * sequences + 8 * documents, os.path.getsize(path)
+    return None if size >= needed else f"it has {size} bytes where its {sequences} sequences need {needed}"
+
+
+def _index_fault(indexed: IndexedDataset) -> str | None:
+    """What an index says that cannot be: Megatron takes it as it is."""
+    index = indexed.index
+    lengths, pointers, documents = index.sequence_lengths, index.sequence_pointers, index.document_indices
+    if not np.issubdtype(index.dtype, np.integer):
+        return f"its tokens are {np.dtype(index.dtype).name}, not whole numbers"
+    if len(lengths) and int(lengths.min()) < 0:
+        return "it has a sequence of negative length"
+    limit = np.iinfo(np.int64).max - int(lengths.max(initial=0)) * index.dtype_size
+    if len(pointers) and not 0 <= int(pointers.min()) <= int(pointers.max()) <= limit:
+        return "it has a sequence that begins before or beyond its tokens"
+    if len(pointers) and int((pointers % index.dtype_size).max()):
+        return "it has a sequence that begins inside a token"
+    if len(documents) and (
+        np.any(np.diff(documents) < 0) or not 0 <= int(documents[0]) <= int(documents[-1]) <= len(lengths)
+    ):
+        return "its documents are not made of its sequences"
+    return None
 
 
 def split_documents(indexed: IndexedDataset, validation_fraction: float, prefix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,27 +1,40 @@
 """Text to Megatron's indexed files: tokenized in parallel, in order, and taken up again where it was stopped.
 
 Documents are read in order and dealt out in parts of some megabytes. Each part is tokenized and written by a worker
-under a name of its own; what has its final name is whole. A second run with the same settings reads past the parts
-that are there. At the end the parts are joined into PREFIX.bin and PREFIX.idx, beside PREFIX.json, which says what
-they are, and PREFIX.tokenizer/, what they were made with.
+under a name of its own; what has its final name is whole, and known by the text that it is of. A second run uses the
+parts whose text is the same. At the end the parts are joined into PREFIX.bin and PREFIX.idx, beside PREFIX.json, which
+says what they are, and PREFIX.tokenizer/, what they were made with.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.files import read_json, write_json
+from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
 
 PART_BYTES = 4_000_000  # of text
+MARK = ".inplace_ttt_parts"  # in a folder of parts that is ours
+ENDINGS = ("bin", "idx", "json")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is put around documents, and what special tokens inside their text mean."""
+
+    begin: bool = False  # the tokenizer's begin-of-text token before each document
+    end: bool = True  # its end-of-text token after each
+    special_tokens: str = "text"  # text: as any other characters; control: as the tokens that they name
 
 
 @dataclass(frozen=True)
@@ -31,19 +44,27 @@ class Description:
     documents: int
     tokens: int
     vocab_size: int
-    eos_token_id: int
+    eos_token_id: int | None
     tokenizer_fingerprint: str
+    begin: bool = False
+    end: bool = True
+    special_tokens: str = "control"  # as it was before there was a choice
 
 
 def read_description(prefix: str) -> Description | None:
-    """What PREFIX.json says; None where files came from elsewhere and have none."""
+    """Return what PREFIX.json says; None where files came from elsewhere and have none. Raises UserError."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
         return None
+    values = read_json(path, "run prepare_data.py again")
+    known = {field.name: values[field.name] for field in fields(Description) if field.name in values}
     try:
-        return Description(**json.loads(path.read_text()))
-    except (TypeError, ValueError, OSError) as error:
-        raise UserError(f"'{path}' is damaged ({error}); run prepare_data.py again") from error
+        found = Description(**known)
+    except TypeError as error:
+        raise UserError(f"'{path}' is damaged ({error}): run prepare_data.py again") from error
+    if type(found.vocab_size) is not int or found.vocab_size < 1 or not isinstance(found.tokenizer_fingerprint, str):
+        raise UserError(f"'{path}' is damaged (it does not say the vocabulary): run prepare_data.py again")
+    return found
 
 
 def prepare(
@@ -54,44 +75,81 @@ def prepare(
     settings: dict,
     workers: int,
     progress: Callable[[int, int, int], None],
+    options: Options = Options(),
+    overwrite: bool = False,
 ) -> Description:
     """Write PREFIX.bin, .idx, .json and .tokenizer/.
 
-    ``settings`` is what the result depends on besides the tokenizer: where it equals that of a run that was stopped,
-    that run's parts are used. ``progress(documents, bytes, tokens)`` is called after each part with what it adds.
-    Raises UserError where nothing is left to write.
+    ``settings`` is what the result depends on besides text, tokenizer and options: where it equals that of a run that
+    was stopped, that run's parts are used. ``progress(documents, bytes, tokens)`` is called after each part with what
+    it adds. Raises UserError where another process writes there, where there is something that would be overwritten,
+    or where nothing is left to write.
     """
+    _check_options(tokenizer, options)
     parts = Path(f"{prefix}.parts")
-    settings = {**settings, "tokenizer": fingerprint(tokenizer), "part_bytes": PART_BYTES}
-    _open_parts(parts, settings)
-    tokenizer.save_pretrained(f"{prefix}.tokenizer")
+    with lock_beside(Path(prefix), f"--output {prefix}"):
+        there = [f"{prefix}.{ending}" for ending in ENDINGS if Path(f"{prefix}.{ending}").exists()]
+        if there and not overwrite:
+            raise UserError(f"'{there[0]}' is there already: --overwrite makes it anew, --if-missing leaves it")
+        settings = {**settings, "tokenizer": fingerprint(tokenizer), "part_bytes": PART_BYTES, **asdict(options)}
+        _open_parts(parts, settings)
+        _save_tokenizer(tokenizer, Path(f"{prefix}.tokenizer"), parts)
 
-    counts = [0, 0]
-    names = []
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(workers, _start_worker, (f"{prefix}.tokenizer", str(parts))) as pool:
-        for name, size, n_documents, n_tokens in _bounded(pool, _write_part, _deal(documents), 2 * workers):
-            names.append(name)
-            counts[0] += n_documents
-            counts[1] += n_tokens
-            progress(n_documents, size, n_tokens)
-    if not counts[1]:
+        counts, names = [0, 0], []
+        context = multiprocessing.get_context("forkserver")
+        with context.Pool(workers, _start_worker, (str(parts / "tokenizer"), str(parts), options)) as pool:
+            for name, size, n_documents, n_tokens in _bounded(pool, _write_part, _deal(documents), 2 * workers):
+                names.append(name)
+                counts[0] += n_documents
+                counts[1] += n_tokens
+                progress(n_documents, size, n_tokens)
+        if not counts[1]:
+            shutil.rmtree(parts)
+            raise UserError("the input holds no text: nothing was written")
+        description = Description(
+            *counts, len(tokenizer), tokenizer.eos_token_id, fingerprint(tokenizer), **asdict(options)
+        )
+        _join(prefix, [parts / name for name in names], description)
         shutil.rmtree(parts)
-        raise UserError("the input holds no text: nothing was written")
-    _join(prefix, [parts / name for name in names], len(tokenizer))
-    description = Description(counts[0], counts[1], len(tokenizer), tokenizer.eos_token_id, fingerprint(tokenizer))
-    _write_json(Path(f"{prefix}.json"), asdict(description))
-    shutil.rmtree(parts)
-    return description
+        return description
+
+
+def _check_options(tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
+    name = tokenizer.name_or_path or "of this corpus"
+    if options.end and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer '{name}' has no end-of-text token (eos_token) to put after each document: use another "
+            f"tokenizer, or --no-eos"
+        )
+    if options.begin and tokenizer.bos_token_id is None:
+        raise UserError(f"tokenizer '{name}' has no begin-of-text token (bos_token): leave --bos out")
 
 
 def _open_parts(parts: Path, settings: dict) -> None:
-    """Keep the parts of a run with the same settings, else begin anew."""
+    """Keep the parts of a run with the same settings, else begin anew. Raises UserError for a folder of others."""
     record = parts / "settings.json"
-    if not (record.is_file() and json.loads(record.read_text()) == json.loads(json.dumps(settings))):
-        shutil.rmtree(parts, ignore_errors=True)
+    before = None
+    if os.path.lexists(parts):
+        try:
+            before = read_json(record)
+        except UserError:
+            before = {}
+        ours = (parts / MARK).is_file() or "part_bytes" in before
+        if parts.is_symlink() or not parts.is_dir() or (any(parts.iterdir()) and not ours):
+            raise UserError(f"'{parts}' was not made by this program, which keeps its parts there: move it away")
+    if before != settings:
+        if os.path.lexists(parts):
+            shutil.rmtree(parts)
         parts.mkdir(parents=True)
-        _write_json(record, settings)
+        (parts / MARK).touch()
+        write_json(record, settings)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, parts: Path) -> None:
+    """Keep the tokenizer with the parts, for workers; it is given its name with the rest."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"'{folder}' is no folder of this program: move it away")
+    tokenizer.save_pretrained(parts / "tokenizer")
 
 
 def _deal(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -122,43 +180,60 @@ def _bounded(pool, function, items: Iterable, limit: int) -> Iterator:
 _worker: dict = {}
 
 
-def _start_worker(tokenizer_path: str, parts: str) -> None:
+def _start_worker(tokenizer_path: str, parts: str, options: Options) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker.update(tokenizer=load_tokenizer(tokenizer_path), parts=Path(parts))
+    _worker.update(tokenizer=load_tokenizer(tokenizer_path), parts=Path(parts), options=options)
+
+
+def _encode(texts: list[str]) -> Iterator[np.ndarray]:
+    tokenizer, options = _worker["tokenizer"], _worker["options"]
+    begin = [tokenizer.bos_token_id] if options.begin else []
+    end = [tokenizer.eos_token_id] if options.end else []
+    as_text = options.special_tokens == "text"
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=as_text)["input_ids"]
+        yield np.asarray(begin + ids + end)
 
 
 def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int]:
     number, texts = item
     name, parts = f"{number:06d}", _worker["parts"]
-    size = sum(len(text.encode()) for text in texts)
-    done = parts / f"{name}.json"
-    if done.is_file():
-        counts = json.loads(done.read_text())
-        return name, size, counts["documents"], counts["tokens"]
-    tokenizer = _worker["tokenizer"]
-    builder = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=DType.optimal_dtype(len(tokenizer)))
-    n_documents = n_tokens = 0
+    digest, size = xxhash.xxh3_128(), 0
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
-        builder.add_document(np.asarray(ids), [len(ids)])
+        content = text.encode()
+        size += len(content)
+        digest.update(len(content).to_bytes(8, "little") + content)
+    done = parts / f"{name}.json"
+    try:
+        counts = read_json(done)
+        if counts["digest"] == digest.hexdigest():
+            return name, size, counts["documents"], counts["tokens"]
+    except (UserError, KeyError):
+        pass
+    done.unlink(missing_ok=True)
+    dtype = DType.optimal_dtype(len(_worker["tokenizer"]))
+    builder = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype)
+    n_documents = n_tokens = 0
+    for ids in _encode(texts):
+        builder.add_document(ids, [len(ids)])
         n_documents += 1
         n_tokens += len(ids)
     builder.finalize(str(parts / f"{name}.idx"))
-    _write_json(done, {"documents": n_documents, "tokens": n_tokens})
+    write_json(done, dict(documents=n_documents, tokens=n_tokens, digest=digest.hexdigest()))
     return name, size, n_documents, n_tokens
 
 
-def _join(prefix: str, parts: list[Path], vocab_size: int) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin.partial", dtype=DType.optimal_dtype(vocab_size))
+def _join(prefix: str, parts: list[Path], description: Description) -> None:
+    """Join the parts; all files get their names at the end, the description last."""
+    folder = parts[0].parent
+    builder = IndexedDatasetBuilder(str(folder / "whole.bin"), dtype=DType.optimal_dtype(description.vocab_size))
     for part in parts:
         builder.add_index(str(part))
-    builder.finalize(f"{prefix}.idx.partial")
+    builder.finalize(str(folder / "whole.idx"))
+    Path(f"{prefix}.json").unlink(missing_ok=True)
+    Path(f"{prefix}.checked").unlink(missing_ok=True)
+    shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
+    os.replace(folder / "tokenizer", f"{prefix}.tokenizer")
     for ending in ("bin", "idx"):
-        os.replace(f"{prefix}.{ending}.partial", f"{prefix}.{ending}")
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
+        os.replace(folder / f"whole.{ending}", f"{prefix}.{ending}")
+    write_json(Path(f"{prefix}.json"), asdict(description))

@@ -1,33 +1,47 @@
 """Tokenizers: any of Hugging Face's, or a byte-level BPE trained on the spot."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from inplace_ttt.config import UserError, first_line
+from inplace_ttt.config import UserError, one_line
+from inplace_ttt.hub import hub_is_reached, is_hub_name
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by folder or by Hugging Face name; it must have an end-of-text token, which ends each document."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        place = "folder" if Path(name).exists() else "folder or Hugging Face name"
+    """Return a tokenizer by folder or by Hugging Face name. Code that comes with one is never run.
+
+    Raises UserError where there is none, or none that can be loaded.
+    """
+    path = os.path.expanduser(name)
+    local = Path(path).exists()
+    if not local and not is_hub_name(name):
         raise UserError(
-            f"no tokenizer could be loaded from {place} '{name}' ({first_line(error)[:200]}); "
+            f"no tokenizer could be loaded from '{name}', which does not exist: give a folder with tokenizer.json, or "
+            f"the name of a model on the hub"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            path if local else name, trust_remote_code=False, local_files_only=local or not hub_is_reached()
+        )
+    except RecursionError as error:
+        raise UserError(f"tokenizer '{name}' cannot be loaded: a file of it is nested too deep") from error
+    except Exception as error:
+        place = "folder" if local else "folder or Hugging Face name"
+        out = "" if local or hub_is_reached() else "the hub is out of reach; "
+        raise UserError(
+            f"no tokenizer could be loaded from {place} '{name}' ({out}{one_line(error)}); "
             f"give a folder with tokenizer.json, or the name of a model on the hub"
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer '{name}' has no end-of-text token (eos_token), which must end every document")
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of ``vocab_size`` entries, the end-of-text token included."""
+    """Return a byte-level BPE of ``vocab_size`` entries, the end-of-text token included."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -44,7 +58,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The same for tokenizers that give every text the same numbers."""
+    """Return a digest that is the same for tokenizers that give every text the same numbers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer by itself puts its begin-of-text token before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id

@@ -3,8 +3,8 @@
 import math
 from functools import partial
 
-from inplace_ttt.config import TTT, Config, Model, RopeScaling, UserError, ttt_layers
-from inplace_ttt.validation import TARGETS, check_model
+from inplace_ttt.config import TARGETS, TTT, Config, Model, RopeScaling, UserError, ttt_layers
+from inplace_ttt.validation import check_model
 
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 # with fast weights, for the code in modeling_inplace_ttt.py

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, UserError, first_line, read_config_file
+from inplace_ttt.config import Config, Model, UserError, first_line
+from inplace_ttt.files import read_yaml
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
@@ -247,7 +248,7 @@ def _companions_of(config: Config) -> Path | None:
 
 def _run_config(run: Path) -> Config:
     path = run / "config.yaml"
-    return _config(read_config_file(path), f"'{path}'")
+    return _config(read_yaml(path), f"'{path}'")
 
 
 def _config(values: dict, place: str) -> Config:

@@ -1,19 +1,18 @@
 """Sharded checkpoints: written beside training, whole or not there, readable at any parallel layout.
 
 A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two files of ours:
-``run.json`` (step, samples seen) and ``manifest.json`` (size and checksum of every file). It is written under a name
-that starts with a dot and renamed when all ranks are done; a folder without that name, or whose files are not those of
-its manifest, is not a checkpoint.
+``run.json`` (step, samples seen, what data they are of) and ``manifest.json`` (size and checksum of every file). It is
+written under a name that starts with a dot, with a mark that says whose it is, and renamed when all ranks are done; a
+folder without that name, or whose files are not those of its manifest, is not a checkpoint.
 """
 
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -27,10 +26,15 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from inplace_ttt.config import UserError
+from inplace_ttt.files import read_json, write_json
+from inplace_ttt.megatron import reading
 from inplace_ttt.megatron.manifest import corruption, damage, flush, write_manifest, write_sums
+from inplace_ttt.megatron.optimizer import keep_values
+from inplace_ttt.megatron.runtime import agree
 from inplace_ttt.signals import end_with_parent, unheard
 
 NAME = re.compile(r"step_(\d{8})")
+MARK = ".inplace_ttt_partial"  # in a folder that a run of ours is writing a checkpoint to
 
 
 @dataclass
@@ -39,16 +43,38 @@ class Progress:
 
     step: int
     samples: int
+    packing: int = 1  # the version of the order of samples (data/packed.py)
+    data: list[dict] | None = None  # what identifies each source (data/identity.py); None: nobody has looked
 
 
 def folder_name(step: int) -> str:
+    """Return the name of the checkpoint after ``step``."""
     return f"step_{step:08d}"
+
+
+def own_umask(folder: Path) -> None:
+    """Give a folder the mode that the user's umask asks for; ``tempfile`` makes folders for one user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+
+
+def remove_abandoned(folder: Path) -> list[Path]:
+    """Remove what runs of ours began to write to ``folder`` and did not finish; return what looks like it and is not
+    ours: it has no mark of ours, or is a link."""
+    foreign = []
+    for path in folder.glob(".step_*"):
+        if path.is_symlink() or not (path / MARK).is_file():
+            foreign.append(path)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return foreign
 
 
 def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
     """Checkpoints that are whole at a glance, the newest first, and what is wrong with the others."""
     names = sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), reverse=True)
-    faults = {path: damage(path) for path in names}
+    faults = {path: damage(path) or _progress_fault(path) for path in names}
     return [path for path in names if faults[path] is None], [fault for fault in faults.values() if fault]
 
 
@@ -63,7 +89,26 @@ def checkpoint_in(folder: Path) -> Path:
 
 
 def read_progress(folder: Path) -> Progress:
-    return Progress(**json.loads((folder / "run.json").read_text()))
+    """Return what a checkpoint's run.json says. Raises UserError where it is damaged.
+
+    Runs that were begun before packing had a version have version 1, and nothing that identifies their data.
+    """
+    path = folder / "run.json"
+    values = read_json(path)
+    step, samples, packing, data = (values.get(key) for key in ("step", "samples", "packing", "data"))
+    packing = 1 if packing is None else packing
+    whole = all(type(value) is int and value >= 0 for value in (step, samples, packing))
+    if not whole or not (data is None or (isinstance(data, list) and all(isinstance(one, dict) for one in data))):
+        raise UserError(f"'{path}' is damaged (it does not say which step it is of): restore it")
+    return Progress(step, samples, packing, data)
+
+
+def _progress_fault(folder: Path) -> str | None:
+    try:
+        step = read_progress(folder).step
+    except UserError as error:
+        return str(error)
+    return None if folder.name == folder_name(step) else f"'{folder}/run.json' says step {step}"
 
 
 class Checkpointer:
@@ -125,6 +170,8 @@ class Checkpointer:
         if dist.get_rank() == 0 and (target in self.corrupt or not target.is_dir() or damage(target) is not None):
             self.folder.mkdir(parents=True, exist_ok=True)
             name = [tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder)]
+            Path(name[0], MARK).touch()
+            own_umask(Path(name[0]))  # other hosts' ranks write there, too
         dist.broadcast_object_list(name, src=0)
         return None if name[0] is None else Path(name[0])
 
@@ -150,11 +197,11 @@ class Checkpointer:
             raise RuntimeError(errors[0])
 
     def _give_name(self, folder: Path, target: Path, progress: Progress) -> None:
-        (folder / "run.json").write_text(json.dumps(vars(progress)))
+        write_json(folder / "run.json", asdict(progress))
+        (folder / MARK).unlink()
         write_manifest(folder)
         if target.exists():
             shutil.rmtree(target)
-        folder.chmod(0o755)
         os.replace(folder, target)
         flush(self.folder)
         self.corrupt.discard(target)
@@ -173,25 +220,47 @@ class Checkpointer:
         return {"model": model, "optimizer": optimizer}
 
     def resume(self, folder: Path) -> Progress:
-        """Load model and optimizer as they were."""
-        loaded = dist_checkpointing.load(self._state(loading=True), str(folder))
-        self._load_model(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        return read_progress(folder)
+        """Load the model and the optimizer's state; learning rates and the like stay those of this start.
 
-    def load_weights(self, folder: Path) -> list[str]:
-        """Start from the weights alone of a checkpoint, or of a run's last one; the names of new parameters that it
-        lacks, which stay as they are.
-
-        Raises UserError naming any other tensor that is missing or has another shape.
+        Raises UserError, on all ranks, where any cannot read its part.
         """
+        error = None
+        try:
+            loaded = reading.load(self._state(loading=True), folder)
+            progress = read_progress(folder)
+        except UserError as caught:
+            error = caught
+        agree(error)
+        self._load_model(loaded["model"])
+        self.optimizer.load_state_dict(keep_values(self.optimizer, loaded["optimizer"]))
+        return progress
+
+    def load_weights(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Start from the weights alone of a checkpoint, or of a run's last one.
+
+        Return the names of this rank's new parameters that it lacks, which stay as they are, and of all fast-weight
+        tensors that it has, for which this model may have no place. Raises UserError, on all ranks, naming any other
+        tensor that is missing or has another shape.
+        """
+        error, found = None, ([], [])
+        try:
+            found = self._load_weights(folder)
+        except UserError as caught:
+            error = caught
+        agree(error)
+        return found
+
+    def _load_weights(self, folder: Path) -> tuple[list[str], list[str]]:
         folder = checkpoint_in(folder)
         fault = corruption(folder)
         if fault:
             raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")
         state = {"model": self._model_state()}
-        stored = dist_checkpointing.load_tensors_metadata(str(folder))
-        stored = {key.removeprefix("model."): value for key, value in stored.items()}
+        stored = {
+            name.removeprefix("model."): entry
+            for name, entry in reading.read_metadata(folder).state_dict_metadata.items()
+            if hasattr(entry, "size") and not name.startswith("optimizer.")
+        }
         new = []
         for name, entry in list(state["model"].items()):
             if entry.key not in stored:
@@ -200,15 +269,15 @@ class Checkpointer:
                 new.append(entry.key)
                 del state["model"][name]
             elif not isinstance(entry, ShardedTensorFactory) and hasattr(entry, "global_shape"):
-                there, here = tuple(stored[entry.key].global_shape), tuple(entry.global_shape)
+                there, here = tuple(stored[entry.key].size), tuple(entry.global_shape)
                 if there != here:
                     raise UserError(
                         f"checkpoint.load='{folder}': '{entry.key}' is {there} there and {here} in this model"
                     )
-        loaded = dist_checkpointing.load(state, str(folder))
+        loaded = reading.load(state, folder)
         self._load_model(loaded["model"], allowed=tuple(new))
         self.optimizer.reload_model_params()
-        return new
+        return new, sorted(name for name in stored if ".ttt_" in name)
 
     def _load_model(self, state: dict, allowed: tuple[str, ...] = ()) -> None:
         """Everything but new parameters and what Transformer Engine keeps for fp8 must be there."""

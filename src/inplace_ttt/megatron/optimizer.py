@@ -39,6 +39,8 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         overrides[ParamKey(attr="is_ttt")] = {
             "max_lr": optim.lr * multiplier,
             "min_lr": optim.lr * optim.min_lr_ratio * multiplier,
+            # tells this group from the model's own where the rates are the same: Megatron loads groups by their values
+            "is_decoupled_lr": True,
         }
         if config.ttt.clip_separately:
             _clip_separately(model)
@@ -72,6 +74,22 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def keep_values(optimizer, loaded: dict) -> dict:
+    """Return a loaded state whose parameter groups have this start's learning rates, betas, decay and the like.
+
+    Megatron finds a group of a checkpoint by its learning rates and takes all of its values. A run may be resumed with
+    others: of a saved group only its number of steps is what was computed, and that is the same for all.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [loaded] if len(chained) == 1 else [loaded[number] for number in range(len(chained))]
+    for part, state in zip(chained, parts, strict=True):
+        holder = state.get("optimizer", state)
+        steps = [group["step"] for group in holder["param_groups"] if "step" in group]
+        saved = dict(step=steps[0]) if steps else {}
+        holder["param_groups"] = [{**group, **saved} for group in part.optimizer.state_dict()["param_groups"]]
+    return loaded
 
 
 def _clip_separately(model) -> None:

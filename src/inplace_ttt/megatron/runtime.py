@@ -2,14 +2,16 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.config import Parallel
+from inplace_ttt.config import Parallel, UserError
+from inplace_ttt.environment import World
 from inplace_ttt.megatron import cpu
+from inplace_ttt.rendezvous import Rendezvous, join
 
 # The watch ends a run that hangs after parallel.timeout_minutes and says why; collectives would not, so they end later
 LATER = 1.5
@@ -20,32 +22,19 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after 
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among all: torchrun's environment, or alone."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> "World":
-        return cls(
-            *(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        )
-
-
 def device() -> torch.device:
     """Where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
-    """Join the process group and form Megatron's groups. Every rank calls it, after the configuration was checked."""
-    world = World.from_environment()
-    if world.size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
+def start(
+    parallel: Parallel, seed: int, world: World | None = None, rendezvous: Rendezvous | None = None
+) -> ProcessGroupCollection:
+    """Join the process group and form Megatron's groups. Every rank calls it, after the configuration was checked.
+
+    ``world`` and ``rendezvous``: by default those of the environment.
+    """
+    world = world or World.from_environment()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         if parallel.tensor_model_parallel_size > 1:
@@ -56,12 +45,10 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(minutes=LATER * parallel.timeout_minutes),
-        )
+        if rendezvous is None and world.size > 1:
+            rendezvous = Rendezvous(world, parallel.timeout_minutes)
+        later = timedelta(minutes=LATER * parallel.timeout_minutes)
+        join(world, rendezvous, "nccl" if on_gpu else "gloo", later)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -72,6 +59,28 @@ def start(parallel: Parallel, seed: int) -> ProcessGroupCollection:
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def agree(error: Exception | None) -> None:
+    """Raise on every rank, as UserError, what went wrong on any, so that none waits for one that has stopped."""
+    messages = [None if error is None else str(error)]
+    if dist.is_initialized():
+        messages *= dist.get_world_size()
+        dist.all_gather_object(messages, messages[0])
+    for found in messages:
+        if found is not None:
+            raise UserError(found)
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run an action on the first rank; raise its UserError on all."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as caught:
+            error = caught
+    agree(error)
 
 
 def leave_groups() -> None:

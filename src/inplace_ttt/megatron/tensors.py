@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from inplace_ttt.config import UserError, one_line
+from inplace_ttt.megatron.reading import COMMON_STATE, Reader, read_metadata, readable
 
 OPTIMIZER = "optimizer."
-COMMON_STATE = "common_state/shard_0_1"  # where Megatron looks for what is no tensor
 
 
 @contextlib.contextmanager
@@ -82,8 +80,7 @@ class TensorReader:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each weight by its name; what the optimizer keeps is left out."""
-        with self._readable():
-            found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        found = read_metadata(self.folder).state_dict_metadata
         return {
             name: (tuple(entry.size), entry.properties.dtype)
             for name, entry in found.items()
@@ -97,17 +94,6 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         shape, dtype = self.shapes[name]
         state = {name: torch.empty(shape, dtype=dtype)}
-        with _alone(), self._readable():
-            dcp.load(state, storage_reader=FileSystemReader(self.folder), no_dist=True)
+        with _alone(), readable(self.folder):
+            dcp.load(state, storage_reader=Reader(self.folder), no_dist=True)
         return state[name]
-
-    @contextlib.contextmanager
-    def _readable(self):
-        """What readers raise at damaged files is of any kind."""
-        try:
-            yield
-        except CheckpointException as error:  # not an Exception
-            cause, _ = next(iter(error.failures.values()))
-            raise UserError(f"checkpoint '{self.folder}' cannot be read: {one_line(cause)}") from error
-        except Exception as error:
-            raise UserError(f"checkpoint '{self.folder}' cannot be read: {one_line(error)}") from error

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.config import one_line
+from inplace_ttt.environment import World
 from inplace_ttt.packages import version
 from inplace_ttt.preflight.node import State, examine
+from inplace_ttt.rendezvous import Rendezvous, join
 from inplace_ttt.watch import Watch
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu13")
@@ -66,14 +68,16 @@ def reports_of_all(folder: Path, minutes: float, on_hang: Callable[[str], None])
 
     ``on_hang`` hears in a sentence of a rank that is lost or does not go on for ``minutes``, and ends the process.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with Watch.join(rank, size, 60 * minutes, on_hang) as watch:
+    world = World.from_environment()
+    rendezvous = Rendezvous(world, minutes) if world.size > 1 else None
+    with Watch.join(world, 60 * minutes, on_hang, rendezvous) as watch:
         watch.mark("joining the other ranks")
         on_gpu = torch.cuda.is_available()
         if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(world.local_rank)
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=1.5 * minutes))
+            join(world, rendezvous, "nccl" if on_gpu else "gloo", timedelta(minutes=1.5 * minutes))
+            watch.share_secret()
             found = _look(folder, watch.mark)
             watch.mark("leaving")
             dist.destroy_process_group()

@@ -2,16 +2,20 @@
 
 import difflib
 import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from inplace_ttt.config import Config, UserError, first_line
+from inplace_ttt.config import Config, UserError, first_line, schema_keys
+
+KEYS = schema_keys()
+TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
+_PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # of data.sources
 
 ConfigStore.instance().store(name="schema", node=Config)
 # for parallel layouts that follow the length of the samples
@@ -19,13 +23,22 @@ OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=Tru
 
 
 def compose_config(overrides: list[str], recipes: Path) -> DictConfig:
-    """The configuration that the overrides make of ``recipes/config.yaml``, with types checked."""
+    """Return the configuration that the overrides make of ``recipes/config.yaml``, with types checked.
+
+    Text arrives as typed: the value of a key whose type is text is quoted for Hydra, whose grammar makes a number of
+    2026_01_01 and refuses /data/lr=1e-3. Raises UserError for an override that cannot be used.
+    """
     _check_recipe(overrides, recipes)
     _check_keys(overrides, recipes)
+    quoted = [_quote(override) for override in overrides]
+    for override in quoted:
+        _check_grammar(override)
     try:
-        return _compose(overrides, recipes)
+        return _compose(quoted, recipes)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, overrides, recipes)) from error
+        raise UserError(_explain(error, quoted, recipes)) from error
+    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # OmegaConf, of numbers such as 1e400
+        raise UserError(_explain(error, quoted, recipes)) from error
 
 
 def _compose(overrides: list[str], recipes: Path) -> DictConfig:
@@ -34,14 +47,16 @@ def _compose(overrides: list[str], recipes: Path) -> DictConfig:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Plain dataclasses; raises UserError where a key that a recipe must give is missing."""
-    missing = sorted(_missing(OmegaConf.to_container(composed, resolve=False)))
-    if missing:
-        raise UserError(f"{missing[0]} has no value: choose a recipe (recipe=tiny_ttt) or set {missing[0]}=...")
+    """Return plain dataclasses; raises UserError where a key that a recipe must give is missing."""
     try:
+        missing = sorted(_missing(OmegaConf.to_container(composed, resolve=False)))
+        if missing:
+            raise UserError(f"{missing[0]} has no value: choose a recipe (recipe=tiny_ttt) or set {missing[0]}=...")
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from error
+    except (ValueError, TypeError, RecursionError, ZeroDivisionError) as error:  # an interpolation's arithmetic
+        raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from error
 
 
 def _missing(node, prefix: str = "") -> list[str]:
@@ -63,24 +78,61 @@ def _check_recipe(overrides: list[str], recipes: Path) -> None:
 
 def _check_keys(overrides: list[str], recipes: Path) -> None:
     """Every override is key=value with a key that there is; keys are neither added nor removed."""
-    keys = set(_keys(Config))
     groups = {path.name for path in recipes.iterdir() if path.is_dir()}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key[0] in "+~-":
             bare = key.lstrip("+~-")
-            example = f"{bare}=..." if _is_known(bare, keys) else "train.steps=100"
-            raise UserError(f"'{override}' is not understood: settings are written key=value, such as {example}")
+            example = f"{bare}=..." if _plain(bare) in KEYS else "train.steps=100"
+            raise UserError(
+                f"'{_shown(override)}' is not understood: settings are written key=value, such as {example}"
+            )
         if key in groups:
             choices = sorted(path.stem for path in (recipes / key).glob("*.yaml"))
-            if value not in (*choices, "null"):
+            if value not in choices:
                 raise UserError(f"{key}={value} does not exist; there is {', '.join(choices)}")
-        elif not _is_known(key, keys):
-            near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        elif _plain(key) not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
             last = key.rsplit(".", 1)[-1]
-            near = near or [known for known in sorted(keys) if known.rsplit(".", 1)[-1] == last]
+            near = near or [known for known in sorted(KEYS) if known.rsplit(".", 1)[-1] == last]
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{override}: there is no key '{key}'{hint}")
+            raise UserError(f"{_shown(override)}: there is no key '{key[:100]}'{hint}")
+        elif value == "null" and not KEYS[_plain(key)].optional and key != "ttt.layers":
+            raise UserError(f"{key}=null cannot be used: it needs a value of its own")
+
+
+def _quote(override: str) -> str:
+    """Quote what is text, unless it is quoted already, or null where null means something."""
+    key, _, value = override.partition("=")
+    key = re.sub(r"\[(\d+)\]", r".\1", key)
+    if key == "data.sources":
+        return f"{key}={re.sub(_PATH_IN_LIST, _quote_path, value)}"
+    if _plain(key) not in TEXT or (value == "null" and KEYS[_plain(key)].optional):
+        return f"{key}={value}"
+    return f"{key}={_quoted(value)}"
+
+
+def _quote_path(found: re.Match) -> str:
+    return f"{found[1]}{_quoted(found[2])}"
+
+
+def _quoted(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return value
+    # Hydra reads a backslash before a quote as its escape
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def _check_grammar(override: str) -> None:
+    """Raise UserError for what Hydra's grammar does not take."""
+    try:
+        OverridesParser.create().parse_override(override).value()
+    except (HydraException, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{_shown(override)} is not understood: text with other characters than letters, digits and ./_- is "
+            f"written in quotes, such as \"{override.partition('=')[0]}='...'\""
+        ) from error
 
 
 def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
@@ -89,27 +141,21 @@ def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
     for override in overrides:
         try:
             _compose(recipe if override in recipe else [*recipe, override], recipes)
-        except (HydraException, OmegaConfBaseException) as alone:
-            return f"{override} cannot be used: {_cause(alone)}"
+        except (HydraException, OmegaConfBaseException, ValueError, OverflowError, TypeError, RecursionError) as alone:
+            return f"{_shown(override)} cannot be used: {_cause(alone)}"
     return _cause(error)
+
+
+def _shown(override: str) -> str:
+    return override if len(override) <= 100 else f"{override[:97]}..."
 
 
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return re.sub(r"\s+", " ", first_line(error))
+    return re.sub(r"\s+", " ", first_line(error))[:200]
 
 
-def _is_known(key: str, keys: set[str]) -> bool:
-    return key in keys or re.sub(r"[.\[]\d+\]?", "", key) in keys
-
-
-def _keys(cls: type, prefix: str = "") -> list[str]:
-    """All keys of the configuration, sections included."""
-    found = []
-    for field in fields(cls):
-        found.append(prefix + field.name)
-        inner = field.type if isinstance(field.type, type) else None
-        if inner is not None and is_dataclass(inner):
-            found += _keys(inner, f"{prefix}{field.name}.")
-    return found
+def _plain(key: str) -> str:
+    """A key's name in the schema: without the number of a list's element."""
+    return re.sub(r"[.\[]\d+\]?", "", key)

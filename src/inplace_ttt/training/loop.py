@@ -8,7 +8,7 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -17,15 +17,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.build import Sets, micro_batches, numbers_of_rank
+from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
 from inplace_ttt.exits import LASTING
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
-from inplace_ttt.megatron.runtime import device
+from inplace_ttt.megatron.runtime import agree, device
 from inplace_ttt.signals import StopRequest
 from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
 from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
-from inplace_ttt.training.run_folder import RunFolder, agree
+from inplace_ttt.training.run_folder import RunFolder
 from inplace_ttt.training.step import Stepper, Totals, unwrap
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from inplace_ttt.watch import Watch
@@ -172,14 +172,10 @@ class Loop:
     def _training_stream(self, step: int) -> Iterator[MicroBatch]:
         train = self.config.train
         size, rank = self.groups.dp.size(), self.groups.dp.rank()
-        numbers = [
-            number
-            for later in range(step, train.steps)
-            for number in numbers_of_rank(later * train.global_batch_size, train.global_batch_size, size, rank)
-        ]
+        numbers = NumbersOfSteps(range(step, train.steps), train.global_batch_size, size, rank)
         return self._micro_batches(self.sets.train, numbers)
 
-    def _micro_batches(self, samples, numbers: list[int]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, samples, numbers: Sequence[int]) -> Iterator[MicroBatch]:
         return micro_batches(
             samples,
             numbers,
@@ -238,7 +234,8 @@ class Loop:
             if limit is not None and not ratio <= limit:
                 self._give_up(
                     f"at step {step} the fast weights of layer {layer} grow to {ratio:.2f} times the norm of its "
-                    f"down-projection, over ttt.max_update_ratio={limit}: lower ttt.eta, optim.lr or ttt.lr_multiplier"
+                    f"down-projection, over ttt.max_update_ratio={limit}: go on with a lower optim.lr or "
+                    f"ttt.lr_multiplier, or begin another run with a lower ttt.eta"
                 )
         return stopped
 
@@ -299,7 +296,8 @@ class Loop:
     def _save(self, step: int, wait: bool) -> None:
         self.watch.mark(f"saving step {step}", patience=6)
         self.recorder.keep()
-        progress = Progress(step, step * self.config.train.global_batch_size)
+        samples = step * self.config.train.global_batch_size
+        progress = Progress(step, samples, self.folder.packing, self.folder.identity)
         self._writing(lambda: self.checkpointer.save(progress, wait=wait))
 
     def _writing(self, action: Callable[[], None]) -> None:

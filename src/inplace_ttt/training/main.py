@@ -1,13 +1,15 @@
 """``launch/train.py``: from the command line to a trained model, and every error in one sentence."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.environment import World, check_environment
 from inplace_ttt.exits import LASTING, fail, leave
+from inplace_ttt.files import user_path
+from inplace_ttt.sizes import check_memory, total_parameters
 
 SLOW = 6.0  # times parallel.timeout_minutes: what may take that long, by the patience of the watch
 GO_ON = "the same command goes on from what was saved"
@@ -23,12 +25,12 @@ Without torchrun it runs one process. A run goes on from the last checkpoint in 
 
 
 def main(arguments: list[str], recipes: Path) -> int:
-    """Returns the exit code: 0 trained or saved and stopped as asked, 2 the user must change something, 3 stopped
-    itself, 4 something failed that may pass: another rank, a file system."""
+    """Run the command line and return the exit code: 0 trained or saved and stopped as asked, 2 the user must change
+    something, 3 stopped itself, 4 something failed that may pass: another rank, a file system."""
     from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP.format(recipes=", ".join(sorted(path.stem for path in (recipes / "recipe").glob("*.yaml")))))
         return 0
     show = "--cfg" in arguments
@@ -39,42 +41,50 @@ def main(arguments: list[str], recipes: Path) -> int:
         if show:
             print(OmegaConf.to_yaml(composed, resolve=True), end="")
             return 0
-        validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-        return train(config)
+        world = World.from_environment()
+        check_environment()
+        validate(config, world.size)
+        return train(config, world)
     except UserError as error:
         return fail(f"error: {error}", 2)
 
 
-def train(config: Config) -> int:
+def train(config: Config, world: World) -> int:
     """Build everything, train, save. All ranks call it with the same configuration."""
+    import torch.distributed as dist
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from inplace_ttt.data.build import build_sets
+    from inplace_ttt.data.build import open_corpora
     from inplace_ttt.megatron import runtime
+    from inplace_ttt.rendezvous import Rendezvous
     from inplace_ttt.signals import StopRequest
     from inplace_ttt.training.health import TrainingStopped, lost_rank
     from inplace_ttt.training.timeline import Timeline
     from inplace_ttt.watch import Watch
 
-    world = runtime.World.from_environment()
-
     def stopped(why: str, code: int) -> int:
         watch.leave(why)
         if world.rank == 0:
-            Timeline(Path(config.run.dir)).end(why)
+            Timeline(user_path(config.run.dir)).end(why)
         return fail(f"stopped: {why}", code)
 
     def hang(why: str) -> None:  # called beside a training that stands still
         leave(stopped(f"{why}; {GO_ON}", 4))
 
-    with StopRequest() as stop, Watch.join(world.rank, world.size, 60 * config.parallel.timeout_minutes, hang) as watch:
+    rendezvous = None
+    if world.size > 1 and not dist.is_initialized():
+        rendezvous = Rendezvous(world, config.parallel.timeout_minutes)
+    limit = 60 * config.parallel.timeout_minutes
+    with StopRequest() as stop, Watch.join(world, limit, hang, rendezvous) as watch:
         try:
             watch.mark("opening the data", SLOW)
-            sets = build_sets(config)
-            config.model.vocab_size = sets.vocab_size
+            corpora = open_corpora(config)
+            config.model.vocab_size = corpora.vocab_size
+            check_memory(config, world)
             watch.mark("joining the other ranks", SLOW)
-            groups = runtime.start(config.parallel, config.train.seed)
-            code = _train(config, sets, groups, stop, watch)
+            groups = runtime.start(config.parallel, config.train.seed, world, rendezvous)
+            watch.share_secret()
+            code = _train(config, corpora, groups, stop, watch)
             watch.leave()
             runtime.stop()
             return code
@@ -91,19 +101,32 @@ def train(config: Config) -> int:
             return stopped(f"a file failed: {error}; {GO_ON}", 4)
 
 
-def _train(config: Config, sets, groups, stop, watch) -> int:
+def _train(config: Config, corpora, groups, stop, watch) -> int:
+    from inplace_ttt.training.run_folder import RunFolder
+
+    watch.mark("opening the run's folder", SLOW)
+    folder = RunFolder(config, corpora.identity)
+    try:
+        return _train_in(folder, config, corpora, groups, stop, watch)
+    finally:
+        folder.close()
+
+
+def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
+    from inplace_ttt.data.build import build_sets
     from inplace_ttt.megatron.checkpoint import Checkpointer
     from inplace_ttt.megatron.initialize import initialize
     from inplace_ttt.megatron.model import build_model
     from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from inplace_ttt.megatron.runtime import on_first_rank
     from inplace_ttt.training.loop import Loop, Recorder
     from inplace_ttt.training.plots import plot_loss
-    from inplace_ttt.training.run_folder import RunFolder
     from inplace_ttt.training.step import Stepper
     from inplace_ttt.validation import precision, transformer_impl
 
-    watch.mark("opening the run's folder", SLOW)
-    folder = RunFolder(config)
+    watch.mark("checking the data", SLOW)
+    on_first_rank(corpora.check_tokens)
+    sets = build_sets(config, corpora, folder.packing)
     watch.mark("building the model", SLOW)
     model = build_model(config, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
@@ -120,17 +143,19 @@ def _train(config: Config, sets, groups, stop, watch) -> int:
         corrupt=folder.corrupt,
     )
     watch.mark("loading a checkpoint", SLOW)
-    step, notes = 0, list(folder.notes)
+    step, notes = 0, [*folder.notes, *_notes_of_data(config, sets)]
     if folder.resume_from is not None:
         step = checkpointer.resume(folder.resume_from).step
         scheduler.step(increment=step)
         notes.append(f"going on from step {step} ('{folder.resume_from}')")
     elif config.checkpoint.load is not None:
-        new = checkpointer.load_weights(Path(config.checkpoint.load))
+        new, stored = checkpointer.load_weights(user_path(config.checkpoint.load))
         notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))
+        notes += _dropped(config, stored)
 
     watch.mark("opening metrics and W&B")
     recorder = Recorder(config, asdict(config), folder, step)
+    folder.record(config)
     recorder.say(_describe(config, model, groups))
     for note in notes:
         recorder.say(note)
@@ -150,11 +175,40 @@ def _describe(config: Config, model, groups) -> str:
     import torch
     import torch.distributed as dist
 
-    counts = torch.tensor([sum(p.numel() for p in model.parameters())], device=next(model.parameters()).device)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return (
-        f"{config.run.name}: {int(counts) / 1e6:.1f}M parameters on this rank, {dist.get_world_size()} x {where}, "
+        f"{config.run.name}: {total_parameters(config) / 1e6:,.1f}M parameters, {dist.get_world_size()} x {where}, "
         f"TP {groups.tp.size()} PP {groups.pp.size()} CP {groups.cp.size()} DP {groups.dp.size()}, "
         f"{config.train.global_batch_size} x {config.data.seq_length} tokens a step, "
-        + (f"fast weights in layers {sorted(model.ttt_modules)}" if config.ttt.enabled else "no fast weights")
+        + (
+            f"fast weights in layers {ttt_layers(config.ttt, config.model.num_layers)}"
+            if config.ttt.enabled
+            else "no fast weights"
+        )
     )
+
+
+def _notes_of_data(config: Config, sets) -> list[str]:
+    """What a user may not expect of the data: that they repeat, and that nothing is held out."""
+    notes = []
+    for source, epochs in zip(config.data.sources, sets.epochs, strict=False):
+        if epochs > 1.0:
+            notes.append(f"'{source.path}' is read {epochs:.1f} times in {config.train.steps} steps")
+    if sets.validation is None:
+        why = "train.eval_samples=0" if not config.train.eval_samples else "no document is held out of some source"
+        notes.append(f"no held-out loss: {why}")
+    return notes
+
+
+def _dropped(config: Config, stored: list[str]) -> list[str]:
+    """Name the fast-weight tensors of loaded weights that this run's model has no place for."""
+    layers = ttt_layers(config.ttt, config.model.num_layers)
+
+    def has_place(name: str) -> bool:
+        return int(name.split(".")[2]) in layers and (config.ttt.project or ".ttt_proj." not in name)
+
+    dropped = [name for name in stored if not has_place(name)]
+    if not dropped:
+        return []
+    more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+    return [f"not loaded, for the model has no such fast weights: {dropped[0]}{more}"]

@@ -1,86 +1,72 @@
-"""The folder of a run: what makes it this run, and what a restart may change."""
+"""The folder of a run: what makes it this run, what a restart may change, one process at a time that writes to it."""
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
+from omegaconf import MISSING
 
-from inplace_ttt.config import Config, UserError, read_config_file
-from inplace_ttt.megatron.checkpoint import whole_checkpoints
+from inplace_ttt.config import Config, OnResume, UserError, schema_keys
+from inplace_ttt.data.packed import PACKING
+from inplace_ttt.files import read_yaml, user_path, write_yaml
+from inplace_ttt.lock import Lock
+from inplace_ttt.megatron.checkpoint import read_progress, remove_abandoned, whole_checkpoints
 from inplace_ttt.megatron.manifest import corruption
+from inplace_ttt.megatron.runtime import agree
 
-# Another value of one of these is another run: a checkpoint would be continued into something it is not.
-IDENTITY = (
-    "model",
-    "ttt.enabled",
-    "ttt.layers",
-    "ttt.chunk_size",
-    "ttt.eta",
-    "ttt.target",
-    "ttt.conv_kernel",
-    "ttt.project",
-    "data.kind",
-    "data.sources",
-    "data.seq_length",
-    "data.reset_at_documents",
-    "data.validation_fraction",
-    "data.recall_pairs",
-    "data.recall_alphabet",
-    "train.seed",
-    "train.global_batch_size",
-)
-# These say how a run is carried out, not what it computes.
-FREE = (
-    "parallel",
-    "checkpoint",
-    "log",
-    "run",
-    "data.num_workers",
-    "train.micro_batch_size",
-    "train.recompute",
-    "train.recompute_core_attn",
-    "train.recompute_modules",
-    "model.transformer_impl",
-    "ttt.prefix",
-    "ttt.keep_chunk_weights",
-)
-
-
-def agree(error: Exception | None) -> None:
-    """Raise on every rank what went wrong on any, so that none waits for one that has stopped."""
-    message = None if error is None else str(error)
-    messages = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise UserError(found)
+KEYS = schema_keys()
 
 
 class RunFolder:
-    """``run.dir``: config.yaml, metrics.jsonl, checkpoints/, loss.png, wandb/."""
+    """``run.dir``: config.yaml, metrics.jsonl, checkpoints/, loss.png, wandb/.
 
-    def __init__(self, config: Config):
-        names = [config.run.dir]
+    Opening it writes nothing of a run; ``record`` does, when training begins.
+    """
+
+    def __init__(self, config: Config, identity: list[dict]):
+        """Every rank opens it together. ``identity``: of the run's sources, see data/identity.py.
+
+        Raises UserError, on all ranks, where another process writes to the folder, or the run in it is another one.
+        """
+        names = [str(user_path(config.run.dir))]
         dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: the first one's counts
         self.path = Path(names[0])
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
         self.corrupt: list[Path] = []  # checkpoints that look whole and are not
-        candidates, self.faults, self.changes = self._first_rank(lambda: self._open(config))
-        self.resume_from = self._newest_sound(candidates)
-        self._first_rank(lambda: self._record(config))
+        self.notes: list[str] = []  # what the user should hear
+        self._lock: Lock | None = None
+        self._made: list[Path] = []  # folders that were not there before
+        self.identity = identity
+        try:
+            candidates, faults, notes = self._first_rank(lambda: self._open(config))
+            self.resume_from = self._newest_sound(candidates, faults)
+            self.packing, more = self._first_rank(lambda: self._compare_progress(config))
+        except BaseException:
+            self.close()
+            raise
+        self.notes += notes + more
 
-    @property
-    def notes(self) -> list[str]:
-        """What the user should hear: checkpoints that were passed over, and keys that changed since the run began."""
-        return [f"not resumed from: {fault}" for fault in self.faults] + self.changes
+    def record(self, config: Config) -> None:
+        """Write config.yaml: the run begins, or goes on, with these values."""
+        self._first_rank(lambda: write_yaml(self._config_file, asdict(config)))
+        self._made = []
+
+    def close(self) -> None:
+        """Let other processes write to the folder; one that was made for a run that never began is removed."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        for folder in reversed(self._made):
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it
+                break
 
     def _first_rank(self, action: Callable):
-        """What ``action`` returns on the first rank, and its errors, on all."""
+        """Return what ``action`` returns on the first rank, on all; raise its errors on all."""
         result, error = [None], None
         if dist.get_rank() == 0:
             try:
@@ -97,70 +83,111 @@ class RunFolder:
         return result[0]
 
     def _open(self, config: Config) -> tuple[list[Path], list[str], list[str]]:
-        """The checkpoints that are whole at a glance, the newest first, what is wrong with others, and what changed."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for abandoned in self.checkpoints.glob(".step_*"):  # it may be what fills the disk
-            shutil.rmtree(abandoned, ignore_errors=True)
-        probe = self.path / ".writable"
-        probe.write_bytes(b"\0" * 65536)
-        probe.unlink()
+        """Return the checkpoints that are whole at a glance, the newest first, what is wrong with others, and what the
+        user should hear."""
+        self._make(self.checkpoints)
+        self._lock = Lock(self.path / ".lock", f"run.dir='{self.path}'")
+        notes = [self._lock.warning] if self._lock.warning else []
+        # abandoned checkpoints first: they may be what fills the disk
+        for foreign in remove_abandoned(self.checkpoints):
+            notes.append(f"left alone: '{foreign}', which no run of ours has begun to write")
+        with tempfile.TemporaryFile(dir=self.path) as probe:
+            probe.write(b"\0" * 65536)
+            probe.flush()
         whole, faults = whole_checkpoints(self.checkpoints)
         # keys are compared before checkpoints are read to the last byte, which takes its time
-        return whole, faults, self._changes(config) if whole else []
+        return whole, faults, notes + self._changes(config, bool(whole))
 
-    def _newest_sound(self, candidates: list[Path]) -> Path | None:
+    def _make(self, folder: Path) -> None:
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        for one in reversed(missing):
+            one.mkdir(exist_ok=True)
+            self._made.append(one)
+        if not folder.is_dir():
+            raise UserError(f"run.dir='{self.path}': '{folder}' is no folder: choose another")
+
+    def _newest_sound(self, candidates: list[Path], faults: list[str]) -> Path | None:
         """The first in which every byte is what was written; all ranks look together."""
         for folder in candidates:
             fault = corruption(folder)
             if fault is None:
+                self.notes += [f"not resumed from: {fault}" for fault in faults]
                 return folder
             self.corrupt.append(folder)
-            self.faults.append(fault)
-        if self.faults:
+            faults = [*faults, fault]
+        if faults:
             raise UserError(
-                f"run.dir='{self.path}' holds no whole checkpoint ({self.faults[0]}): restore it, or "
+                f"run.dir='{self.path}' holds no whole checkpoint ({faults[0]}): restore it, or "
                 f"remove '{self.checkpoints}' to begin anew"
             )
         return None
-
-    def _record(self, config: Config) -> None:
-        partial = self._config_file.with_suffix(".partial")
-        partial.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        os.replace(partial, self._config_file)
 
     @property
     def _config_file(self) -> Path:
         return self.path / "config.yaml"
 
-    def _changes(self, config: Config) -> list[str]:
-        """What is not as it was when the run began; raises UserError where that makes it another run."""
-        if not self._config_file.is_file():
+    def _changes(self, config: Config, resumes: bool) -> list[str]:
+        """What is not as it was when the run began; raises UserError where that makes it another run.
+
+        A key that the run did not know has its default; one that is no key any more is left out.
+        """
+        if not resumes or not self._config_file.is_file():
             return []
-        try:
-            before = read_config_file(self._config_file)
-        except UserError as error:
-            raise UserError(f"{error}; or remove it, to go on with the keys given") from error
-        was, here, changes = _flat(before), _flat(json.loads(json.dumps(asdict(config)))), []
-        for key in sorted(set(was) | set(here)):
-            if was.get(key) == here.get(key) or _within(key, FREE):
+        before = read_yaml(self._config_file, "restore it, or remove it to go on with the keys given")
+        known = _flat(before)
+        was, here = _flat(asdict(Config())) | known, _flat(json.loads(json.dumps(asdict(config))))
+        changes = []
+        for key, value in here.items():
+            if was[key] == value or KEYS[key].on_resume is OnResume.LAYOUT:
                 continue
-            if _within(key, IDENTITY):
+            if key not in known and was[key] in (MISSING, None):
+                continue  # a damaged file that does not say it
+            if KEYS[key].on_resume is OnResume.REFUSED:
+                if key == "data.sources" and _weights(was[key]) == _weights(value):
+                    continue  # a source is its content, wherever it lies
                 raise UserError(
-                    f"{key}={here.get(key)}, but the run in run.dir='{self.path}' was begun with {was.get(key)}: "
+                    f"{key}={value}, but the run in run.dir='{self.path}' was begun with {was[key]}: "
                     f"use that value to go on, or another run.dir (checkpoint.load takes its weights along)"
                 )
-            changes.append(f"changed since the run began: {key} was {was.get(key)}, is {here.get(key)}")
+            changes.append(f"changed since the run began: {key} was {was[key]}, is {value}")
         return changes
 
+    def _compare_progress(self, config: Config) -> tuple[int, list[str]]:
+        """Return the run's version of packing, and what the user should hear of its data."""
+        if self.resume_from is None:
+            return PACKING, []
+        progress, place = read_progress(self.resume_from), f"run.dir='{self.path}'"
+        if progress.packing > PACKING:
+            raise UserError(f"{place} was begun by a later version of this program: go on with that one")
+        if progress.step > config.train.steps:
+            raise UserError(
+                f"train.steps={config.train.steps}, but the run in {place} has gone to step {progress.step}: use "
+                f"{progress.step} or more"
+            )
+        if progress.data is None:
+            notes = ["the run's data are known by their content from now on"] if self.identity else []
+            return progress.packing, notes
+        for number, (was, here) in enumerate(zip(progress.data, self.identity, strict=False)):
+            if was != here:
+                keys = ("tokenizer", "documents", "tokens", "digest")
+                what = next(key for key in keys if was.get(key) != here[key])
+                raise UserError(
+                    f"data.sources: '{config.data.sources[number].path}' is not what the run in {place} was begun with "
+                    f"({what} {was.get(what)} then, {here[what]} now): name the data it was begun with, or use another "
+                    f"run.dir"
+                )
+        return progress.packing, []
 
-def _within(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+def _weights(sources) -> list:
+    return [one.get("weight", 1.0) if isinstance(one, dict) else None for one in sources or []]
 
 
 def _flat(tree, prefix: str = "") -> dict:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
+    """The values of a nested configuration by their keys' full names; what has no key of that name is left out."""
+    if prefix and not (isinstance(tree, dict) and any(key.startswith(f"{prefix}.") for key in KEYS)):
+        return {prefix: tree} if prefix in KEYS else {}
     flat = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else key))
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat

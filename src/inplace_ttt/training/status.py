@@ -11,7 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from inplace_ttt.config import UserError, read_config_file
+from inplace_ttt.config import UserError
+from inplace_ttt.files import read_yaml
 from inplace_ttt.training.plots import COLORS, INK, running_mean, save, style
 from inplace_ttt.training.records import duration, read_metrics
 from inplace_ttt.training.timeline import Lost, read_timeline
@@ -39,7 +40,7 @@ class Status:
         steps = [one for one in records if not one.get("eval")]
         evals = [one for one in records if one.get("eval")]
         age = max(0.0, time.time() - metrics.stat().st_mtime) if metrics.is_file() else None
-        return cls(folder, read_config_file(record), steps, evals, read_timeline(folder), age)
+        return cls(folder, read_yaml(record), steps, evals, read_timeline(folder), age)
 
     @property
     def total(self) -> int:

@@ -1,0 +1,134 @@
+"""Ranges of values: written in the type of a key (schema.py), checked by pydantic, answered in one sentence."""
+
+import functools
+import re
+import typing
+from dataclasses import asdict, is_dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from inplace_ttt.config.errors import UserError
+
+LARGE = 1000  # an upper bound beyond this only keeps out what no machine holds: it is named where it is exceeded
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def OneOf(*choices: str) -> AfterValidator:
+    """Allow these strings."""
+
+    def check(value: str) -> str:
+        if value not in choices:
+            raise PydanticCustomError("range", f"is not known: use one of {', '.join(choices)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def Odd() -> AfterValidator:
+    """Allow odd numbers."""
+
+    def check(value: int) -> int:
+        if value % 2 == 0:
+            raise PydanticCustomError("range", "is even: use an odd number, as many taps before as after")
+        return value
+
+    return AfterValidator(check)
+
+
+def Path() -> AfterValidator:
+    """Allow what a file system takes as a path."""
+
+    def check(value: str) -> str:
+        if not value.strip():
+            raise PydanticCustomError("range", "is empty: name a path")
+        if _UNPRINTABLE.search(value) or len(value) > 4000:
+            raise PydanticCustomError("range", "is no path: use printable characters, at most 4000 of them")
+        return value
+
+    return AfterValidator(check)
+
+
+def Word() -> AfterValidator:
+    """Allow the name of a run or a project: part of a path, a word on a command line, a title."""
+
+    def check(value: str) -> str:
+        if not value.strip():
+            raise PydanticCustomError("range", "is empty: give a name")
+        if _UNPRINTABLE.search(value) or "/" in value or value in (".", "..") or len(value.encode()) > 128:
+            raise PydanticCustomError("range", "is no name: use at most 128 printable characters, and no '/'")
+        return value
+
+    return AfterValidator(check)
+
+
+def check_ranges(section, prefix: str = "") -> None:
+    """Raise UserError for the first value of a section (a dataclass of schema.py) that lies out of its range.
+
+    ``prefix`` is put before the names of keys, such as ``model.``.
+    """
+    try:
+        _adapter(type(section)).validate_python(asdict(section))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(_sentence(type(section), prefix, first)) from None
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def _sentence(cls: type, prefix: str, error: dict) -> str:
+    place, value = error["loc"], error["input"]
+    key = prefix + ".".join(map(str, place))
+    shown = str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
+    if error["type"] == "range":
+        return f"{key}='{shown}' {error['msg']}" if isinstance(value, str) else f"{key}={shown} {error['msg']}"
+    bounds, optional = _bounds(cls, place)
+    allowed = _describe(value, bounds) + (", or null" if optional else "")
+    if error["type"] == "finite_number":
+        return f"{key}={shown} is not a finite number: use {allowed}"
+    if error["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        return f"{key}={shown} is out of range: use {allowed}"
+    return f"{key}={shown} cannot be used: {error['msg']}"
+
+
+def _bounds(cls: type, place: tuple) -> tuple[dict[type, float], bool]:
+    """Return the bounds that the schema gives the key at ``place`` by their kinds, and whether it may be null."""
+    hint, bounds, optional = cls, {}, False
+    for step in place:
+        if isinstance(step, str) and is_dataclass(hint):
+            hint = typing.get_type_hints(hint, include_extras=True)[step]
+        elif isinstance(step, int):
+            hint = next(iter(typing.get_args(hint)), None)
+        bounds, optional = {}, False
+        while hint is not None:
+            if typing.get_origin(hint) is Annotated:
+                hint, *extras = typing.get_args(hint)
+                for extra in extras:
+                    if isinstance(extra, Ge | Gt | Le | Lt):
+                        bounds[type(extra)] = getattr(extra, type(extra).__name__.lower())
+            elif type(None) in typing.get_args(hint):
+                optional = True
+                (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
+            else:
+                break
+    return bounds, optional
+
+
+def _describe(value, bounds: dict[type, float]) -> str:
+    least, above = bounds.get(Ge), bounds.get(Gt)
+    most, below = bounds.get(Le), bounds.get(Lt)
+    upper = most if below is None else below
+    if upper is not None and (upper <= LARGE or (least is None and above is None)):
+        end = f"{most:,}" if below is None else f"below {below:,}"
+        start = f"above {above:,}" if least is None else f"{least:,}"
+        return f"a number {'from ' if least is not None else ''}{start} {'to' if least is not None else 'and'} {end}"
+    if upper is not None and isinstance(value, int | float) and value > upper:
+        return f"{upper:,} or less"
+    if above is not None:
+        return f"a number above {above:,}"
+    return f"{least:,} or more" if least is not None else "a number such as 1.0"

@@ -1,0 +1,69 @@
+"""What identifies a tokenized corpus: its content, wherever it lies; and whether its tokens fit a vocabulary."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from inplace_ttt.config import UserError
+from inplace_ttt.files import read_json, write_json
+from inplace_ttt.megatron.indexed import IndexedDataset
+
+BLOCK = 1 << 24  # bytes read at a time
+PROBES, PROBE = 64, 4096  # places in the tokens that the digest looks at, and bytes at each
+
+
+def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None) -> dict:
+    """Return documents, tokens, tokenizer and a digest of a corpus: of its whole index, and of its tokens at places
+    that are spread over it."""
+    digest = xxhash.xxh3_128()
+    with open(f"{prefix}.idx", "rb") as index:
+        while block := index.read(BLOCK):
+            digest.update(block)
+    with open(f"{prefix}.bin", "rb") as tokens:
+        size = os.fstat(tokens.fileno()).st_size
+        for place in sorted({size * number // PROBES for number in range(PROBES)}):
+            tokens.seek(place)
+            digest.update(tokens.read(PROBE))
+    return dict(
+        documents=len(indexed.sequence_lengths),
+        tokens=int(indexed.sequence_lengths.sum(dtype=np.int64)),
+        tokenizer=fingerprint,
+        digest=digest.hexdigest(),
+    )
+
+
+def check_tokens(prefix: str, indexed: IndexedDataset, described: dict, vocab_size: int) -> None:
+    """Raise UserError where a token is none of the vocabulary.
+
+    All tokens are read once; what was found is kept in PREFIX.checked, by the digest of what was read.
+    """
+    known = Path(f"{prefix}.checked")
+    state = os.stat(f"{prefix}.bin")
+    mark = dict(digest=described["digest"], bytes=state.st_size, modified=state.st_mtime_ns)
+    found = {}
+    with contextlib.suppress(UserError):
+        found = read_json(known)
+    if any(found.get(key) != value for key, value in mark.items()) or type(found.get("largest")) is not int:
+        smallest, largest = _extremes(f"{prefix}.bin", np.dtype(indexed.index.dtype))
+        found = dict(mark, smallest=smallest, largest=largest)
+        with contextlib.suppress(OSError):  # data may lie where nobody writes: they are read again next time
+            write_json(known, found)
+    token = found["largest"] if found["largest"] >= vocab_size else found.get("smallest", 0)
+    if not 0 <= token < vocab_size:
+        raise UserError(
+            f"'{prefix}.bin' holds the token {token}, but the vocabulary has {vocab_size} entries: prepare it with the "
+            f"tokenizer of the model, or set model.vocab_size"
+        )
+
+
+def _extremes(path: str, dtype: np.dtype) -> tuple[int, int]:
+    """The smallest and the largest number in a file of tokens."""
+    tokens = np.memmap(path, dtype=dtype, mode="r", shape=(os.path.getsize(path) // dtype.itemsize,))
+    smallest, largest, step = 0, 0, BLOCK // dtype.itemsize
+    for first in range(0, len(tokens), step):
+        block = tokens[first : first + step]
+        smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
+    return smallest, largest

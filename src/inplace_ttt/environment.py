@@ -1,0 +1,146 @@
+"""The environment that a process is started in: its place among the others, and what the system allows it.
+
+torchrun sets RANK, WORLD_SIZE and their like; other launchers and shells set some of them, or leave old ones behind.
+All of it is looked at before anything is opened, for what PyTorch says of a wrong value does not name its variable.
+"""
+
+import os
+import resource
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from inplace_ttt.config.errors import UserError
+
+FILES = 256  # descriptors that a rank needs: libraries, checkpoints, readers of data, connections
+WANTED_FILES = 65_536
+RESOLVES = 15.0  # seconds that a name may take to be resolved
+HOW = "start with torchrun, which sets it, or unset WORLD_SIZE, RANK and LOCAL_RANK to run one process"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Read torchrun's variables; without any the process is alone.
+
+        Raises UserError naming the variable that is missing, is no number, or contradicts another.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
+            return cls(0, 1, 0)
+        rank, size, local_rank = (_whole_number(name) for name in names)
+        if size < 1:
+            raise UserError(f"WORLD_SIZE={size} is not a number of processes: {HOW}")
+        if rank >= size:
+            raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: {HOW}")
+        on_node = _whole_number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
+        if on_node > size:
+            raise UserError(f"LOCAL_WORLD_SIZE={on_node} is above WORLD_SIZE={size}: {HOW}")
+        if local_rank >= on_node:
+            of = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "WORLD_SIZE"
+            raise UserError(f"LOCAL_RANK={local_rank} is not below {of}={on_node}: {HOW}")
+        return cls(rank, size, local_rank)
+
+
+def check_environment() -> None:
+    """Raise UserError where the system, or a variable that names a network, would fail the run later."""
+    _allow_files()
+    _check_shared_memory()
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        _check_interfaces(name)
+
+
+def master_address() -> tuple[str, int]:
+    """Return MASTER_ADDR and MASTER_PORT. Raises UserError where one is missing or cannot be used."""
+    address, port = os.environ.get("MASTER_ADDR", "").strip(), os.environ.get("MASTER_PORT", "").strip()
+    if not address:
+        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, the host of the first process: {HOW}")
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise UserError(f"MASTER_PORT is {_state('MASTER_PORT')}, where there should be a port from 1 to 65535: {HOW}")
+    error = within(RESOLVES, lambda: _resolution_error(address))
+    if error != "":
+        raise UserError(
+            f"MASTER_ADDR={address} cannot be resolved ({error or f'no answer in {RESOLVES:.0f} s'}): name a host that "
+            f"this one reaches"
+        )
+    return address, int(port)
+
+
+def within(seconds: float, action: Callable):
+    """Return what an action returns, or None where it takes longer than ``seconds`` or raises."""
+    found = []
+
+    def run() -> None:
+        try:
+            found.append(action())
+        except Exception:
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ.get(name, "").strip()
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise UserError(f"{name} is {_state(name)}, where there should be a whole number: {HOW}")
+    return int(value)
+
+
+def _state(name: str) -> str:
+    value = os.environ.get(name)
+    return "not set" if value is None else "empty" if not value.strip() else f"'{value}'"
+
+
+def _resolution_error(address: str) -> str:
+    try:
+        socket.getaddrinfo(address, None)
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or "it is no name of a host"
+    return ""
+
+
+def _allow_files() -> None:
+    """Raise the limit of open files as far as the system lets a user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    if soft != resource.RLIM_INFINITY and soft < FILES:
+        raise UserError(f"only {soft} files may be open at a time (ulimit -n {soft}): {FILES} or more are needed")
+
+
+def _check_shared_memory() -> None:
+    folder = "/dev/shm"
+    if not os.path.isdir(folder):
+        return  # another system keeps it elsewhere
+    try:
+        state = os.statvfs(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used ({error.strerror}): processes share memory through it") from error
+    if state.f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is read-only: mount it writable, for processes share memory through it")
+
+
+def _check_interfaces(name: str) -> None:
+    """Compare a list of network interfaces with those that are there, as gloo and NCCL read it."""
+    value = os.environ.get(name)
+    if not value or value.startswith("^"):  # NCCL: all but these
+        return
+    there = [interface for _, interface in socket.if_nameindex()]
+    for wanted in value.split(","):
+        exact = name.startswith("GLOO") or wanted.startswith("=")
+        word = wanted.removeprefix("=").partition(":")[0]
+        if not any(interface == word if exact else interface.startswith(word) for interface in there):
+            raise UserError(f"{name}={value} names no network interface of this host: use one of {', '.join(there)}")

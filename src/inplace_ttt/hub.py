@@ -1,0 +1,37 @@
+"""Whether the Hugging Face hub is in reach: its client tries for a minute, and repeats itself meanwhile."""
+
+import functools
+import os
+import socket
+import urllib.parse
+import urllib.request
+
+from inplace_ttt.environment import within
+
+PATIENCE = 8.0  # seconds until a connection stands
+
+
+@functools.cache
+def hub_is_reached() -> bool:
+    """Return whether a connection to the hub, or to the proxy on the way to it, can be made."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
+        return False
+    endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(endpoint.scheme)
+    if proxy and not urllib.request.proxy_bypass(endpoint.hostname or ""):
+        endpoint = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    place = endpoint.hostname, endpoint.port or (80 if endpoint.scheme == "http" else 443)
+
+    def connect() -> bool:
+        socket.create_connection(place, timeout=PATIENCE).close()
+        return True
+
+    return within(PATIENCE + 2, connect) is True
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether a name can be one of the hub's, ``owner/name`` or ``name``, rather than a path."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part and part not in (".", "..", "~") for part in parts) and name[0] not in "~."

@@ -1,0 +1,92 @@
+"""Keep what one process writes to from a second one: a run's folder, a corpus, an export."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from inplace_ttt.config.errors import UserError
+
+# What file systems answer that know no locks
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_held: set[int] = set()
+
+
+def _forget() -> None:
+    """Close the locks' files in a forked child: a lock is its parent's and ends with it."""
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+class Lock:
+    """A file that one process has locked by flock(2); the kernel frees it when the process dies, however it does."""
+
+    def __init__(self, path: Path, what: str):
+        """``what`` is locked, such as "run.dir='runs/a'". Raises UserError, naming host and process, where it is
+        locked already; OSError where ``path`` cannot be written."""
+        self.path, self.warning = path, None
+        while True:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self._holder()
+                os.close(self.descriptor)
+                raise UserError(f"{what} is in use by {holder}: wait until it ends, or use another") from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    os.close(self.descriptor)
+                    raise
+                self.warning = (
+                    f"the file system of '{path.parent}' has no locks ({error.strerror}): nothing keeps a second "
+                    f"process from writing to {what}"
+                )
+            if self._is_there():
+                break
+            os.close(self.descriptor)  # whoever had it has removed it meanwhile
+        _held.add(self.descriptor)
+        told = json.dumps(dict(host=socket.gethostname(), process=os.getpid(), since=time.strftime("%F %T")))
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, told.encode(), 0)
+
+    def release(self) -> None:
+        """Remove the file and let others lock it."""
+        if self.descriptor in _held:
+            _held.discard(self.descriptor)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(self.descriptor)
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _holder(self) -> str:
+        try:
+            told = json.loads(os.pread(self.descriptor, 4096, 0))
+            return f"process {int(told['process'])} on host {str(told['host'])[:80]}, since {str(told['since'])[:40]}"
+        except (ValueError, TypeError, KeyError, OSError):
+            return "another process"
+
+
+def lock_beside(output: Path, what: str) -> Lock:
+    """Lock what is written to ``output`` by a file beside it; its folder is made if need be."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return Lock(output.with_name(f".{output.name}.lock"), what)

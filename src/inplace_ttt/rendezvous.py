@@ -1,0 +1,103 @@
+"""The store through which the ranks of a job find each other: torchrun's, or one that the first rank opens."""
+
+import errno
+import os
+import socket
+import sys
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from inplace_ttt.config import UserError, first_line
+from inplace_ttt.environment import World, master_address
+
+ANSWERS = 20.0  # seconds in which torchrun's store answers, for its agents are there before the ranks
+
+
+class Rendezvous:
+    """A way to the job's store, from each of which a rank may open several connections."""
+
+    def __init__(self, world: World, minutes: float):
+        """``minutes``: how long to wait for the first rank where torchrun has not opened the store.
+
+        Raises UserError where the store cannot be opened or reached.
+        """
+        self.world, self.seconds = world, 60 * minutes
+        self.address, self.port = master_address()
+        self.by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._server = self._listen() if world.rank == 0 and not self.by_agent else None
+        self.store = self.connect()
+
+    def connect(self) -> dist.Store:
+        """Return a new connection. Calls on one block each other."""
+        started, said = time.monotonic(), False
+        while True:
+            try:
+                store = dist.TCPStore(
+                    self.address, self.port, is_master=False, timeout=timedelta(seconds=ANSWERS), wait_for_workers=False
+                )
+                break
+            except (RuntimeError, ValueError) as error:
+                left = self.seconds - (time.monotonic() - started)
+                if self.by_agent or left < 0:
+                    raise UserError(
+                        f"nothing answers at MASTER_ADDR={self.address} MASTER_PORT={self.port} "
+                        f"({first_line(error)[:120]}): start all ranks of the job, by one torchrun on each node"
+                    ) from error
+                if not said:
+                    print(f"rank {self.world.rank} waits for the first rank at {self.address}:{self.port}", flush=True)
+                    said = True
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store.set_timeout(timedelta(seconds=max(self.seconds, ANSWERS)))
+        return dist.PrefixStore(f"inplace_ttt/{attempt}", store)
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here. Raises UserError naming those that do not."""
+        self.store.set(f"here/{self.world.rank}", "")
+        started, said = time.monotonic(), False
+        while True:
+            missing = [rank for rank in range(self.world.size) if not self.store.check([f"here/{rank}"])]
+            waited = time.monotonic() - started
+            if not missing:
+                return
+            few = ", ".join(map(str, missing[:4])) + (", ..." if len(missing) > 4 else "")
+            named = f"{len(missing)} of {self.world.size} ranks ({few})"
+            if waited > self.seconds:
+                raise UserError(
+                    f"{named} have not come to MASTER_ADDR={self.address} MASTER_PORT={self.port} in "
+                    f"{self.seconds / 60:.1f} minutes: start WORLD_SIZE={self.world.size} ranks"
+                )
+            if waited > ANSWERS and not said and self.world.local_rank == 0:
+                print(f"waiting for {named}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(min(0.02 + waited / 10, 1.0))
+
+    def _listen(self) -> dist.Store:
+        """Open the store on one address alone: torch would listen on all that this host has."""
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(1024)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"MASTER_PORT={self.port} is in use on this host: choose another port") from error
+            raise UserError(
+                f"MASTER_ADDR={self.address} is no address that this host, which has RANK=0, can listen on "
+                f"({error.strerror}): name an address of it"
+            ) from error
+        return dist.TCPStore(
+            self.address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def join(world: World, rendezvous: Rendezvous | None, backend: str, timeout: timedelta) -> None:
+    """Form the default process group, by the rendezvous, or alone without opening any port."""
+    if rendezvous is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    rendezvous.wait_for_all()
+    store = dist.PrefixStore("default_pg", rendezvous.store)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
