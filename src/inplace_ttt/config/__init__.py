@@ -1,6 +1,7 @@
 """The configuration of a run: its keys (schema.py), their ranges (ranges.py), and errors that a user can act on."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
+from inplace_ttt.config.merge import config_from_values
 from inplace_ttt.config.ranges import check_ranges
 from inplace_ttt.config.schema import (
     TARGETS,
@@ -43,6 +44,7 @@ __all__ = [
     "Train",
     "UserError",
     "check_ranges",
+    "config_from_values",
     "first_line",
     "one_line",
     "padded_vocab_size",

@@ -86,7 +86,7 @@ def _sentence(cls: type, prefix: str, error: dict) -> str:
     key = prefix + ".".join(map(str, place))
     shown = str(value) if len(str(value)) <= 80 else f"{str(value)[:77]}..."
     if error["type"] == "range":
-        return f"{key}='{shown}' {error['msg']}" if isinstance(value, str) else f"{key}={shown} {error['msg']}"
+        return f"{key}={shown if shown.isprintable() and shown.strip() else repr(shown)} {error['msg']}"
     bounds, optional = _bounds(cls, place)
     allowed = _describe(value, bounds) + (", or null" if optional else "")
     if error["type"] == "finite_number":

@@ -1,12 +1,16 @@
 """Hugging Face's config.json and our Model and TTT sections, both ways."""
 
+import logging
 import math
 from functools import partial
 
-from inplace_ttt.config import TARGETS, TTT, Config, Model, RopeScaling, UserError, ttt_layers
-from inplace_ttt.validation import check_model
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+
+from inplace_ttt.config import TARGETS, TTT, Config, Model, RopeScaling, UserError, one_line, ttt_layers
+from inplace_ttt.validation import ROPE_SCALING, check_model
 
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+CLASSES: dict[str, type[PretrainedConfig]] = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 # with fast weights, for the code in modeling_inplace_ttt.py
 PREFIX, CODE = "inplace_ttt_", "modeling_inplace_ttt"
 # keys of the authors' checkpoints: theirs, ours
@@ -18,7 +22,52 @@ TTT_KEYS = {
     "ttt_conv_kernel": "conv_kernel",
 }
 # what a configuration may say only in one way, for the model has nothing else
-FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
+FIXED = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+# what is read below, and what does not change the function of the weights
+READ = {
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "initializer_range",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
+HARMLESS = {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+}
 ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
 
 
@@ -65,8 +114,8 @@ def read_model(config: dict, place: str) -> Model:
     if family not in FAMILIES:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
     for key, only in FIXED.items():
-        if config.get(key, only) != only:
-            raise UserError(f"{place}: {key}={config[key]} is not supported: only {key}={only} is")
+        if config.get(key, only) not in (only, None):
+            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: only {key}={only} is")
     keys = _Keys(config, place)
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     scaling, theta = _read_rope(config, place)
@@ -90,24 +139,91 @@ def read_model(config: dict, place: str) -> Model:
         check_model(model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
+    resolved = _as_transformers_reads(config, family, place)
+    _compare_rope(resolved, scaling, theta, place)
+    model.sliding_window = _read_window(config, resolved, place)
     return model
 
 
+def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedConfig:
+    """What the model's class in transformers makes of a config.json. Raises UserError for a key that it has, that we do
+    not read, and that does not have the class's default."""
+    own = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    if isinstance(own.get("layer_types"), list) and set(map(str, own["layer_types"])) == {"full_attention"}:
+        del own["layer_types"]  # says nothing
+    logger = logging.getLogger("transformers")
+    before, logger.disabled = logger.disabled, True  # of what it warns we refuse what matters
+    try:
+        resolved, defaults = CLASSES[family].from_dict(own), CLASSES[family]().to_dict()
+    except Exception as error:
+        raise UserError(f"{place} cannot be read as a {CLASSES[family].__name__}: {one_line(error)}") from error
+    finally:
+        logger.disabled = before
+    for key, value in own.items():
+        if key in READ or key in HARMLESS or key not in defaults:
+            continue
+        if value is not None and value != defaults[key]:
+            raise UserError(f"{place}: {key}={_shown(value)} is not supported: only {key}={defaults[key]} is")
+    return resolved
+
+
+def _shown(value) -> str:
+    return str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
+
+
+def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> int | None:
+    """The sliding window of all layers; None: there is none. Raises UserError where layers differ."""
+    kinds = set(getattr(resolved, "layer_types", None) or ["full_attention"])
+    if kinds == {"full_attention"}:
+        if config.get("use_sliding_window") or (not hasattr(resolved, "layer_types") and config.get("sliding_window")):
+            raise UserError(
+                f"{place}: sliding_window={config.get('sliding_window')} is of a kind that is not supported here: use "
+                f"a model whose layers all have it, or none"
+            )
+        return None
+    if kinds != {"sliding_attention"} or type(resolved.sliding_window) is not int or resolved.sliding_window < 1:
+        raise UserError(
+            f"{place}: layer_types (use_sliding_window, max_window_layers) give layers different attention "
+            f"({', '.join(sorted(map(str, kinds)))}): that is not supported, only one kind for all layers is"
+        )
+    return resolved.sliding_window
+
+
 def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
-    """Scaling, and the base of the frequencies, from where any version of transformers writes them."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Scaling, and the base of the frequencies, from where any version of transformers writes them.
+
+    Where there is a rope_scaling beside rope_parameters, transformers reads the former.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{place} says rope_parameters={rope!r}, where there should be keys and values")
+        raise UserError(f"{place} says rope_parameters={_shown(rope)}, where there should be keys and values")
     rope = {key: value for key, value in rope.items() if value is not None}
-    if "type" in rope:  # as older versions wrote it
-        rope["rope_type"] = rope.pop("type")
+    kind = rope.pop("type", None)  # as older versions wrote it
+    rope.setdefault("rope_type", "default" if kind is None else kind)
     theta = rope.pop("rope_theta", config.get("rope_theta"))
+    if rope.get("partial_rotary_factor", 1.0) == 1.0:
+        rope.pop("partial_rotary_factor", None)
     keys = _Keys(rope | dict(rope_theta=theta), f"{place}: rope_parameters")
     unknown = sorted(rope.keys() - set(ROPE_KEYS))
     if unknown:
         raise UserError(f"{place}: RoPE parameter '{unknown[0]}' is not supported: use {', '.join(ROPE_KEYS)}")
-    scaling = RopeScaling(**{key: value if key == "rope_type" else keys.number(key) for key, value in rope.items()})
+    needed, allowed = ROPE_SCALING.get(rope["rope_type"], (ROPE_KEYS, ()))
+    # transformers does not look at what a kind has no use for
+    used = {key: value for key, value in rope.items() if key in ("rope_type", *needed, *allowed)}
+    scaling = RopeScaling(**{key: value if key == "rope_type" else keys.number(key) for key, value in used.items()})
     return scaling, float(keys.number("rope_theta", 10000.0))
+
+
+def _compare_rope(resolved: PretrainedConfig, scaling: RopeScaling, theta: float, place: str) -> None:
+    """Raise UserError where transformers reads other rotary embeddings out of the same file."""
+    theirs = {key: value for key, value in (resolved.rope_parameters or {}).items() if value is not None}
+    ours = {key: value for key, value in vars(scaling).items() if value is not None} | dict(rope_theta=theta)
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{place} says its rotary embeddings more than once and differently ({key} is {value} or "
+                f"{theirs.get(key)}): leave one of rope_parameters and rope_scaling"
+            )
 
 
 def read_ttt(config: dict, place: str) -> TTT:
@@ -130,36 +246,47 @@ def read_ttt(config: dict, place: str) -> TTT:
     return TTT(layers=[layer for layer in layers if layer < config["num_hidden_layers"]], **values)
 
 
-def write_config(config: Config, dtype: str, base: dict | None) -> dict:
-    """config.json of a model; ``base`` is what it was imported from, whose other keys are kept."""
+# fields of Model that a config.json has no key for: the class has nothing else, or only training knows them
+NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "qk_layernorm"}
+
+
+def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | None = None) -> dict:
+    """Return the config.json of a model; raise UserError for what no class of transformers can say.
+
+    ``base``: the config.json that it was imported from, whose other keys are kept. ``tokens``: eos_token_id and
+    bos_token_id.
+    """
     model, ttt = config.model, config.ttt
     family = "qwen3" if model.qk_layernorm else "llama"
     rope = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     written = dict(base or {})
-    for old in ("rope_scaling", "rope_theta", "torch_dtype"):
+    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", *_WINDOW_KEYS):
         written.pop(old, None)
-    written |= dict(
-        architectures=[FAMILIES[family]],
-        model_type=family,
-        num_hidden_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.kv_channels,
-        vocab_size=model.vocab_size,
-        rms_norm_eps=model.layernorm_epsilon,
-        rope_parameters={"rope_theta": model.rotary_base, **rope},
-        rope_theta=model.rotary_base,  # these two as transformers 4, and modeling code written for it, read them
-        rope_scaling=rope if model.rope_scaling.rope_type != "default" else None,
-        max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
-        tie_word_embeddings=model.tie_word_embeddings,
-        initializer_range=model.init_method_std,
-        hidden_act="silu",
-        attention_bias=False,
-        dtype=dtype,
+    fields = dict(
+        num_layers=dict(num_hidden_layers=model.num_layers),
+        hidden_size=dict(hidden_size=model.hidden_size),
+        ffn_hidden_size=dict(intermediate_size=model.ffn_hidden_size),
+        num_attention_heads=dict(num_attention_heads=model.num_attention_heads),
+        num_query_groups=dict(num_key_value_heads=model.num_query_groups),
+        kv_channels=dict(head_dim=model.kv_channels),
+        vocab_size=dict(vocab_size=model.vocab_size),
+        layernorm_epsilon=dict(rms_norm_eps=model.layernorm_epsilon),
+        # the last two as transformers 4, and modeling code written for it, read them
+        rotary_base=dict(rope_parameters={"rope_theta": model.rotary_base, **rope}, rope_theta=model.rotary_base),
+        rope_scaling=dict(rope_scaling=rope if model.rope_scaling.rope_type != "default" else None),
+        max_position_embeddings=dict(max_position_embeddings=_longest(config, base)),
+        tie_word_embeddings=dict(tie_word_embeddings=model.tie_word_embeddings),
+        sliding_window=_write_window(model, family),
+        init_method_std=dict(initializer_range=model.init_method_std),
     )
-    written.pop("auto_map", None)
+    forgotten = set(vars(model)) - set(fields) - NOT_WRITTEN
+    if forgotten:
+        raise RuntimeError(f"write_config does not say what becomes of {sorted(forgotten)}")
+    for keys in fields.values():
+        written |= keys
+    written |= dict(architectures=[FAMILIES[family]], model_type=family, dtype=dtype)
+    written |= dict(hidden_act="silu", attention_bias=False)
+    written |= tokens or {}
     if ttt.enabled:
         name = "InPlaceTTT" + FAMILIES[family]
         configuration = name.replace("ForCausalLM", "Config")
@@ -168,3 +295,31 @@ def write_config(config: Config, dtype: str, base: dict | None) -> dict:
         written |= dict(ttt_mode=True, ttt_layers=ttt_layers(ttt, model.num_layers))
         written |= {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}
     return written
+
+
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def _write_window(model: Model, family: str) -> dict:
+    if family != "qwen3":
+        if model.sliding_window is not None:
+            raise UserError(
+                f"model.sliding_window={model.sliding_window} cannot be exported: {FAMILIES[family]} has no sliding "
+                f"window, and would attend to all tokens; models with model.qk_layernorm=true (Qwen3) have one"
+            )
+        return {}
+    kind = "full_attention" if model.sliding_window is None else "sliding_attention"
+    return dict(
+        use_sliding_window=model.sliding_window is not None,
+        sliding_window=model.sliding_window,
+        max_window_layers=model.num_layers if model.sliding_window is None else 0,
+        layer_types=[kind] * model.num_layers,
+    )
+
+
+def _longest(config: Config, base: dict | None) -> int:
+    """Tokens that a model is made for: what its recipe says, or what it was made for before and was trained at."""
+    if config.model.max_position_embeddings is not None:
+        return config.model.max_position_embeddings
+    before = (base or {}).get("max_position_embeddings")
+    return max(config.data.seq_length, before if type(before) is int else 0)

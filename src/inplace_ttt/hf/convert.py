@@ -1,42 +1,42 @@
 """Checkpoints from Hugging Face's format to ours and back, tensor by tensor."""
 
-import json
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
 
 import torch
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, UserError, first_line
-from inplace_ttt.files import read_yaml
+from inplace_ttt.config import Config, Model, UserError, config_from_values
+from inplace_ttt.files import read_json, write_json
+from inplace_ttt.hf.companions import (
+    CONFIG,
+    FOLDER,
+    GENERATION,
+    TOKENIZER,
+    base_of,
+    copy_companions,
+    name_tokenizer_class,
+    read_base,
+    read_run_config,
+    token_ids,
+    tokenizer_of,
+)
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
+from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
-from inplace_ttt.megatron.manifest import corruption, write_manifest
+from inplace_ttt.megatron.manifest import PARTIAL_MARK, corruption, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
 
-# What comes along unchanged: the tokenizer and how to generate
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 SHARD_BYTES = 10**9
+REPLACE = "download it again"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 Advance = Callable[[int, int], None]  # called with the bytes of each tensor that is done, and with those of all
 
@@ -50,7 +50,7 @@ class SafetensorsFolder:
         self.files: dict[str, str] = {}
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            named = _read_json(index).get("weight_map")
+            named = read_json(index, REPLACE).get("weight_map")
             if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
                 raise UserError(f"'{index}' is damaged (it places no tensors in files): download it again")
         elif (folder / "model.safetensors").is_file():
@@ -58,6 +58,9 @@ class SafetensorsFolder:
         else:
             raise UserError(f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json")
         for file in ["model.safetensors"] if named is None else sorted(set(named.values())):
+            parts = PurePath(file).parts
+            if not parts or PurePath(file).is_absolute() or ".." in parts or "\0" in file:
+                raise UserError(f"'{index}' places tensors in '{file}', which is no file of its folder: it is not read")
             self._look_into(file)
         for name, file in (named or {}).items():
             if self.files.get(name) != file:
@@ -93,7 +96,7 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
 
     Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
     """
-    hf_config = _read_json(source / "config.json")
+    hf_config = read_json(source / CONFIG, REPLACE)
     place = f"'{source}/config.json'"
     model, ttt = read_model(hf_config, place), read_ttt(hf_config, place)
     tensors = SafetensorsFolder(source)
@@ -111,16 +114,13 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     entries = {row.ours: _entry(row, model, tensors) for row in rows}
     total = sum(entry.nbytes for entry in entries.values())
 
-    partial = _fresh(output)
-    write_tensors(partial, entries, lambda size: advance(size, total))
-    (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(asdict(model), sort_keys=False))
-    (partial / "hf").mkdir()
-    for name in ("config.json", *COMPANIONS):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, partial / "hf" / name)
-    (partial / "run.json").write_text(json.dumps(vars(Progress(0, 0))))
-    write_manifest(partial)
-    os.replace(partial, output)
+    with fresh_folder(output) as partial:
+        write_tensors(partial, entries, lambda size: advance(size, total))
+        (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(asdict(model), sort_keys=False))
+        (partial / FOLDER).mkdir()
+        copy_companions(source, partial / FOLDER, (CONFIG, GENERATION, *TOKENIZER))
+        write_json(partial / "run.json", vars(Progress(0, 0)))
+        write_manifest(partial)
     return model
 
 
@@ -143,14 +143,20 @@ def _entry(row: Row, model: Model, tensors: SafetensorsFolder) -> Entry:
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, base: Path | None = None, advance: Advance = lambda size, total: None
+    checkpoint: Path,
+    output: Path,
+    base: Path | None = None,
+    advance: Advance = lambda size, total: None,
+    tokenizer: bool = True,
 ) -> Config:
     """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
 
-    ``base``: a folder with config, tokenizer and generation config to take along; None: what was imported, if known.
+    ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
+    ``tokenizer``: whether one comes along. Raises UserError for anything of the model that cannot be written.
     """
-    folder, config, known_base = _describe(checkpoint)
-    base = base or known_base
+    folder, config, known = _describe(checkpoint)
+    if base is not None and not base.is_dir():
+        raise UserError(f"--base '{base}' is no folder")
     fault = corruption(folder)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
@@ -165,18 +171,23 @@ def export_checkpoint(
             raise UserError(
                 f"checkpoint '{folder}': {row.ours} is {there}, but its configuration makes it {tuple(made.shape)}"
             )
+    words = base or known.tokenizer() if tokenizer else None
+    came_with = base or known.base()
+    base_config, generation = read_base(came_with, CONFIG), read_base(came_with, GENERATION)
+    tokens = token_ids(words, base_config, generation, strict=words != came_with)
+    write_config(config, "float32", base_config, tokens)  # raises before anything is written
 
-    partial = _fresh(output)
-    dtype = _write_shards(partial, rows, model, reader, advance)
-    base_config = _read_json(base / "config.json") if base and (base / "config.json").is_file() else None
-    hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config)
-    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    if config.ttt.enabled:
-        shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), partial / f"{CODE}.py")
-    for name in COMPANIONS:
-        if base and (base / name).is_file():
-            shutil.copyfile(base / name, partial / name)
-    os.replace(partial, output)
+    with fresh_folder(output) as partial:
+        dtype = _write_shards(partial, rows, model, reader, advance)
+        hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config, tokens)
+        write_json(partial / CONFIG, hf_config, indent=2)
+        if generation or tokens:
+            write_json(partial / GENERATION, {**(generation or {}), **tokens}, indent=2)
+        if config.ttt.enabled:
+            shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), partial / f"{CODE}.py")
+        if words is not None:
+            copy_companions(words, partial, TOKENIZER)
+            name_tokenizer_class(partial)
     return config
 
 
@@ -206,70 +217,37 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
         dtype = next(iter(tensors.values())).dtype
     if len(shards) > 1:
         index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(places.items())))
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index, indent=2)
     return dtype
 
 
-def _describe(checkpoint: Path) -> tuple[Path, Config, Path | None]:
-    """(folder with the weights, configuration, folder with what was imported) of whatever the user named."""
+@dataclass(frozen=True)
+class _Known:
+    """Where the companions of a checkpoint lie; looked for when they are needed."""
+
+    base: Callable[[], Path | None]
+    tokenizer: Callable[[], Path | None]
+
+
+def _describe(checkpoint: Path) -> tuple[Path, Config, _Known]:
+    """(folder with the weights, configuration, its companions) of whatever the user named."""
     if not checkpoint.is_dir():
         raise UserError(f"'{checkpoint}' is no folder: name a run, a checkpoint of a run or an imported checkpoint")
-    if (checkpoint / "hf" / "config.json").is_file():
-        hf_config = _read_json(checkpoint / "hf" / "config.json")
-        place = f"'{checkpoint}/hf/config.json'"
+    kept = checkpoint / FOLDER
+    if (kept / CONFIG).is_file() and not (checkpoint / "config.yaml").is_file():
+        hf_config = read_json(kept / CONFIG)
+        place = f"'{kept / CONFIG}'"
         sections = dict(model=asdict(read_model(hf_config, place)), ttt=asdict(read_ttt(hf_config, place)))
-        return checkpoint, _config(sections, place), checkpoint / "hf"
+        return checkpoint, config_from_values(sections, place), _Known(lambda: kept, lambda: kept)
     folder = checkpoint_in(checkpoint)
-    run = folder.parent.parent
+    run = folder.resolve().parent.parent
     if not (run / "config.yaml").is_file():
         raise UserError(
             f"'{checkpoint}' is no run, no checkpoint of a run and no imported checkpoint: there is no "
             f"'{run / 'config.yaml'}'"
         )
-    config = _run_config(run)
-    return folder, config, _companions_of(config)
-
-
-def _companions_of(config: Config) -> Path | None:
-    """Where a run's tokenizer and generation config lie: with what it or the run before it was imported as, or with
-    its data."""
-    candidates = []
-    if config.checkpoint.load:
-        load = Path(config.checkpoint.load)
-        candidates.append(load / "hf")
-        before = next((run for run in (load, load.parent.parent) if (run / "config.yaml").is_file()), None)
-        if before:
-            earlier = _companions_of(_run_config(before))
-            candidates += [earlier] if earlier else []
-    candidates += [Path(config.data.tokenizer)] if config.data.tokenizer else []
-    candidates += [Path(f"{source.path}.tokenizer") for source in config.data.sources[:1]]
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
-def _run_config(run: Path) -> Config:
-    path = run / "config.yaml"
-    return _config(read_yaml(path), f"'{path}'")
-
-
-def _config(values: dict, place: str) -> Config:
-    filled = dict(run=dict(name="export"), train=dict(steps=1, global_batch_size=1), optim=dict(lr=0.0))
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), filled, dict(data=dict(seq_length=1)), values)
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{place} is not of this version: {first_line(error)}") from error
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"'{path}' does not exist: name a folder in Hugging Face's format")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}): download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"'{path}' holds no keys: download it again")
-    return values
+    config = read_run_config(run)
+    return folder, config, _Known(lambda: base_of(config, run), lambda: tokenizer_of(config, run))
 
 
 def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -277,11 +255,22 @@ def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _fresh(output: Path) -> Path:
-    """A new folder beside ``output``, to be renamed when it is whole."""
-    if output.exists():
-        raise UserError(f"'{output}' is there already: remove it, or name another folder")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+@contextlib.contextmanager
+def fresh_folder(output: Path) -> Iterator[Path]:
+    """Give a new folder beside ``output``, which gets its name when the context ends without an error.
+
+    Raises UserError where there is something under either name that is not ours to remove, or another process writes.
+    """
+    with lock_beside(output, f"'{output}'"):
+        if os.path.lexists(output):
+            raise UserError(f"'{output}' is there already: remove it, or name another folder")
+        partial = output.with_name(output.name + ".partial")
+        if os.path.lexists(partial):
+            if partial.is_symlink() or not (partial / PARTIAL_MARK).is_file():
+                raise UserError(f"'{partial}' was not made by this program, which would write there: move it away")
+            shutil.rmtree(partial)
+        partial.mkdir()
+        (partial / PARTIAL_MARK).touch()
+        yield partial
+        (partial / PARTIAL_MARK).unlink()
+        os.replace(partial, output)

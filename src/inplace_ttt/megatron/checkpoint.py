@@ -28,13 +28,12 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from inplace_ttt.config import UserError
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron import reading
-from inplace_ttt.megatron.manifest import corruption, damage, flush, write_manifest, write_sums
+from inplace_ttt.megatron.manifest import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
 from inplace_ttt.megatron.optimizer import keep_values
 from inplace_ttt.megatron.runtime import agree
 from inplace_ttt.signals import end_with_parent, unheard
 
 NAME = re.compile(r"step_(\d{8})")
-MARK = ".inplace_ttt_partial"  # in a folder that a run of ours is writing a checkpoint to
 
 
 @dataclass
@@ -64,7 +63,7 @@ def remove_abandoned(folder: Path) -> list[Path]:
     ours: it has no mark of ours, or is a link."""
     foreign = []
     for path in folder.glob(".step_*"):
-        if path.is_symlink() or not (path / MARK).is_file():
+        if path.is_symlink() or not (path / PARTIAL_MARK).is_file():
             foreign.append(path)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -170,7 +169,7 @@ class Checkpointer:
         if dist.get_rank() == 0 and (target in self.corrupt or not target.is_dir() or damage(target) is not None):
             self.folder.mkdir(parents=True, exist_ok=True)
             name = [tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder)]
-            Path(name[0], MARK).touch()
+            Path(name[0], PARTIAL_MARK).touch()
             own_umask(Path(name[0]))  # other hosts' ranks write there, too
         dist.broadcast_object_list(name, src=0)
         return None if name[0] is None else Path(name[0])
@@ -198,8 +197,8 @@ class Checkpointer:
 
     def _give_name(self, folder: Path, target: Path, progress: Progress) -> None:
         write_json(folder / "run.json", asdict(progress))
-        (folder / MARK).unlink()
         write_manifest(folder)
+        (folder / PARTIAL_MARK).unlink()
         if target.exists():
             shutil.rmtree(target)
         os.replace(folder, target)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import xxhash
 
 NAME = "manifest.json"
+NEEDED = (".metadata", "metadata.json", "run.json")  # of every checkpoint
+PARTIAL_MARK = ".inplace_ttt_partial"  # a file in folders that we are writing, and that we may remove
 READERS = 4  # files at a time
 
 
@@ -36,7 +38,7 @@ def write_manifest(folder: Path) -> None:
     for path in folder.glob(".sums_*.json"):
         sums |= json.loads(path.read_text())
         path.unlink()
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != PARTIAL_MARK]
     entries = {path.name: [path.stat().st_size, sums.get(path.name) or checksum(path)] for path in paths}
     (folder / NAME).write_text(json.dumps(entries, indent=1))
     for path in folder.iterdir():
@@ -50,8 +52,11 @@ def damage(folder: Path) -> str | None:
         return f"'{folder}' has no {NAME}: it is not a whole checkpoint"
     try:
         sizes = {name: size for name, (size, _) in _entries(folder).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return f"'{manifest}' is damaged"
+    lacking = [name for name in NEEDED if name not in sizes]
+    if lacking:
+        return f"'{manifest}' is damaged: it does not list {lacking[0]}"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
@@ -105,7 +110,13 @@ def _compare(folder: Path, rank: int, size: int) -> str | None:
 def _entries(folder: Path) -> dict[str, tuple[int, str | None]]:
     """Size and checksum of each file; earlier versions wrote sizes alone."""
     entries = json.loads((folder / NAME).read_text())
-    return {name: (entry, None) if isinstance(entry, int) else tuple(entry) for name, entry in entries.items()}
+    found = {name: (entry, None) if isinstance(entry, int) else tuple(entry) for name, entry in entries.items()}
+    for name, (size, known) in found.items():
+        if "/" in name or "\0" in name or name in ("", ".", "..") or type(size) is not int:
+            raise ValueError(f"{name} is no file of the folder")
+        if not isinstance(known, str | None):
+            raise TypeError(f"{name} has no checksum")
+    return found
 
 
 def _sums_of(folder: Path, rank: int) -> Path:

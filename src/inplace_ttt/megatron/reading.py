@@ -32,6 +32,8 @@ _DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() i
 _DESCRIPTIONS = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),  # where the checkpoint was written
+    ("pathlib._local", "PosixPath"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -86,7 +88,7 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): use another checkpoint") from error
     except Exception as error:  # an unpickler raises anything at damaged bytes
-        raise UserError(f"'{path}' is damaged ({one_line(error)}): use another checkpoint") from error
+        raise UserError(f"'{folder}' cannot be read: its .metadata is damaged ({one_line(error)})") from error
     return metadata
 
 

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from inplace_ttt.config import Config, OnResume, UserError, schema_keys
 from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
+from inplace_ttt.hf.companions import keep_companions
 from inplace_ttt.lock import Lock
 from inplace_ttt.megatron.checkpoint import read_progress, remove_abandoned, whole_checkpoints
 from inplace_ttt.megatron.manifest import corruption
@@ -50,8 +51,13 @@ class RunFolder:
         self.notes += notes + more
 
     def record(self, config: Config) -> None:
-        """Write config.yaml: the run begins, or goes on, with these values."""
-        self._first_rank(lambda: write_yaml(self._config_file, asdict(config)))
+        """Write config.yaml and keep what an export takes along: the run begins, or goes on, with these values."""
+
+        def write() -> None:
+            write_yaml(self._config_file, asdict(config))
+            keep_companions(config, self.path)
+
+        self._first_rank(write)
         self._made = []
 
     def close(self) -> None:

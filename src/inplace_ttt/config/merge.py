@@ -1,0 +1,46 @@
+"""A Config out of the values that a file holds, also one that an earlier version wrote."""
+
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from inplace_ttt.config.errors import UserError, first_line
+from inplace_ttt.config.ranges import check_ranges
+from inplace_ttt.config.schema import Config
+
+# What a file need not say: of an imported model there is no run
+_FILLED = dict(
+    run=dict(name="export"),
+    train=dict(steps=1, global_batch_size=1),
+    optim=dict(lr=0.0),
+    data=dict(seq_length=1),
+)
+
+
+def config_from_values(values: dict, place: str) -> Config:
+    """Return the configuration that ``values`` of ``place`` make; keys that there are no more are left out.
+
+    Raises UserError where a value is missing, of another type, or out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _FILLED, _known(values, Config))
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{place} is not of this version: {first_line(error)}") from error
+    try:
+        check_ranges(config)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    return config
+
+
+def _known(values: dict, cls: type) -> dict:
+    hints = get_type_hints(cls)
+    known = {}
+    for field in fields(cls):
+        if field.name in values:
+            value, kind = values[field.name], hints[field.name]
+            known[field.name] = _known(value, kind) if is_dataclass(kind) and isinstance(value, dict) else value
+    return known

@@ -1,0 +1,179 @@
+"""What belongs to a model besides its weights: tokenizer, how to generate, the config.json that it came with.
+
+A run keeps them in ``run.dir/hf``, so that it can be exported from anywhere, also when what it was begun with is gone.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from inplace_ttt.config import Config, UserError, config_from_values
+from inplace_ttt.files import read_json, read_yaml, user_path, write_json
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+FOLDER = "hf"
+
+
+def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Copy those files that are there. Raises UserError for a link that leads out of the folder, to anything else that
+    the user may read."""
+    for name in names:
+        path = source / name
+        if path.is_file():
+            if not _inside(path, source):
+                raise UserError(f"'{path}' is a link that leads out of its folder: put the file itself there")
+            shutil.copyfile(path, target / name)
+
+
+def keep_companions(config: Config, run: Path) -> None:
+    """Put the companions of a run into ``run.dir/hf``, where it has none yet."""
+    target = run / FOLDER
+    if target.exists():
+        return
+    base, tokenizer = base_of(config, run), tokenizer_of(config, run)
+    if base is None and tokenizer is None:
+        return
+    partial = run / f".{FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if base is not None:
+        copy_companions(base, partial, (CONFIG, GENERATION, *TOKENIZER))
+    if tokenizer is not None:
+        copy_companions(tokenizer, partial, TOKENIZER)
+    partial.rename(target)
+
+
+def base_of(config: Config, run: Path, seen: frozenset[Path] = frozenset()) -> Path | None:
+    """Return the folder with the config.json of what a run was begun with, through all runs before it; None: it was
+    begun from nothing."""
+    if (run / FOLDER / CONFIG).is_file():
+        return run / FOLDER
+    if not config.checkpoint.load:
+        return None
+    load = _found(config.checkpoint.load, run)
+    if load is None or load in seen:
+        return None
+    if (load / FOLDER / CONFIG).is_file():
+        return load / FOLDER
+    for before in (load, load.parent.parent):
+        if (before / "config.yaml").is_file() and before.resolve() not in seen | {run.resolve()}:
+            return base_of(read_run_config(before), before, seen | {load, run.resolve(), before.resolve()})
+    return None
+
+
+def tokenizer_of(config: Config, run: Path) -> Path | None:
+    """Return the folder of the tokenizer that a run's data were made with; None: the run names none.
+
+    Raises UserError where it names one that is not there.
+    """
+    kept = run / FOLDER
+    if any((kept / name).is_file() for name in TOKENIZER):
+        return kept
+    if config.data.kind != "indexed":
+        return None
+    named = [config.data.tokenizer] if config.data.tokenizer else []
+    named += [f"{source.path}.tokenizer" for source in config.data.sources[:1]]
+    for name in named:
+        folder = _found(name, run)
+        if folder is not None:
+            return folder
+        if config.data.tokenizer == name and not name.startswith((".", "/", "~")):
+            return _from_hub(name)
+    if named and any(_found(f"{source.path}.json", run) for source in config.data.sources[:1]):
+        raise UserError(f"the tokenizer '{named[-1]}' of run '{run}' is not there: name its folder with --base")
+    return None
+
+
+def read_run_config(run: Path) -> Config:
+    """Return the configuration that a run was made with. Raises UserError where it is damaged."""
+    path = run / "config.yaml"
+    return config_from_values(read_yaml(path), f"'{path}'")
+
+
+def token_ids(tokenizer: Path | None, base: dict | None, generation: dict | None, strict: bool = True) -> dict:
+    """Return eos_token_id (one, or a list) and bos_token_id: those that the model came with, and the tokenizer's.
+
+    Raises UserError, where ``strict``, for a tokenizer that cannot be loaded.
+    """
+    base, generation = base or {}, generation or {}
+    ends = _as_list(generation.get("eos_token_id", base.get("eos_token_id")))
+    begin = generation.get("bos_token_id", base.get("bos_token_id"))
+    if tokenizer is not None and any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        from inplace_ttt.data.tokenizer import load_tokenizer
+
+        try:
+            loaded = load_tokenizer(str(tokenizer))
+        except UserError:
+            if strict:
+                raise
+            return _tokens(ends, begin)
+        if loaded.eos_token_id is not None and loaded.eos_token_id not in ends:
+            ends = [loaded.eos_token_id, *ends]
+        begin = loaded.bos_token_id if begin is None else begin
+    return _tokens(ends, begin)
+
+
+def _tokens(ends: list[int], begin: int | None) -> dict:
+    found = {} if not ends else dict(eos_token_id=ends[0] if len(ends) == 1 else ends)
+    return found if begin is None else found | dict(bos_token_id=begin)
+
+
+def _as_list(value) -> list[int]:
+    return [one for one in (value if isinstance(value, list) else [value]) if type(one) is int]
+
+
+def _from_hub(name: str) -> Path:
+    """The folder in which the hub's client keeps a tokenizer."""
+    from huggingface_hub import snapshot_download
+
+    from inplace_ttt.hub import hub_is_reached
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER), local_files_only=not hub_is_reached()))
+    except Exception as error:
+        raise UserError(f"the tokenizer '{name}' cannot be had from the hub: name its folder with --base") from error
+
+
+def _found(name: str, run: Path) -> Path | None:
+    """A file or folder that a run names, seen from here, or from where the run was started: some folder above it."""
+    path = user_path(name)
+    for root in (Path(), *run.resolve().parents):
+        with contextlib.suppress(OSError):
+            if (root / path).exists():
+                return (root / path).resolve()
+    return None
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in the folder; the hub's client keeps files in one folder beside links to them."""
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        allowed.append(folder.resolve().parent.parent)
+    return any(path.resolve().is_relative_to(one) for one in allowed)
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Say in a model's folder which class reads its tokenizer: AutoTokenizer would look for it in the model's own code,
+    and ask whether it may run it."""
+    path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file():
+        settings = read_json(path, "replace it") if path.is_file() else {}
+        settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        write_json(path, settings, indent=2)
+
+
+def read_base(folder: Path | None, name: str) -> dict | None:
+    """Return what a companion says, or None where there is none."""
+    return read_json(folder / name, "replace it") if folder and (folder / name).is_file() else None
