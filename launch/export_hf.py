@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from inplace_ttt.config import UserError
+from inplace_ttt.command import run_command
 
 
 def main() -> int:
@@ -18,19 +18,28 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, help="a run's folder (its last whole checkpoint), or a checkpoint's")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--base", type=Path, help="folder whose tokenizer and generation config come along")
+    parser.add_argument("--no-tokenizer", action="store_true", help="take no tokenizer along")
     arguments = parser.parse_args()
-    console = Console(stderr=True)
-    try:
-        from inplace_ttt.hf.convert import export_checkpoint
-        from inplace_ttt.hf.progress import bytes_bar
+    return run_command(lambda: export(arguments))
 
-        with bytes_bar(console, "exporting") as advance:
-            export_checkpoint(arguments.checkpoint, arguments.output, arguments.base, advance)
-    except (UserError, OSError) as error:
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    console.print(f"'{arguments.output}' is written", highlight=False, soft_wrap=True)
-    return 0
+
+def export(arguments: argparse.Namespace) -> None:
+    from inplace_ttt.hf.companions import TOKENIZER
+    from inplace_ttt.hf.convert import export_checkpoint
+    from inplace_ttt.hf.progress import bytes_bar
+
+    console, output = Console(stderr=True), arguments.output.expanduser()
+    with bytes_bar(console, "exporting") as advance:
+        export_checkpoint(
+            arguments.checkpoint.expanduser(), output, arguments.base, advance, tokenizer=not arguments.no_tokenizer
+        )
+    has_tokenizer = any((output / name).is_file() for name in TOKENIZER)
+    console.print(
+        f"'{output}' is written" + ("" if has_tokenizer else ", without a tokenizer: none is known of this model"),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError, one_line
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def main() -> int:
@@ -21,25 +24,25 @@ def main() -> int:
     parser.add_argument("source", help="folder, .gguf file, or name of a model on the hub")
     parser.add_argument("output", type=Path, help="folder to make")
     arguments = parser.parse_args()
-    console = Console(stderr=True)
-    try:
-        from inplace_ttt.hf.convert import import_checkpoint
-        from inplace_ttt.hf.progress import bytes_bar
+    return run_command(lambda: convert(arguments))
 
-        with tempfile.TemporaryDirectory() as unpacked:
-            source = local_folder(arguments.source, Path(unpacked))
-            with bytes_bar(console, "importing") as advance:
-                model = import_checkpoint(source, arguments.output, advance)
-    except (UserError, OSError) as error:
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        return 2
+
+def convert(arguments: argparse.Namespace) -> None:
+    from inplace_ttt.hf.convert import import_checkpoint
+    from inplace_ttt.hf.progress import bytes_bar
+
+    console, output = Console(stderr=True), arguments.output.expanduser()
+    with tempfile.TemporaryDirectory() as unpacked:
+        source = local_folder(arguments.source, Path(unpacked))
+        with bytes_bar(console, "importing") as advance:
+            model = import_checkpoint(source, output, advance)
     console.print(
-        f"'{arguments.output}': {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}; "
-        f"train from it with checkpoint.load={arguments.output}",
+        f"'{output}': {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}; "
+        f"train from it with checkpoint.load={output}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
-    return 0
 
 
 def local_folder(name: str, unpacked: Path) -> Path:
@@ -47,18 +50,23 @@ def local_folder(name: str, unpacked: Path) -> Path:
     if name.endswith(".gguf"):
         from inplace_ttt.hf.gguf import unpack
 
-        unpack(Path(name), unpacked)
+        unpack(Path(name).expanduser(), unpacked)
         return unpacked
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from inplace_ttt.hub import hub_is_reached, is_hub_name
+
+    if not name or not is_hub_name(name):
         raise UserError(f"folder '{name}' does not exist")
     from huggingface_hub import snapshot_download
 
+    reached = hub_is_reached()
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=not reached))
     except Exception as error:
-        raise UserError(f"'{name}' is no folder, and the hub does not give it ({one_line(error)})") from error
+        why = one_line(error) if reached else "the hub is out of reach"
+        raise UserError(f"'{name}' is no folder, and the hub does not give it ({why})") from error
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from inplace_ttt.files import user_path
+
 ROOT = Path(__file__).resolve().parent.parent
 GIB, DAY = 2**30, 86400
+VOCABULARY = 32_768  # where nothing says it
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,15 +49,34 @@ def main() -> int:
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
         config = to_config(compose_config(arguments.overrides, ROOT / "recipes"))
-        config.checkpoint.load = None  # the weights to start from need not be here yet
-        if config.model.vocab_size is None:
-            raise UserError("model.vocab_size is null, the tokenizer's: set it to have the vocabulary counted")
+        assumed = assume(config)
         validate(config, arguments.gpus)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console = Console(width=None if sys.stdout.isatty() else 120)
+    for line in assumed:
+        console.print(f"assumed: {line}", highlight=False, markup=False, soft_wrap=True)
     return report(console, config, arguments.gpus, estimate.GPUS[arguments.gpu])
+
+
+def assume(config) -> list[str]:
+    """Fill in what the data and the checkpoint would say, which need not be here; return what was assumed."""
+    from inplace_ttt.data.prepare import read_description
+    from inplace_ttt.data.recall import recall_vocab_size
+
+    assumed = []
+    if config.checkpoint.load is not None and not user_path(config.checkpoint.load).is_dir():
+        assumed.append(f"checkpoint.load='{config.checkpoint.load}', which is not here, will be there")
+        config.checkpoint.load = None
+    if config.model.vocab_size is None and config.data.kind == "recall":
+        config.model.vocab_size = recall_vocab_size(config.data.recall_alphabet)
+    if config.model.vocab_size is None:
+        described = [read_description(str(user_path(source.path))) for source in config.data.sources[:1]]
+        config.model.vocab_size = described[0].vocab_size if described and described[0] else VOCABULARY
+        if config.model.vocab_size == VOCABULARY:
+            assumed.append(f"a vocabulary of {VOCABULARY:,}: data.sources is not here, and model.vocab_size not set")
+    return assumed
 
 
 def report(console: Console, config, gpus: int, gpu) -> int:

@@ -6,6 +6,7 @@ torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]               
 """
 
 import argparse
+import math
 import os
 import sys
 import warnings
@@ -15,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from inplace_ttt.config import UserError
+from inplace_ttt.environment import World
 from inplace_ttt.exits import fail, leave
 from inplace_ttt.preflight.node import Finding, State, examine
 
@@ -27,6 +30,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3.0, help="until a node that does not answer is named (3)")
     parser.add_argument("--light", action="store_true", help="this node, without work for its GPUs: for health checks")
     arguments = parser.parse_args()
+    if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+        parser.error(f"--minutes {arguments.minutes}: use a number above 0")
+    try:
+        return look(arguments)
+    except UserError as error:
+        return fail(f"error: {error}", 2)
+
+
+def look(arguments: argparse.Namespace) -> int:
     warnings.simplefilter("ignore")
     together = "TORCHELASTIC_RUN_ID" in os.environ
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -35,7 +47,7 @@ def main() -> int:
             findings = examine(arguments.light)
     else:
         findings = look_together(arguments.folder, arguments.minutes)
-        if int(os.environ["RANK"]):
+        if World.from_environment().rank:
             return 0  # the first speaks for all
     table = Table(title="preflight", title_justify="left")
     for name in ("part", "", "found", "what it gives, or what its lack costs"):

@@ -1,10 +1,15 @@
 """Do the fast weights remember? Train `recall` twice in the same way, with them and without, and compare.
 
 Answers lie beyond the reach of sliding-window attention: without a memory nothing better than chance is possible.
-Writes runs/proof/proof.png; exits 0 if the fast weights recall and attention alone stays at chance.
+python launch/proof.py [--folder runs/proof]
+
+Writes FOLDER/proof.png; exits 0 if the fast weights recall and attention alone stays at chance. The runs of a proof
+before in the same folder are made anew.
 """
 
+import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,27 +18,36 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from inplace_ttt.command import run_command
+from inplace_ttt.config import UserError
 from inplace_ttt.training.plots import COLORS, axes, save
 from inplace_ttt.training.records import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path("runs/proof")
 ALPHABET = 100
 CHANCE = 1 / ALPHABET
 RECALLS, AT_CHANCE = 0.9, 3 * CHANCE
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/proof"), help="where it is written (runs/proof)")
+    arguments = parser.parse_args()
+    return run_command(lambda: prove(arguments.folder.expanduser()))
+
+
+def prove(folder: Path) -> int:
     console = Console()
     variants = {"with fast weights": "true", "attention alone": "false"}
-    runs = {name: FOLDER / f"ttt_{enabled}" for name, enabled in variants.items()}
+    runs = {name: folder / f"ttt_{enabled}" for name, enabled in variants.items()}
     started = time.monotonic()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs.values():
+        _remove(run)
     threads = str(max(1, len(os.sched_getaffinity(0)) // len(variants)))
     processes = {}
     for name, enabled in variants.items():
-        subprocess.run(["rm", "-rf", str(runs[name])], check=True)
-        log = (FOLDER / f"ttt_{enabled}.log").open("w")
+        log = (folder / f"ttt_{enabled}.log").open("w")
         processes[name] = subprocess.Popen(
             [
                 sys.executable,
@@ -48,18 +62,22 @@ def main() -> int:
             stderr=log,
             env={**os.environ, "OMP_NUM_THREADS": threads},
         )
-    with console.status("") as status:
-        while any(process.poll() is None for process in processes.values()):
-            done = {name: len(read_metrics(run / "metrics.jsonl")) for name, run in runs.items()}
-            status.update("training: " + ", ".join(f"{name} {n} records" for name, n in done.items()))
-            time.sleep(1)
+    try:
+        with console.status("") as status:
+            while any(process.poll() is None for process in processes.values()):
+                done = {name: len(read_metrics(run / "metrics.jsonl")) for name, run in runs.items()}
+                status.update("training: " + ", ".join(f"{name} {n} records" for name, n in done.items()))
+                time.sleep(1)
+    finally:
+        for process in processes.values():
+            process.terminate()  # where this proof was stopped
+            process.wait()
     for name, process in processes.items():
         if process.returncode:
-            log = FOLDER / f"ttt_{variants[name]}.log"
-            print(f"error: the run {name} ended with code {process.returncode}; see {log}", file=sys.stderr)
-            return 1
+            log = folder / f"ttt_{variants[name]}.log"
+            raise UserError(f"the run {name} ended with code {process.returncode}; see {log}")
     curves = {name: _curve(run) for name, run in runs.items()}
-    _plot(curves, FOLDER / "proof.png")
+    _plot(curves, folder / "proof.png")
     table = Table(title=f"recall of held-out pairs (chance {CHANCE:.0%})", title_justify="left")
     table.add_column("step", justify="right")
     for name in curves:
@@ -72,10 +90,17 @@ def main() -> int:
     proven = with_ttt >= RECALLS and worst_without <= AT_CHANCE
     console.print(
         f"{'proven' if proven else 'NOT proven'}: {with_ttt:.1%} with fast weights, {without:.1%} without "
-        f"({time.monotonic() - started:.0f} s; picture: {FOLDER / 'proof.png'})",
+        f"({time.monotonic() - started:.0f} s; picture: {folder / 'proof.png'})",
         soft_wrap=True,
     )
     return 0 if proven else 1
+
+
+def _remove(run: Path) -> None:
+    """Remove the run of a proof before; nothing else."""
+    if run.is_symlink() or (run.exists() and any(run.iterdir()) and not (run / "config.yaml").is_file()):
+        raise UserError(f"'{run}' is no run of a proof before: move it away, or name another --folder")
+    shutil.rmtree(run, ignore_errors=True)
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:

@@ -46,6 +46,7 @@ def main() -> int:
     arguments = parse_arguments()
     os.chdir(ROOT)  # where the job runs: paths mean the same there
     from inplace_ttt.config import UserError
+    from inplace_ttt.files import user_path
 
     runs = [arguments.overrides, *(shlex.split(keys) for keys in arguments.then)]
     try:
@@ -63,9 +64,10 @@ def main() -> int:
                 print(shlex.join([*(f"{key}={value}" for key, value in environment.items()), *command]))
                 before = f"JOB_OF_{config.run.name}"
             else:
-                Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+                folder = user_path(config.run.dir)
+                folder.mkdir(parents=True, exist_ok=True)
                 before = submit(command, environment)
-                print(f"{config.run.name}: job {before}, log {config.run.dir}/slurm-{before}.log")
+                print(f"{config.run.name}: job {before}, log {folder}/slurm-{before}.log")
         if arguments.dry_run:
             print(f"\n# {SCRIPT}\n{(ROOT / SCRIPT).read_text()}", end="")
     except UserError as error:
@@ -76,12 +78,16 @@ def main() -> int:
 
 def check(overrides: list[str], arguments: argparse.Namespace, first: bool):
     """The run's configuration. Raises UserError for a configuration that cannot work on so many processes."""
+    from inplace_ttt.files import user_path
     from inplace_ttt.training.compose import compose_config, to_config
     from inplace_ttt.validation import validate
 
     config = to_config(compose_config(overrides, ROOT / "recipes"))
-    if not first:
-        config.checkpoint.load = None  # what an earlier run is yet to write
+    load = config.checkpoint.load
+    if load is not None and (not first or (arguments.dry_run and not user_path(load).is_dir())):
+        config.checkpoint.load = None  # what an earlier run is yet to write, or what lies elsewhere
+        if first:
+            print(f"assumed: checkpoint.load='{load}', which is not here, will be there", file=sys.stderr)
     validate(config, arguments.nodes * arguments.gpus_per_node)
     return config
 
@@ -99,9 +105,11 @@ def of_the_job(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def sbatch(config, overrides: list[str], arguments: argparse.Namespace, before: str | None) -> list[str]:
+    from inplace_ttt.files import user_path
+
     options = {
         "job-name": config.run.name,
-        "output": f"{config.run.dir}/slurm-%j.log",
+        "output": f"{user_path(config.run.dir)}/slurm-%j.log",
         "nodes": arguments.nodes,
         "gpus-per-node": arguments.gpus_per_node,
         "time": arguments.time,

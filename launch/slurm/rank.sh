@@ -4,7 +4,12 @@ set -euo pipefail
 log=$INPLACE_TTT_LOGS/rank_$RANK.log
 # The code of the checkout, also where the image has another; kernels are compiled to where anyone may write
 export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
-export TRITON_CACHE_DIR=${INPLACE_TTT_TRITON_CACHE:-${TMPDIR:-/tmp}/triton-$(id -u)}
+TRITON_CACHE_DIR=${INPLACE_TTT_TRITON_CACHE:-${TMPDIR:-/tmp}/triton-$(id -u)}
+# What another user has put under that name first could be kernels of theirs
+if ! mkdir -m 700 "$TRITON_CACHE_DIR" 2>/dev/null && { [ -L "$TRITON_CACHE_DIR" ] || [ ! -O "$TRITON_CACHE_DIR" ]; }; then
+  TRITON_CACHE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/triton-XXXXXXXX")
+fi
+export TRITON_CACHE_DIR
 if [ "$RANK" = 0 ]; then
   # a request to stop reaches every process of the job: what the rank still says must not fail for it
   exec "$INPLACE_TTT_PYTHON" "$@" > >(

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -34,4 +35,4 @@ def hub_is_reached() -> bool:
 def is_hub_name(name: str) -> bool:
     """Return whether a name can be one of the hub's, ``owner/name`` or ``name``, rather than a path."""
     parts = name.split("/")
-    return len(parts) <= 2 and all(part and part not in (".", "..", "~") for part in parts) and name[0] not in "~."
+    return len(parts) <= 2 and all(re.fullmatch(r"[\w-][\w.-]*", part, re.ASCII) for part in parts)

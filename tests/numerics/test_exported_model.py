@@ -23,6 +23,7 @@ VARIANTS = {
     "llama": (LLAMA, {}),
     "input_embed, no projection": (QWEN3, dict(head_dim=16, ttt_target="input_embed", ttt_proj=False)),
     "odd kernel": (QWEN3, dict(head_dim=8, ttt_conv_kernel=3)),
+    "sliding window": (QWEN3, dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0)),
 }
 
 

@@ -44,6 +44,9 @@ FAMILIES = {
     "smollm2": LlamaConfig(
         **SMALL, tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e5, rope_type="default")
     ),
+    "qwen3 window": Qwen3Config(
+        **SMALL, head_dim=16, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=0
+    ),
     "qwen3 yarn": Qwen3Config(
         **SMALL,
         head_dim=16,

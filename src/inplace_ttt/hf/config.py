@@ -12,7 +12,7 @@ from inplace_ttt.validation import ROPE_SCALING, check_model
 FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 CLASSES: dict[str, type[PretrainedConfig]] = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 # with fast weights, for the code in modeling_inplace_ttt.py
-PREFIX, CODE = "inplace_ttt_", "modeling_inplace_ttt"
+CODE = "modeling_inplace_ttt"
 # keys of the authors' checkpoints: theirs, ours
 TTT_KEYS = {
     "ttt_chunk": "chunk_size",
@@ -290,7 +290,8 @@ def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | N
     if ttt.enabled:
         name = "InPlaceTTT" + FAMILIES[family]
         configuration = name.replace("ForCausalLM", "Config")
-        written |= dict(architectures=[name], model_type=PREFIX + family)
+        # the family's own model_type: AutoTokenizer, which reads config.json, then asks for no trust in our code
+        written |= dict(architectures=[name])
         written["auto_map"] = dict(AutoConfig=f"{CODE}.{configuration}", AutoModelForCausalLM=f"{CODE}.{name}")
         written |= dict(ttt_mode=True, ttt_layers=ttt_layers(ttt, model.num_layers))
         written |= {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}

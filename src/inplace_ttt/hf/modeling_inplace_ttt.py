@@ -287,15 +287,11 @@ FAST_WEIGHT_KEYS = dict(
 
 
 class InPlaceTTTQwen3Config(Qwen3Config):
-    model_type = "inplace_ttt_qwen3"
-
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
 
 
 class InPlaceTTTLlamaConfig(LlamaConfig):
-    model_type = "inplace_ttt_llama"
-
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
 
