@@ -23,7 +23,9 @@ VOCABULARY = 32_768  # where nothing says it
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
-    parser.add_argument("--gpus", type=int, help="how many (what parallel=8xh100 says, else 8)")
+    parser.add_argument(
+        "--gpus", type=int, help="how many (what parallel=8xh100 says, else as many of 8 as it can use)"
+    )
     parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (likewise, else H100)")
     arguments = parser.parse_intermixed_args()
     for override in arguments.overrides:
@@ -31,7 +33,6 @@ def parse_arguments() -> argparse.Namespace:
         if override.startswith("parallel=") and x and count.isdigit():
             arguments.gpus = arguments.gpus or int(count)
             arguments.gpu = arguments.gpu or name.upper()
-    arguments.gpus = 8 if arguments.gpus is None else arguments.gpus
     arguments.gpu = arguments.gpu or "H100"
     return arguments
 
@@ -44,12 +45,13 @@ def main() -> int:
     from inplace_ttt.validation import validate
 
     try:
-        if arguments.gpus < 1:
+        if arguments.gpus is not None and arguments.gpus < 1:
             raise UserError(f"--gpus {arguments.gpus}: use 1 or more")
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
         config = to_config(compose_config(arguments.overrides, ROOT / "recipes"))
         assumed = assume(config)
+        arguments.gpus = arguments.gpus or usable(config)
         validate(config, arguments.gpus)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,6 +60,20 @@ def main() -> int:
     for line in assumed:
         console.print(f"assumed: {line}", highlight=False, markup=False, soft_wrap=True)
     return report(console, config, arguments.gpus, estimate.GPUS[arguments.gpu])
+
+
+def usable(config) -> int:
+    """Return as many of 8 GPUs as the run can use; 8 where it can use none, which is then said."""
+    from inplace_ttt.config import UserError
+    from inplace_ttt.validation import validate
+
+    for count in range(8, 0, -1):
+        try:
+            validate(config, count)
+        except UserError:
+            continue
+        return count
+    return 8
 
 
 def assume(config) -> list[str]:
