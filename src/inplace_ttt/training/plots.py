@@ -54,7 +54,7 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
     steps = [r for r in records if not r.get("eval")]
     if not steps:
         return
-    at = {r["step"]: r["tokens"] / 1e6 for r in steps}
+    at = {r["step"]: r.get("tokens", 0) / 1e6 for r in steps}
     x, loss = list(at.values()), [r["loss"] for r in steps]
     figure, ax = axes(name, "tokens (millions)", "loss (nats per token)")
     ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -12,7 +13,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inplace_ttt.config import Config, UserError, one_line
+from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.signals import unheard
+
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # of a step, by the machine's speed
 
 
 class MetricsFile:
@@ -23,9 +27,7 @@ class MetricsFile:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         self.evaluated = max((line["step"] for line in kept if line.get("eval")), default=0)  # the last step that was
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:
@@ -39,15 +41,15 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that was cut off is left out."""
-    records = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    """Return the records of a metrics.jsonl; lines that are none, cut off or damaged, are left out."""
+    return [record for record in read_json_lines(path)[0] if _is_record(record)]
+
+
+def _is_record(record: dict) -> bool:
+    """Whether a line has what every record has, as numbers."""
+    needed = ("loss",) if record.get("eval") else ("loss", "grad_norm", *TIMES)
+    step = record.get("step")
+    return type(step) is int and step >= 0 and all(type(record.get(key)) in (int, float) for key in needed)
 
 
 class Screen:
@@ -120,14 +122,16 @@ class WandB:
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
         remembered = folder / "wandb_id"
-        if not remembered.is_file():
-            remembered.write_text(uuid.uuid4().hex[:12])
+        known = remembered.read_bytes().decode(errors="replace").strip() if remembered.is_file() else ""
+        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):  # none yet, or damaged
+            known = uuid.uuid4().hex[:12]
+            write_text(remembered, known)
         try:
             with unheard():
                 self.run = wandb.init(
                     project=config.log.wandb_project,
                     name=config.run.name,
-                    id=remembered.read_text().strip(),
+                    id=known,
                     resume="allow",
                     mode=mode,
                     dir=str(folder),

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from inplace_ttt.files import read_json_lines
 from inplace_ttt.training.records import read_metrics
 
 NAME = "timeline.jsonl"
@@ -55,12 +56,24 @@ class Timeline:
 
 
 def read_timeline(folder: Path) -> list[dict]:
-    """All records but those that were cut off."""
-    events, path = [], folder / NAME
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return events
+    """Return all records but those that were cut off or damaged."""
+    return [record for record in read_json_lines(folder / NAME)[0] if _is_event(record)]
+
+
+def _is_event(record: dict) -> bool:
+    """Whether a line has what its kind of event has."""
+    kinds = {
+        "start": dict(step=int, ranks=int, hosts=list, time=float),
+        "ranks": dict(step=int, slow=list),
+        "end": dict(why=str),
+    }
+    needed = kinds.get(record.get("event"))
+    values = [record.get(key) for key in ("down_seconds", "redone_steps", "redone_seconds") if key in record]
+    return (
+        needed is not None
+        and all(isinstance(record.get(key), (int, float) if kind is float else kind) for key, kind in needed.items())
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 @dataclass(frozen=True)
