@@ -9,7 +9,7 @@ SCRIPTS = $(wildcard launch/*.sh launch/slurm/*.sh docker/*.sh) launch/slurm/tra
 RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train test test-cluster lint proof image image-cpu clean
+.PHONY: help setup data train test test-all test-cluster lint proof image image-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,11 @@ data: setup ## make the default corpus: the sources of the installed Python pack
 train: data ## the main job: a model with fast weights on real long documents, over two context-parallel ranks
 	@$(RUN) recipe=tiny_ttt
 
-test: setup ## run the tests
+test: setup ## run the tests, but for those marked slow
 	@$(BIN)/python -m pytest -q
+
+test-all: test ## and then those marked slow
+	@$(BIN)/python -m pytest -q -m slow
 
 test-cluster: setup ## the tests on a real Slurm and a real Docker, started here (root; the packages that .ci/run installs)
 	@$(BIN)/python -m pytest -q tests/cluster

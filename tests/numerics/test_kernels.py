@@ -28,6 +28,7 @@ def run_script(name: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper():
     lines = run_script("compile_kernels.py").splitlines()
     assert len(lines) == 34 and all(line.endswith("True True True") for line in lines), lines

@@ -62,7 +62,7 @@ def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
     assert numbers(run) == numbers(unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
     run = tmp_path / "run"
     process = torchrun(2, *TRAIN, "checkpoint.interval=0", CP2, f"run.dir={run}", log=tmp_path / "log")
@@ -75,6 +75,7 @@ def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
     assert numbers(run) == numbers(unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_every_process_of_a_job_may_be_asked_to_stop(number, unbroken, tmp_path):
     """As schedulers do: writers of checkpoints, readers of data and W&B's process hear it too."""
@@ -110,6 +111,7 @@ def run_main_asked_to_stop_in(step: int, *arguments: str) -> tuple[int, str]:
         Loop._step = carry_out
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_request_to_stop_met_is_made_up_for(unbroken, tmp_path):
     run = tmp_path / "run"
     for step in (6, STEPS):

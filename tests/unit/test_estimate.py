@@ -87,6 +87,7 @@ def test_says_that_it_fits():
     assert "16 x H200" in done.stdout and "CP 2 DP 8" in done.stdout and "it fits" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_a_layout_that_does():
     done = plan("recipe=llama3_8b_ttt", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false",
                 "train.recompute=none")  # fmt: skip
@@ -103,7 +104,6 @@ def test_what_does_not_fit_gets_a_layout_that_does():
         (["recipe=qwen3_4b_ttt", "--gpu", "B300"], "H100, H200, A100"),
         (["recipe=qwen3_4b_ttt", "--gpus", "0"], "use 1 or more"),
         (["recipe=qwen3_4b_ttt", "--gpus", "7"], "use 133"),
-        (["recipe=tiny_ttt", "--gpus", "2"], "model.vocab_size is null"),
         (["recipe=qwen3_4b_tt"], "did you mean recipe=qwen3_4b_ttt?"),
     ],
 )

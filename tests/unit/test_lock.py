@@ -14,7 +14,8 @@ from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import fresh_folder
 from inplace_ttt.lock import Lock
 
-HOLD = "import sys, time; from pathlib import Path; from inplace_ttt.lock import Lock; lock = Lock(Path(sys.argv[1]), 'x');"
+HOLD = "import sys, time; from pathlib import Path; from inplace_ttt.lock import Lock; "
+HOLD += "lock = Lock(Path(sys.argv[1]), 'x');"
 
 
 def held_by_another(path) -> subprocess.Popen:
