@@ -261,3 +261,143 @@ def without_wandb(folder, *overrides):
     sys.modules.pop("wandb", None)
     sys.path.insert(0, str(folder))
     return run_main(*TRAIN, "log.wandb=offline", *overrides, f"run.dir={folder / 'run'}")
+
+
+def change_in_step(step: int, changed: dict, *arguments: str) -> tuple[int, str]:
+    """A run in which other values hold from a step on, without a restart."""
+    from inplace_ttt.megatron.optimizer import build_optimizer
+    from inplace_ttt.training.loop import Loop
+
+    carry_out = Loop._step
+
+    def change(loop, number, batches):
+        if number == step:
+            for key, value in changed.items():
+                section, name = key.split(".")
+                setattr(getattr(loop.config, section), name, value)
+            new, schedule = build_optimizer(loop.stepper.model, loop.stepper.model.config, loop.config)
+            schedule.step(increment=step - 1)
+            for mine, theirs in zip(loop.optimizer.param_groups, new.param_groups, strict=True):
+                mine.update({name: value for name, value in theirs.items() if name not in ("params", "step")})
+            schedule.optimizer = loop.scheduler.optimizer
+            loop.scheduler = schedule
+        return carry_out(loop, number, batches)
+
+    Loop._step = change
+    try:
+        return run_main(*arguments)
+    finally:
+        Loop._step = carry_out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process, with its last checkpoint taken away: it goes on from step 9."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0][0] == 0
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    return run
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optim.lr": 5e-3, "optim.min_lr_ratio": 0.5, "ttt.lr_multiplier": 3.0},
+        {"optim.adam_beta1": 0.5, "optim.adam_beta2": 0.9, "optim.adam_eps": 1e-4, "optim.weight_decay": 0.5},
+        pytest.param({"optim.clip_grad": 0.1}, marks=pytest.mark.slow),
+        pytest.param({"optim.warmup_fraction": 0.5, "optim.decay_fraction": 0.9}, marks=pytest.mark.slow),
+    ],
+    ids=lambda changed: " ".join(changed),
+)
+def test_what_is_changed_on_resume_takes_effect(changed, alone, tmp_path):
+    """Bit for bit as if the values had been changed in a run that goes on."""
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    assert run_ranks(1, change_in_step, 10, changed, *TRAIN, f"run.dir={expected}")[0][0] == 0
+    shutil.copytree(alone, run)
+    keys = [f"{key}={value}" for key, value in changed.items()]
+    code, text = run_ranks(1, run_main, *TRAIN, *keys, f"run.dir={run}")[0]
+    assert code == 0 and all(f"changed since the run began: {key} was" in text for key in changed), text
+    assert numbers(run) == numbers(expected) != numbers(alone)
+
+
+def test_an_optimizer_of_another_kind_is_refused(alone):
+    code, text = run_ranks(1, run_main, *TRAIN, "parallel.use_distributed_optimizer=false", f"run.dir={alone}")[0]
+    assert code == 2 and "parallel.use_distributed_optimizer=False, but the run in run.dir=" in text
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_is_not_distributed_resumes(tmp_path):
+    options = [*TRAIN, "parallel.use_distributed_optimizer=false"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_ranks(1, run_main, *options, f"run.dir={whole}")[0][0] == 0
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    code, text = run_ranks(1, run_main, *options, f"run.dir={run}")[0]
+    assert code == 0 and "going on from step 9" in text
+    assert numbers(run) == numbers(whole)
+
+
+def test_a_run_of_an_earlier_version_goes_on(alone, tmp_path):
+    """Its config.yaml lacks keys and has one that there is no more; its run.json says less."""
+    import yaml
+
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    del values["ttt"]["comm_dtype"], values["log"], values["model"]["sliding_window"]
+    values["model"]["sliding_window"] = 16
+    values["parallel"]["of_old"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
+    assert code == 0 and "going on from step 9" in text and "changed since" not in text
+
+
+def test_two_runs_in_one_folder(alone, tmp_path):
+    from inplace_ttt.lock import Lock
+
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    before = sorted(path.name for path in run.rglob("*"))
+    with Lock(run / ".lock", "the run"):
+        code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
+    assert code == 2 and f"run.dir='{run}' is in use by process {os.getpid()} on host {socket.gethostname()}" in text
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_nothing_is_written_before_training_begins(tmp_path):
+    run = tmp_path / "new" / "run"
+    (tmp_path / "empty").mkdir()
+    code, text = run_ranks(1, run_main, *TRAIN, f"checkpoint.load={tmp_path / 'empty'}", f"run.dir={run}")[0]
+    assert code == 2 and text.count("\n") == 1, text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_half_written_checkpoint_of_others_is_left_alone(alone, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    (run / "checkpoints/.step_00000010.mine").mkdir()
+    (run / "checkpoints/.step_00000010.ours").mkdir()
+    (run / "checkpoints/.step_00000010.ours/.inplace_ttt_partial").touch()
+    code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
+    assert code == 0 and "left alone" in text and ".step_00000010.mine" in text
+    assert [path.name for path in (run / "checkpoints").glob(".step*")] == [".step_00000010.mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.jsonl", b'\xff\xfe\n[1]\n{"step": "x"}\n'),
+        ("timeline.jsonl", b'{\n\xff\n{"event": 3}\n{"event": "start"}\n'),
+        ("checkpoints/step_00000009/run.json", b'{"step": 99999999, "samples": 1}'),
+        ("checkpoints/step_00000009/manifest.json", b"{}"),
+    ],
+)
+def test_damaged_files_of_a_run(name, content, alone, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    before = (run / name).read_bytes() if name.endswith("jsonl") else b""
+    (run / name).write_bytes(before + content)
+    code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
+    assert (code, text.count("error: ")) in ((0, 0), (2, 1)) and "Traceback" not in text
+    if name.endswith("jsonl"):
+        assert code == 0 and len([record for record in numbers(run) if not record.get("eval")]) == STEPS
