@@ -75,6 +75,32 @@ def refusal(*overrides, world_size=2) -> str:
         ("checkpoint.load=/nowhere", "is not a folder"),
         ("checkpoint.keep=0", "use 1 or more"),
         ("log.wandb=on", "online, offline"),
+        ("parallel=null", "parallel=null does not exist"),
+        ("ttt=null", "needs a value of its own"),
+        ("train.seed=-1", "use 0 or more"),
+        ("train.steps=1e30", "train.steps=1e30"),
+        ("train.steps=100000000000000000000", "1,000,000,000 or less"),
+        ("optim.adam_beta1=1", "from 0 to below 1"),
+        ("optim.adam_beta2=1", "from 0 to below 1"),
+        ("optim.adam_eps=-1", "above 0"),
+        ("optim.lr=1e400", "not a finite number"),
+        ("parallel.timeout_minutes=inf", "not a finite number"),
+        ("ttt.layers=1.5", "every 6th"),
+        ("ttt.layers=true", "every 6th"),
+        ("ttt.eta=nan", "not a finite number"),
+        ("ttt.chunk_size=8192", "larger than data.seq_length=4096"),
+        ("model.init_method_std=-1", "above 0"),
+        ("model.layernorm_epsilon=nan", "not a finite number"),
+        ("model.rotary_base=0", "above 1"),
+        ("model.max_position_embeddings=0", "1 or more, or null"),
+        ("model.rope_scaling.factor=-1", "1 or more, or null"),
+        ("model.rope_scaling.factor=2", "not used by model.rope_scaling.rope_type=default"),
+        ("data.sources=[{path: a, weight: inf}]", "not a finite number"),
+        ("data.num_workers=100000", "1,024 or less"),
+        ("run.name=", "run.name='' is empty"),
+        ("run.name=a/b", "no '/'"),
+        ("run.dir=", "run.dir='' is empty"),
+        ("train.recompute_modules=[attention]", "core_attn, mlp, layernorm"),
     ],
 )
 def test_refused_by_name(override, expected):
@@ -83,6 +109,65 @@ def test_refused_by_name(override, expected):
         validate(to_config(compose_config([*recipe, override], RECIPES)), 2)
     else:
         assert expected in refusal(*recipe, override)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2026_01_01",
+        "1e3",
+        "/data/lr=1e-3",
+        "~/x",
+        "true",
+        "null1",
+        "it's",
+        'say "so"',
+        "a b",
+        "[1,2]",
+        "a\\",
+        "a,b",
+        "ü",
+    ],
+)
+def test_text_arrives_as_typed(value):
+    config = to_config(compose_config(["recipe=tiny_ttt", f"run.dir={value}", f"checkpoint.load={value}"], RECIPES))
+    assert (config.run.dir, config.checkpoint.load) == (value, value)
+    if "," not in value and "'" not in value and '"' not in value:
+        sources = f"data.sources=[{{path: {value}}}, {{weight: 2, path: {value}}}]"
+        config = to_config(compose_config(["recipe=tiny_ttt", sources], RECIPES))
+        assert [source.path for source in config.data.sources] == [value, value]
+
+
+def test_quoted_text_and_interpolations():
+    overrides = ["run.name='quoted'", "run.dir=runs/${run.name}/x", "checkpoint.load=null"]
+    config = to_config(compose_config(["recipe=tiny_ttt", *overrides], RECIPES))
+    assert (config.run.dir, config.checkpoint.load) == ("runs/quoted/x", None)
+
+
+def test_every_key_says_what_it_means_on_resume():
+    from inplace_ttt.config import OnResume, schema_keys
+    from inplace_ttt.ttt.function import PREFIXES
+
+    keys = schema_keys()
+    assert keys["ttt.eta"].on_resume is keys["model.rope_scaling.factor"].on_resume is OnResume.REFUSED
+    assert keys["optim.lr"].on_resume is OnResume.TAKES_EFFECT
+    assert keys["parallel.context_parallel_size"].on_resume is OnResume.LAYOUT
+    for prefix in PREFIXES:
+        assert to_config(compose_config(["recipe=tiny_ttt", f"ttt.prefix={prefix}"], RECIPES)).ttt.prefix == prefix
+
+
+def test_sizes_that_no_machine_holds():
+    from inplace_ttt.environment import World
+    from inplace_ttt.sizes import check_memory
+
+    config = to_config(compose_config(["recipe=tiny_ttt", "model.vocab_size=100000000"], RECIPES))
+    config.model.hidden_size = 2**18
+    with pytest.raises(UserError, match=r"billion parameters a rank .* has"):
+        check_memory(config, World(0, 2, 0))
+    config = to_config(compose_config(["recipe=tiny_ttt", "data.seq_length=1000000000"], RECIPES))
+    config.model.vocab_size = 2048
+    with pytest.raises(UserError, match=r"data\.seq_length=1000000000"):
+        check_memory(config, World(0, 2, 0))
 
 
 def test_layouts_that_do_not_divide_the_model():

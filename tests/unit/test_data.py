@@ -16,7 +16,8 @@ import zstandard
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.documents import find_files, read_documents, read_hub_dataset
+from inplace_ttt.data.build import NumbersOfSteps
+from inplace_ttt.data.documents import Report, find_files, read_documents, read_hub_dataset
 from inplace_ttt.data.packed import Blend, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
 from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
@@ -175,6 +176,128 @@ def test_unreadable_input_is_named(tmp_path):
         list(read_documents([tmp_path / "c.parquet"], "text"))
     with pytest.raises(UserError, match="does not exist"):
         find_files([str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "said"),
+    [
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', ["a\ufffdb"], "halves of characters"),
+        ("a.jsonl", b'{"text": null}\n{"text": "x"}\n', ["x"], "without text"),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "x"}\n', ["x"], None),
+        ("a.txt", b"\xef\xbb\xbfx\r\ny", ["x\ny"], None),
+        ("a.ndjson", b'{"text": "x"}\n{"text": "y"}\n', ["x", "y"], None),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n[]\n', ["x"], "a.jsonl:2 has int under 'text'"),
+        ("a.jsonl", b'{"n": ' + b"1" * 5000 + b'}\n{"text": "x"}\n', ["x"], "a.jsonl:1 is not JSON (a number has"),
+        ("a.jsonl", b"[" * 100_000 + b'\n{"text": "x"}\n', ["x"], "nested too deep"),
+        ("a.jsonl", b'{"text": "\xff"}\n{"text": "x"}\n', ["x"], "a.jsonl:1 is not JSON (byte 11 is not UTF-8)"),
+        ("a.json", b"[" * 100_000, [], "nested too deep"),
+        ("a.json", b'[{"text": "x"}, {"no": 1}]', ["x"], "element 2 has no text under 'text'"),
+        ("a.txt", "größer".encode("latin-1"), [], "a.txt' cannot be read"),
+        ("a.txt.gz", b"\x1f\x8b\x08\x00garbage", [], "a.txt.gz' cannot be read"),
+    ],
+)
+def test_text_from_the_street(name, content, texts, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    report = Report()
+    assert list(read_documents([tmp_path / name], "text", report)) == texts
+    assert (said is None and not report.lines()) or said in "\n".join(report.lines())
+
+
+def test_parquet_of_another_type_and_with_nulls(tmp_path):
+    report = Report()
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["x", None, ""]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": pa.array(["y", "y"]).dictionary_encode()}), tmp_path / "c.parquet")
+    assert list(read_documents(find_files([str(tmp_path)]), "text", report)) == ["x", "y", "y"]
+    assert report.bad == 1 and report.empty == 2 and "has int64 in its column 'text'" in report.places[0]
+
+
+def test_only_the_first_ten_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n" * 30)
+    report = Report()
+    assert list(read_documents([tmp_path / "a.jsonl"], "text", report)) == []
+    assert report.bad == 30 and len(report.places) == 10 and report.lines()[0].startswith("30 documents left out")
+
+
+def test_hidden_and_unknown_files_are_left_out_and_counted(tmp_path):
+    for name in ("a.txt", "._a.txt", ".git/b.txt", "c.xyz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    report = Report()
+    assert [path.name for path in find_files([str(tmp_path)], report)] == ["a.txt"] and report.skipped_files == 3
+    (tmp_path / "t.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"t\.csv' has an ending that is not known \(\.csv\).*--format"):
+        list(read_documents([tmp_path / "t.csv"], "text"))
+    assert list(read_documents([tmp_path / "t.csv"], "text", None, "text")) == ["a,b"]
+
+
+def test_no_sample_of_padding_alone():
+    """The last sample of an epoch may begin after the last document's end; before version 2 it held no token."""
+    lengths, options = [60, 7], dict(seq_length=100, align=64)
+    old, new = (packed(lengths, shuffle=False, packing=version, **options) for version in (1, 2))
+    assert [bool((old[number].loss_mask > 0).any()) for number in range(2)] == [True, False]
+    assert all((new[number].loss_mask > 0).any() for number in range(2))
+    assert torch.equal(old[0].tokens, new[0].tokens)
+
+
+def test_the_numbers_of_many_steps_are_not_stored():
+    numbers = NumbersOfSteps(range(3, 10**9), 8, 2, 1)
+    assert len(numbers) == (10**9 - 3) * 4 and [numbers[i] for i in range(6)] == [28, 29, 30, 31, 36, 37]
+    with pytest.raises(IndexError):
+        numbers[len(numbers)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["some text", "and more of it <|endoftext|>"] * 20, 300)
+
+
+def prepared(prefix, texts, tokenizer, **options):
+    from inplace_ttt.data import prepare as module
+    from inplace_ttt.megatron.indexed import IndexedDataset
+
+    module.prepare(texts, tokenizer, str(prefix), settings={}, workers=1, progress=lambda *_: None, **options)
+    indexed = IndexedDataset(str(prefix))
+    return [indexed[number].tolist() for number in range(len(indexed))]
+
+
+def test_begin_and_end_and_special_tokens(tokenizer, tmp_path):
+    from inplace_ttt.data.prepare import Options, read_description
+
+    end = tokenizer.eos_token_id
+    (ids,) = prepared(tmp_path / "a", ["x<|endoftext|>y"], tokenizer)
+    assert ids.count(end) == 1 and ids[-1] == end
+    (ids,) = prepared(tmp_path / "b", ["x<|endoftext|>y"], tokenizer, options=Options(special_tokens="control"))
+    assert ids.count(end) == 2
+    (ids,) = prepared(tmp_path / "c", ["x<|endoftext|>y"], tokenizer, options=Options(end=False))
+    assert end not in ids and read_description(str(tmp_path / "c")).end is False
+    with pytest.raises(UserError, match="no begin-of-text token"):
+        prepared(tmp_path / "d", ["x"], tokenizer, options=Options(begin=True))
+
+
+def test_a_corpus_is_not_overwritten_unasked(tokenizer, tmp_path):
+    first = prepared(tmp_path / "a", ["x"], tokenizer)
+    with pytest.raises(UserError, match=r"a\.bin' is there already: --overwrite"):
+        prepared(tmp_path / "a", ["y"], tokenizer)
+    assert prepared(tmp_path / "a", ["y"], tokenizer, overwrite=True) != first
+
+
+@pytest.mark.parametrize("how", ["settings", "foreign", "link"])
+def test_parts_that_are_damaged_or_not_ours(how, tokenizer, tmp_path):
+    parts = tmp_path / "a.parts"
+    target = tmp_path / "mine" if how == "link" else parts
+    target.mkdir()
+    (target / "work").write_text("precious")
+    if how == "link":
+        parts.symlink_to(target)
+    if how == "settings":
+        (parts / ".inplace_ttt_parts").touch()
+        (parts / "settings.json").write_text("{")
+        assert prepared(tmp_path / "a", ["x"], tokenizer)
+    else:
+        with pytest.raises(UserError, match="was not made by this program"):
+            prepared(tmp_path / "a", ["x"], tokenizer)
+        assert (parts / "work").read_text() == "precious"
 
 
 def prepare(*arguments, cwd):
