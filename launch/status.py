@@ -7,12 +7,14 @@ Reads what the run has written to its folder, and nothing else: it may look from
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from inplace_ttt.config import UserError
 from inplace_ttt.training.status import Status, picture, screen
@@ -32,18 +34,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 120)
+    live = console.is_terminal and not arguments.once and arguments.png is None
     try:
-        if arguments.interval <= 0:
+        if not (math.isfinite(arguments.interval) and arguments.interval > 0):
             raise UserError(f"--interval {arguments.interval}: use a number of seconds above 0")
+        if live:
+            watch(arguments.run_dir, arguments.interval, console)
+            return 0
         status = Status.read(arguments.run_dir)
         if arguments.png is not None:
             path = Path(arguments.png) if arguments.png else arguments.run_dir / "status.png"
             picture(status, path)
             print(f"written: {path}")
-        elif arguments.once or not console.is_terminal:
-            console.print(screen(status, console.width))
         else:
-            watch(arguments.run_dir, arguments.interval, console)
+            console.print(screen(status, console.width))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,7 +61,11 @@ def watch(folder: Path, interval: float, console: Console) -> None:
     with Live(console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
-                live.update(screen(Status.read(folder), console.width), refresh=True)
+                try:
+                    shown = screen(Status.read(folder), console.width)
+                except UserError:  # there is no run yet
+                    shown = Text(f"waiting for a run to begin in '{folder}' (Ctrl-C leaves)")
+                live.update(shown, refresh=True)
                 time.sleep(interval)
         except KeyboardInterrupt:
             pass

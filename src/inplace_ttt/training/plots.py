@@ -1,5 +1,6 @@
 """The picture of a run: loss against tokens."""
 
+import itertools
 from pathlib import Path
 
 from inplace_ttt.training.records import read_metrics
@@ -39,17 +40,26 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def running_mean(values: list[float], keep: float = 0.9) -> list[float]:
-    """Exponential, without a pull towards the start."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        smooth.append(total / weight)
-    return smooth
+def window_of(values: list[float]) -> int:
+    """Return over how many steps curves are averaged: a twentieth of the run, 50 at the most."""
+    return max(1, min(50, len(values) // 20))
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Return the mean of the last ``window`` values at each place; of fewer at the start."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    return [(sums[end] - sums[max(0, end - window)]) / min(end, window) for end in range(1, len(sums))]
+
+
+def label_last(ax, x: list[float], y: list[float], color: str, above: bool = True) -> None:
+    """Write the last value of a curve beside its end."""
+    if x:
+        place = (6, 6 if above else -12)
+        ax.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), textcoords="offset points", xytext=place, color=color, fontsize=9)
 
 
 def plot_loss(metrics: Path, picture: Path, name: str) -> None:
-    """Training loss of each step with its running mean, and held-out loss, against millions of tokens."""
+    """Training loss of each step with the mean of the last ones, and held-out loss, against millions of tokens."""
     records = read_metrics(metrics)
     steps = [r for r in records if not r.get("eval")]
     if not steps:
@@ -58,17 +68,14 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
     x, loss = list(at.values()), [r["loss"] for r in steps]
     figure, ax = axes(name, "tokens (millions)", "loss (nats per token)")
     ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
-    ax.plot(x, running_mean(loss), color=COLORS[0], linewidth=2, label="training, running mean")
+    mean, window = running_mean(loss, window_of(loss)), window_of(loss)
+    name = f"training, mean of the last {window} steps" if window > 1 else "training"
+    ax.plot(x, mean, color=COLORS[0], linewidth=2, label=name)
+    label_last(ax, x, mean, COLORS[0])
     held_out = [(at[r["step"]], r["loss"]) for r in records if r.get("eval") and r["step"] in at]
     if held_out:
         ax.plot(*zip(*held_out, strict=True), "o-", color=COLORS[1], linewidth=1.5, markersize=5, label="held out")
-        ax.annotate(
-            f"{held_out[-1][1]:.3f}",
-            held_out[-1],
-            textcoords="offset points",
-            xytext=(-4, 8),
-            ha="right",
-            color=COLORS[1],
-        )
+        label_last(ax, *map(list, zip(*held_out, strict=True)), COLORS[1], above=held_out[-1][1] > mean[-1])
+    ax.margins(x=0.08)
     ax.legend(frameon=False)
     save(figure, picture)

@@ -66,6 +66,7 @@ class Screen:
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[numbers]}"),
+                TextColumn("elapsed"),
                 TimeElapsedColumn(),
                 console=self.console,
             )
@@ -86,7 +87,8 @@ class Screen:
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
             + (f"  update ratio {max(ratios):.3f}" if ratios else "")
-            + f"  ETA {duration(left)}"
+            + (f"  elapsed {duration(time.monotonic() - self.started)}" if self.bar is None else "")
+            + f"  left {duration(left)}"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], numbers=numbers)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from inplace_ttt.config import UserError
 from inplace_ttt.files import read_yaml
-from inplace_ttt.training.plots import COLORS, INK, running_mean, save, style
+from inplace_ttt.training.plots import COLORS, INK, label_last, running_mean, save, style, window_of
 from inplace_ttt.training.records import duration, read_metrics
 from inplace_ttt.training.timeline import Lost, read_timeline
 
@@ -29,22 +29,37 @@ class Status:
     evals: list[dict]
     timeline: list[dict]
     age: float | None  # seconds since the last record
+    fault: str | None = None  # what is wrong with config.yaml
 
     @classmethod
     def read(cls, folder: Path) -> "Status":
-        """Raises UserError where the folder is not a run's."""
+        """Raises UserError where the folder is not a run's. What is damaged in it is left out."""
         record, metrics = folder / "config.yaml", folder / "metrics.jsonl"
         if not record.is_file():
             raise UserError(f"'{folder}' is no run: there is no '{record}'; name the run.dir of one")
+        try:
+            config, fault = read_yaml(record), None
+        except UserError as error:
+            config, fault = {}, str(error)
         records = read_metrics(metrics)
         steps = [one for one in records if not one.get("eval")]
         evals = [one for one in records if one.get("eval")]
         age = max(0.0, time.time() - metrics.stat().st_mtime) if metrics.is_file() else None
-        return cls(folder, read_yaml(record), steps, evals, read_timeline(folder), age)
+        return cls(folder, config, steps, evals, read_timeline(folder), age, fault)
 
     @property
     def total(self) -> int:
-        return self.config["train"]["steps"]
+        """Steps of the run; those that there are where its configuration does not say."""
+        steps = self.key("train", "steps")
+        return steps if type(steps) is int and steps > 0 else max(1, self.last.get("step", 1))
+
+    @property
+    def name(self) -> str:
+        return str(self.key("run", "name") or self.folder.name)
+
+    def key(self, section: str, name: str):
+        values = self.config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
 
     @property
     def last(self) -> dict:
@@ -98,8 +113,10 @@ def screen(status: Status, width: int) -> Group:
     says, color = status.state()
     last, lost = status.last, status.lost
     head = Text()
-    head.append(f"{status.config['run']['name']}  ", style="bold")
+    head.append(f"{status.name}  ", style="bold")
     head.append(says, style=color)
+    if status.fault:
+        head.append(f"\n{status.fault}", style="red")
     numbers = Table.grid(padding=(0, 3))
     step = last.get("step", 0)
     numbers.add_row("step", f"{step:,} of {status.total:,} ({step / status.total:.1%})", "time left", status.eta())
@@ -144,7 +161,7 @@ def _events(status: Status, lost: Lost) -> Text:
     starts = [event for event in status.timeline if event["event"] == "start"]
     if starts:
         last = starts[-1]
-        text.append(f"{last['ranks']} ranks on {', '.join(last['hosts'])}\n")
+        text.append(f"{last["ranks"]} rank{"s" if last["ranks"] > 1 else ""} on {', '.join(last['hosts'])}\n")
     if lost.restarts:
         share = lost.seconds / (lost.seconds + sum(one["step_seconds"] for one in status.steps) or 1.0)
         text.append(
@@ -159,7 +176,7 @@ def _events(status: Status, lost: Lost) -> Text:
         text.append("no restarts\n")
     if status.slow:
         for one in status.slow[:4]:
-            text.append(f"{one['says']}\n", style="red")
+            text.append(f"{one.get('says', '') if isinstance(one, dict) else one}\n", style="red")
     elif len(starts) and starts[-1]["ranks"] > 1:
         text.append("no rank holds up the others\n")
     text.rstrip()
@@ -167,52 +184,74 @@ def _events(status: Status, lost: Lost) -> Text:
 
 
 def picture(status: Status, path: Path) -> None:
-    """Loss, speed, update norms and the time that went to restarts."""
+    """Draw loss, speed, learning rate and gradient norm, update norms with the guard's limit, memory, and time lost."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, places = plt.subplots(2, 2, figsize=(12, 7), dpi=130)
-    (loss, speed), (ratios, spent) = places
-    x = [one["step"] for one in status.steps]
+    figure, places = plt.subplots(2, 3, figsize=(16, 8), dpi=120)
+    (loss, speed, ratios), (gradient, memory, spent) = places
+    x, steps = [one["step"] for one in status.steps], status.steps
     style(loss, "Loss", "step", "nats per token")
-    values = [one["loss"] for one in status.steps]
-    loss.plot(x, values, color=COLORS[0], alpha=0.3, linewidth=1)
-    loss.plot(x, running_mean(values), color=COLORS[0], linewidth=2, label="training, running mean")
+    values = [one["loss"] for one in steps]
+    mean = running_mean(values, window_of(values))
+    loss.plot(x, values, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
+    loss.plot(x, mean, color=COLORS[0], linewidth=2, label=f"mean of the last {window_of(values)}")
+    label_last(loss, x, mean, COLORS[0])
     if status.evals:
-        at = [one["step"] for one in status.evals]
-        loss.plot(at, [one["loss"] for one in status.evals], "o-", color=COLORS[1], markersize=4, label="held out")
-    if values:
-        loss.legend(frameon=False)
+        at, held_out = [one["step"] for one in status.evals], [one["loss"] for one in status.evals]
+        loss.plot(at, held_out, "o-", color=COLORS[1], markersize=4, label="held out")
+        label_last(loss, at, held_out, COLORS[1], above=not mean or held_out[-1] > mean[-1])
     style(speed, "Speed", "step", "tokens per second")
-    speed.plot(x, [one["tokens_per_second"] for one in status.steps], color=COLORS[2], linewidth=1.2)
+    speed.plot(x, [one["tokens_per_second"] for one in steps], color=COLORS[2], linewidth=1.2, label="tokens a second")
     speed.set_ylim(bottom=0)
     style(ratios, "Fast weights", "step", "|updates of a document| / |W_down|")
     for (name, series), color in zip(status.ratios.items(), COLORS * 8, strict=False):
         ratios.plot(x, series, linewidth=1.2, color=color, label=name.replace("_", " "))
-    if status.ratios:
-        ratios.legend(frameon=False, ncols=2, fontsize=8)
-    lost, trained = status.lost, sum(one["step_seconds"] for one in status.steps)
-    everything = trained + lost.seconds
-    unit, name = (3600, "hours") if everything > 7200 else (60, "minutes") if everything > 120 else (1, "seconds")
-    style(spent, "Time", name, "")
-    spans = {
-        "steps": trained / unit,
-        "steps done twice": lost.redone_seconds / unit,
-        "between starts": lost.down_seconds / unit,
-    }
-    bars = spent.barh(list(spans), list(spans.values()), color=[COLORS[2], COLORS[4], COLORS[1]])
-    spent.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-    spent.invert_yaxis()
-    spent.margins(x=0.15)
+    limit = status.key("ttt", "max_update_ratio")
+    if status.ratios and isinstance(limit, int | float):
+        ratios.axhline(limit, color=INK, linestyle="--", linewidth=1, label="the guard's limit")
+        ratios.set_yscale("symlog", linthresh=1e-3)
+    style(gradient, "Gradient norm and learning rate", "step", "gradient norm")
+    gradient.plot(x, [one["grad_norm"] for one in steps], color=COLORS[3], linewidth=1.2, label="gradient norm")
+    rate = gradient.twinx()
+    rate.plot(x, [one.get("lr", 0.0) for one in steps], color=COLORS[4], linewidth=1.5, label="learning rate (right)")
+    rate.set_ylabel("learning rate", color=INK)
+    rate.spines["top"].set_visible(False)
+    style(memory, "Memory", "step", "GiB on the first rank")
+    memory.plot(x, [one["peak_memory_gib"] for one in steps], color=COLORS[0], linewidth=1.5, label="peak")
+    memory.set_ylim(bottom=0)
+    _time(spent, status)
     for start in (event for event in status.timeline if event["event"] == "start" and event["step"]):
-        for ax in (loss, speed, ratios):
+        for ax in (loss, speed, ratios, gradient, memory):
             ax.axvline(start["step"], color="#999999", linestyle=":", linewidth=1)
+    for ax in (loss, speed, ratios, gradient, memory):
+        lines = [line for axes in ([ax, rate] if ax is gradient else [ax]) for line in axes.get_lines()]
+        named = [line for line in lines if not line.get_label().startswith("_")]
+        if x and named:
+            ax.legend(handles=named, frameon=False, fontsize=8, ncols=2 if len(named) > 4 else 1)
     says, _ = status.state()
-    slow = "; ".join(one["says"] for one in status.slow[:2])
-    title = f"{status.config['run']['name']}: step {status.last.get('step', 0):,} of {status.total:,}, {says[:90]}"
+    title = f"{status.name}: step {status.last.get('step', 0):,} of {status.total:,}, {says[:90]}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
+    slow = "; ".join(str(one.get("says", "")) for one in status.slow[:2] if isinstance(one, dict))
     if slow:
         figure.text(0.01, 0.005, slow[:180], color=COLORS[1], fontsize=8)
     save(figure, path)
+
+
+def _time(ax, status: Status) -> None:
+    """Bars: what the run's time went to."""
+    lost, trained = status.lost, sum(one["step_seconds"] for one in status.steps)
+    everything = trained + lost.seconds
+    unit, name = (3600, "hours") if everything > 7200 else (60, "minutes") if everything > 120 else (1, "seconds")
+    style(ax, "Time", name, "")
+    spans = {
+        "steps": trained / unit,
+        "steps done twice": lost.redone_seconds / unit,
+        "down after crashes": lost.down_seconds / unit,
+    }
+    bars = ax.barh(list(spans), list(spans.values()), color=[COLORS[2], COLORS[4], COLORS[1]])
+    ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)

@@ -21,6 +21,7 @@ from inplace_ttt.files import read_json_lines
 from inplace_ttt.training.records import read_metrics
 
 NAME = "timeline.jsonl"
+ON_PURPOSE = ("done", "asked to stop")  # how the reasons begin of ends that nothing failed in
 
 
 class Timeline:
@@ -78,7 +79,8 @@ def _is_event(record: dict) -> bool:
 
 @dataclass(frozen=True)
 class Lost:
-    """Time that went to restarts."""
+    """Time that went to restarts after a crash. A run that was done, or stopped as asked, lost nothing until its next
+    start."""
 
     restarts: int = 0
     down_seconds: float = 0.0
@@ -87,9 +89,14 @@ class Lost:
 
     @classmethod
     def of(cls, timeline: Iterable[dict]) -> "Lost":
-        again = [event for event in timeline if event["event"] == "start" and "down_seconds" in event]
+        again, on_purpose = [], False
+        for event in timeline:
+            if event["event"] == "start" and "down_seconds" in event and not on_purpose:
+                again.append(event)
+            if event["event"] in ("start", "end"):
+                on_purpose = event["event"] == "end" and event["why"].startswith(ON_PURPOSE)
         keys = ("down_seconds", "redone_steps", "redone_seconds")
-        return cls(len(again), *(sum(event[key] for event in again) for key in keys))
+        return cls(len(again), *(sum(event.get(key, 0) for event in again) for key in keys))
 
     @property
     def seconds(self) -> float:
