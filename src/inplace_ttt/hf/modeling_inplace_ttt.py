@@ -6,7 +6,7 @@ This file lies in every exported folder and needs torch and transformers alone:
     model.generate(**tokenizer("Once", return_tensors="pt"))
 
     book = model.read(**tokenizer(text, return_tensors="pt"))      # read once ...
-    book.save("book.safetensors")                                   # FastWeights.load("book.safetensors")
+    book.save("book.safetensors")                                   # model.load_fast_weights("book.safetensors")
     model.generate(**question, fast_weights=book)                   # ... ask many times
 
 In a TTT layer ``W_down`` is the start of every document. Its tokens are read in chunks of ``ttt_chunk``; a chunk sees
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -80,15 +80,26 @@ class FastWeights:
 
     @classmethod
     def load(cls, path: str) -> "FastWeights":
+        """Read what ``save`` wrote. Raises ValueError for a file that holds anything else."""
         found = cls()
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            for layer, number in sorted({tuple(map(int, name.split(".")[:2])) for name in present}):
-                names = {key: f"{layer}.{number}.{key}" for key in ("count", "update", "z", "u")}
-                read = {key: file.get_tensor(name) for key, name in names.items() if name in present}
-                pending = [(read["z"], read["u"])] if "z" in read else []
-                row = RowState(read.get("update"), None, pending, int(read["count"]))
-                found.layers.setdefault(layer, []).append(row)
+        try:
+            with safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                for layer, number in sorted({tuple(map(int, name.split(".")[:2])) for name in present}):
+                    names = {key: f"{layer}.{number}.{key}" for key in ("count", "update", "z", "u")}
+                    read = {key: file.get_tensor(name) for key, name in names.items() if name in present}
+                    present -= set(names.values())
+                    pending = [(read["z"], read["u"])] if "z" in read else []
+                    row = RowState(read.get("update"), None, pending, int(read["count"]))
+                    if row.count != sum(len(z) for z, _ in pending) or any(len(z) != len(u) for z, u in pending):
+                        raise ValueError("tokens that do not add up")
+                    if number != len(found.layers.setdefault(layer, [])):
+                        raise ValueError("a text that is missing")
+                    found.layers[layer].append(row)
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"'{path}' holds no fast weights ({error})") from error
+        if present:
+            raise ValueError(f"'{path}' holds no fast weights (but {sorted(present)[0]})")
         return found
 
 
@@ -253,6 +264,21 @@ class FastWeightsMixin:
         cache = FastWeightCache(config=self.config)
         self(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache.fast_weights
+
+    def load_fast_weights(self, path: str) -> FastWeights:
+        """Read fast weights that were saved. Raises ValueError where they are not of this model."""
+        found = FastWeights.load(path)
+        for mlp in self.fast_mlps:
+            for row in found.layers.get(mlp.layer, []):
+                of = mlp.down_proj.weight.shape
+                shapes = [(row.update, of)] + [
+                    (a, (len(a), n)) for z, u in row.pending for a, n in ((z, of[1]), (u, of[0]))
+                ]
+                if any(tensor is not None and tuple(tensor.shape) != tuple(shape) for tensor, shape in shapes):
+                    raise ValueError(f"'{path}' holds the fast weights of another model: their shapes differ")
+        if set(found.layers) != {mlp.layer for mlp in self.fast_mlps}:
+            raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
+        return found
 
     def generate(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         """As transformers' own; ``fast_weights`` of one text are given to all of the batch."""

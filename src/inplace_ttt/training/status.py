@@ -161,7 +161,7 @@ def _events(status: Status, lost: Lost) -> Text:
     starts = [event for event in status.timeline if event["event"] == "start"]
     if starts:
         last = starts[-1]
-        text.append(f"{last["ranks"]} rank{"s" if last["ranks"] > 1 else ""} on {', '.join(last['hosts'])}\n")
+        text.append(f"{last['ranks']} rank{'s' if last['ranks'] > 1 else ''} on {', '.join(last['hosts'])}\n")
     if lost.restarts:
         share = lost.seconds / (lost.seconds + sum(one["step_seconds"] for one in status.steps) or 1.0)
         text.append(
@@ -196,8 +196,9 @@ def picture(status: Status, path: Path) -> None:
     style(loss, "Loss", "step", "nats per token")
     values = [one["loss"] for one in steps]
     mean = running_mean(values, window_of(values))
-    loss.plot(x, values, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
-    loss.plot(x, mean, color=COLORS[0], linewidth=2, label=f"mean of the last {window_of(values)}")
+    loss.plot(x, values, color=COLORS[0], alpha=0.3 if window_of(values) > 1 else 1, label="training, each step")
+    if window_of(values) > 1:
+        loss.plot(x, mean, color=COLORS[0], linewidth=2, label=f"mean of the last {window_of(values)}")
     label_last(loss, x, mean, COLORS[0])
     if status.evals:
         at, held_out = [one["step"] for one in status.evals], [one["loss"] for one in status.evals]
@@ -213,6 +214,7 @@ def picture(status: Status, path: Path) -> None:
     if status.ratios and isinstance(limit, int | float):
         ratios.axhline(limit, color=INK, linestyle="--", linewidth=1, label="the guard's limit")
         ratios.set_yscale("symlog", linthresh=1e-3)
+        ratios.set_ylim(bottom=0)
     style(gradient, "Gradient norm and learning rate", "step", "gradient norm")
     gradient.plot(x, [one["grad_norm"] for one in steps], color=COLORS[3], linewidth=1.2, label="gradient norm")
     rate = gradient.twinx()
@@ -221,7 +223,9 @@ def picture(status: Status, path: Path) -> None:
     rate.spines["top"].set_visible(False)
     style(memory, "Memory", "step", "GiB on the first rank")
     memory.plot(x, [one["peak_memory_gib"] for one in steps], color=COLORS[0], linewidth=1.5, label="peak")
-    memory.set_ylim(bottom=0)
+    for ax in (gradient, rate, memory):
+        ax.margins(y=0.3)  # room for the legend
+        ax.set_ylim(bottom=0)
     _time(spent, status)
     for start in (event for event in status.timeline if event["event"] == "start" and event["step"]):
         for ax in (loss, speed, ratios, gradient, memory):
