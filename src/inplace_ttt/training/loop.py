@@ -30,6 +30,7 @@ from inplace_ttt.training.step import Stepper, Totals, unwrap
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from inplace_ttt.watch import Watch
 
+FULL = 16 * 2**20  # bytes that are free on a disk that is full for a checkpoint
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop
 
 
@@ -308,10 +309,12 @@ class Loop:
             if lost_rank(error):
                 raise
             folder, cause = self.folder.checkpoints, _root_cause(error)
-            free = shutil.disk_usage(folder).free / 1e6
+            free = shutil.disk_usage(folder).free
+            # what a writer in another process says of a full disk may be anything: the disk itself says more
+            lasting = free < FULL or any(os.strerror(number) in str(error) for number in LASTING)
             self._give_up(
-                f"a checkpoint could not be written to '{folder}', where {free:,.0f} MB are free ({cause})",
-                code=3 if any(os.strerror(number) in cause for number in LASTING) else 4,
+                f"a checkpoint could not be written to '{folder}', where {free / 1e6:,.0f} MB are free ({cause})",
+                code=3 if lasting else 4,
             )
 
     def _give_up(self, why: str, code: int = 3) -> None:
