@@ -1,4 +1,4 @@
-"""How the commands of ``launch/`` that run in one process end: in a sentence and an exit code."""
+"""End the one-process commands of ``launch/`` with a sentence and an exit code."""
 
 import errno
 import os

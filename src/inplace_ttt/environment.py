@@ -1,4 +1,4 @@
-"""The environment that a process is started in: its place among the others, and what the system allows it.
+"""Check the environment that a process is started in: its rank, its network, what the system allows it.
 
 torchrun sets RANK, WORLD_SIZE and their like; other launchers and shells set some of them, or leave old ones behind.
 All of it is looked at before anything is opened, for what PyTorch says of a wrong value does not name its variable.

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub is in reach: its client tries for a minute, and repeats itself meanwhile."""
+"""Check whether the Hugging Face hub can be reached, before its client retries for a minute."""
 
 import functools
 import os

@@ -28,7 +28,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class Lock:
-    """A file that one process has locked by flock(2); the kernel frees it when the process dies, however it does."""
+    """Lock a file by flock(2); the kernel frees it when the process dies."""
 
     def __init__(self, path: Path, what: str):
         """``what`` is locked, such as "run.dir='runs/a'". Raises UserError, naming host and process, where it is

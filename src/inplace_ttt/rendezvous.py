@@ -1,4 +1,4 @@
-"""The store through which the ranks of a job find each other: torchrun's, or one that the first rank opens."""
+"""Connect the ranks of a job through a store: torchrun's, or one that the first rank opens."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ ANSWERS = 20.0  # seconds in which torchrun's store answers, for its agents are 
 
 
 class Rendezvous:
-    """A way to the job's store, from each of which a rank may open several connections."""
+    """Open connections to the job's store."""
 
     def __init__(self, world: World, minutes: float):
         """``minutes``: how long to wait for the first rank where torchrun has not opened the store.

@@ -1,4 +1,4 @@
-"""How torchrun ends when a rank of ours fails: with the rank's sentence, last and once, instead of a traceback.
+"""Have torchrun print the sentence of a rank that failed, last and once, instead of a traceback.
 
 torchrun's agent raises ChildFailedError, and Python prints where in torch it did. The agent loads the entry points of
 the group ``torchrun.handlers`` (pyproject.toml); this one registers a rendezvous like the others there, and where the

@@ -201,11 +201,11 @@ class Watch:
         return f"{self._signature(self.rank, text)} {text}"
 
     def _signature(self, rank: int, text: str) -> str:
-        """Of a rank's beat; nothing before the ranks share a key."""
+        """Sign a rank's beat; before the ranks share a key the signature is empty."""
         return hmac.digest(self._secret, f"{rank} {text}".encode(), "sha256").hex() if self._secret else "-"
 
     def _verified(self, rank: int, content: bytes) -> Beat | None:
-        """The beat that a rank wrote; None: someone else did, or the rank has no key yet."""
+        """Return the beat that a rank wrote, or None where its signature is not the rank's."""
         try:
             signature, _, text = content.decode().partition(" ")
             if hmac.compare_digest(signature, self._signature(rank, text)):

@@ -264,7 +264,7 @@ def without_wandb(folder, *overrides):
 
 
 def change_in_step(step: int, changed: dict, *arguments: str) -> tuple[int, str]:
-    """A run in which other values hold from a step on, without a restart."""
+    """Train with other values from a step on, without a restart."""
     from inplace_ttt.megatron.optimizer import build_optimizer
     from inplace_ttt.training.loop import Loop
 

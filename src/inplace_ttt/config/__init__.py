@@ -1,4 +1,4 @@
-"""The configuration of a run: its keys (schema.py), their ranges (ranges.py), and errors that a user can act on."""
+"""Define the configuration of a run: keys (schema.py), ranges (ranges.py), and errors that a user can act on."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.merge import config_from_values

@@ -1,4 +1,4 @@
-"""The error that a user can act on, and how the errors of others are quoted in it."""
+"""Define the error that a user can act on, and quote the errors of libraries in it."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""A Config out of the values that a file holds, also one that an earlier version wrote."""
+"""Build a Config from the values of a file, also of one that an earlier version wrote."""
 
 from dataclasses import fields, is_dataclass
 from typing import get_type_hints

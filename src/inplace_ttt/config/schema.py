@@ -24,7 +24,7 @@ ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class OnResume(enum.Enum):
-    """What it means that a run is resumed with another value of a key."""
+    """Say what it means to resume a run with another value of a key."""
 
     REFUSED = "it would be another run"
     TAKES_EFFECT = "it takes effect from the step after the checkpoint on, and is announced"
@@ -203,7 +203,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the configuration as the schema describes it."""
+    """Describe one key of the configuration."""
 
     name: str  # such as optim.lr
     type: type  # without None and annotations; of a list, list

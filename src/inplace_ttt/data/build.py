@@ -23,7 +23,7 @@ BLEND_BYTES = 10  # of each sample of a run with several sources
 
 @dataclass
 class Corpora:
-    """The opened sources of a configuration; of synthetic data there are none."""
+    """Hold the opened sources of a configuration; synthetic data have none."""
 
     prefixes: list[str]
     files: list[IndexedDataset]
@@ -113,7 +113,7 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
 
 
 def _vocab_size(config: Config, described: dict) -> int:
-    """The model's vocabulary, which must hold every token of every source. ``described``: by prefix, or None."""
+    """Return the size of the model's vocabulary, which must hold every token. ``described``: by prefix, or None."""
     sizes = {prefix: one for prefix, one in described.items() if one is not None}
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
@@ -179,7 +179,7 @@ def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[
 
 
 class NumbersOfSteps(Sequence):
-    """The samples of one data-parallel rank in many steps, one step's after the other's; none is stored."""
+    """Number the samples of one data-parallel rank in many steps; compute each number when it is asked for."""
 
     def __init__(self, steps: range, per_step: int, dp_size: int, dp_rank: int):
         self.steps, self.per_step, self.share, self.dp_rank = steps, per_step, per_step // dp_size, dp_rank

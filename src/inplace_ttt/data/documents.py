@@ -37,7 +37,7 @@ _UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.Zstd
 
 @dataclass
 class Report:
-    """What a reading left out, or changed."""
+    """Count what a reading left out or changed."""
 
     strict: bool = False
     bad: int = 0  # documents, or files where no more is known
@@ -230,7 +230,7 @@ def _read_text(path: Path, text_key: str, report: Report) -> Iterator[str]:
 
 
 def _decoded(content: bytes) -> str:
-    """Text without a byte-order mark and with \\n for an end of line."""
+    """Decode UTF-8; drop a byte-order mark and make every line end \\n."""
     text = content.decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -320,7 +320,7 @@ def _value(value):
 
 
 def _text(row, text_key: str, place: str, report: Report) -> str | None:
-    """The text of a row; None where it has none that can be used, which the report counts."""
+    """Return the text of a row, or None where it has none that can be used, which the report counts."""
     if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
         if isinstance(row, dict) and text_key in row:
             if row[text_key] is None:

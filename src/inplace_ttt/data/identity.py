@@ -1,4 +1,4 @@
-"""What identifies a tokenized corpus: its content, wherever it lies; and whether its tokens fit a vocabulary."""
+"""Identify a tokenized corpus by its content, and check its tokens against a vocabulary."""
 
 import contextlib
 import os
@@ -60,7 +60,7 @@ def check_tokens(prefix: str, indexed: IndexedDataset, described: dict, vocab_si
 
 
 def _extremes(path: str, dtype: np.dtype) -> tuple[int, int]:
-    """The smallest and the largest number in a file of tokens."""
+    """Return the smallest and the largest number in a file of tokens."""
     tokens = np.memmap(path, dtype=dtype, mode="r", shape=(os.path.getsize(path) // dtype.itemsize,))
     smallest, largest, step = 0, 0, BLOCK // dtype.itemsize
     for first in range(0, len(tokens), step):

@@ -142,7 +142,7 @@ def open_indexed(prefix: str) -> IndexedDataset:
 
 
 def _header_fault(path: str) -> str | None:
-    """What the first bytes of an index say that cannot be; Megatron's reader leaves a traceback at its end."""
+    """Return what is wrong with the header of an index, or None; Megatron's reader would print a traceback."""
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -157,7 +157,7 @@ def _header_fault(path: str) -> str | None:
 
 
 def _index_fault(indexed: IndexedDataset) -> str | None:
-    """What an index says that cannot be: Megatron takes it as it is."""
+    """Return what is wrong with lengths, pointers and documents of an index, or None; Megatron does not check them."""
     index = indexed.index
     lengths, pointers, documents = index.sequence_lengths, index.sequence_pointers, index.document_indices
     if not np.issubdtype(index.dtype, np.integer):

@@ -30,7 +30,7 @@ ENDINGS = ("bin", "idx", "json")
 
 @dataclass(frozen=True)
 class Options:
-    """What is put around documents, and what special tokens inside their text mean."""
+    """Choose the tokens around documents, and the meaning of special tokens inside their text."""
 
     begin: bool = False  # the tokenizer's begin-of-text token before each document
     end: bool = True  # its end-of-text token after each

@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights: tokenizer, how to generate, the config.json that it came with.
+"""Keep what belongs to a model besides its weights: tokenizer, generation config, the config.json that it came with.
 
 A run keeps them in ``run.dir/hf``, so that it can be exported from anywhere, also when what it was begun with is gone.
 """
@@ -135,7 +135,7 @@ def _as_list(value) -> list[int]:
 
 
 def _from_hub(name: str) -> Path:
-    """The folder in which the hub's client keeps a tokenizer."""
+    """Return the folder in which the hub's client keeps a tokenizer."""
     from huggingface_hub import snapshot_download
 
     from inplace_ttt.hub import hub_is_reached
@@ -147,7 +147,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _found(name: str, run: Path) -> Path | None:
-    """A file or folder that a run names, seen from here, or from where the run was started: some folder above it."""
+    """Find a path that a run names, from the working directory or from any folder above the run."""
     path = user_path(name)
     for root in (Path(), *run.resolve().parents):
         with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ def _found(name: str, run: Path) -> Path | None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether a file is in the folder; the hub's client keeps files in one folder beside links to them."""
+    """Return whether a file lies in the folder, or where the hub's client keeps the files that its links lead to."""
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent)

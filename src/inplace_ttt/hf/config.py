@@ -146,8 +146,10 @@ def read_model(config: dict, place: str) -> Model:
 
 
 def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedConfig:
-    """What the model's class in transformers makes of a config.json. Raises UserError for a key that it has, that we do
-    not read, and that does not have the class's default."""
+    """Return what the model's class in transformers makes of a config.json.
+
+    Raises UserError for a key that the class has, that is not read here, and that differs from the class's default.
+    """
     own = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     if isinstance(own.get("layer_types"), list) and set(map(str, own["layer_types"])) == {"full_attention"}:
         del own["layer_types"]  # says nothing
@@ -172,7 +174,7 @@ def _shown(value) -> str:
 
 
 def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> int | None:
-    """The sliding window of all layers; None: there is none. Raises UserError where layers differ."""
+    """Return the sliding window of all layers, or None. Raises UserError where layers differ."""
     kinds = set(getattr(resolved, "layer_types", None) or ["full_attention"])
     if kinds == {"full_attention"}:
         if config.get("use_sliding_window") or (not hasattr(resolved, "layer_types") and config.get("sliding_window")):

@@ -223,7 +223,7 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
 
 @dataclass(frozen=True)
 class _Known:
-    """Where the companions of a checkpoint lie; looked for when they are needed."""
+    """Find the companions of a checkpoint when they are needed."""
 
     base: Callable[[], Path | None]
     tokenizer: Callable[[], Path | None]

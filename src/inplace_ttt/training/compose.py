@@ -157,5 +157,5 @@ def _cause(error: BaseException) -> str:
 
 
 def _plain(key: str) -> str:
-    """A key's name in the schema: without the number of a list's element."""
+    """Return a key's name in the schema: without the number of a list's element."""
     return re.sub(r"[.\[]\d+\]?", "", key)

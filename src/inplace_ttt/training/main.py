@@ -189,7 +189,7 @@ def _describe(config: Config, model, groups) -> str:
 
 
 def _notes_of_data(config: Config, sets) -> list[str]:
-    """What a user may not expect of the data: that they repeat, and that nothing is held out."""
+    """Tell what a user may not expect of the data: that they repeat, and that nothing is held out."""
     notes = []
     for source, epochs in zip(config.data.sources, sets.epochs, strict=False):
         if epochs > 1.0:

@@ -46,7 +46,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _is_record(record: dict) -> bool:
-    """Whether a line has what every record has, as numbers."""
+    """Return whether a line has the numbers that every record has."""
     needed = ("loss",) if record.get("eval") else ("loss", "grad_norm", *TIMES)
     step = record.get("step")
     return type(step) is int and step >= 0 and all(type(record.get(key)) in (int, float) for key in needed)

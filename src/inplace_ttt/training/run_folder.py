@@ -1,4 +1,4 @@
-"""The folder of a run: what makes it this run, what a restart may change, one process at a time that writes to it."""
+"""Open the folder of a run: lock it, compare the run in it with the configuration, find the checkpoint to resume."""
 
 import json
 import tempfile
@@ -133,7 +133,7 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def _changes(self, config: Config, resumes: bool) -> list[str]:
-        """What is not as it was when the run began; raises UserError where that makes it another run.
+        """Return what is not as it was when the run began; raise UserError where that makes it another run.
 
         A key that the run did not know has its default; one that is no key any more is left out.
         """
@@ -190,7 +190,7 @@ def _weights(sources) -> list:
 
 
 def _flat(tree, prefix: str = "") -> dict:
-    """The values of a nested configuration by their keys' full names; what has no key of that name is left out."""
+    """Return the values of a nested configuration by their keys' full names; leave out what is no key."""
     if prefix and not (isinstance(tree, dict) and any(key.startswith(f"{prefix}.") for key in KEYS)):
         return {prefix: tree} if prefix in KEYS else {}
     flat = {}

@@ -245,7 +245,7 @@ def picture(status: Status, path: Path) -> None:
 
 
 def _time(ax, status: Status) -> None:
-    """Bars: what the run's time went to."""
+    """Draw what the run's time went to."""
     lost, trained = status.lost, sum(one["step_seconds"] for one in status.steps)
     everything = trained + lost.seconds
     unit, name = (3600, "hours") if everything > 7200 else (60, "minutes") if everything > 120 else (1, "seconds")

@@ -62,7 +62,7 @@ def read_timeline(folder: Path) -> list[dict]:
 
 
 def _is_event(record: dict) -> bool:
-    """Whether a line has what its kind of event has."""
+    """Return whether a line has what its kind of event has."""
     kinds = {
         "start": dict(step=int, ranks=int, hosts=list, time=float),
         "ranks": dict(step=int, slow=list),
@@ -79,8 +79,10 @@ def _is_event(record: dict) -> bool:
 
 @dataclass(frozen=True)
 class Lost:
-    """Time that went to restarts after a crash. A run that was done, or stopped as asked, lost nothing until its next
-    start."""
+    """Sum the time that went to restarts after crashes.
+
+    A run that was done, or stopped as asked, lost nothing until its next start.
+    """
 
     restarts: int = 0
     down_seconds: float = 0.0
