@@ -1,5 +1,6 @@
 """What a watch says of ranks, by what they told last."""
 
+import json
 import os
 import threading
 import time
@@ -105,4 +106,37 @@ def test_patience_is_a_multiple_of_the_limit(store):
     watch.mark("loading", patience=1000)
     time.sleep(1.5)
     watch.leave()
+    assert not said
+
+
+def test_a_forged_beat_ends_nothing():
+    """Whoever reaches the store can write to it; what is not signed by the rank is no beat."""
+    shared, said = store(), []
+    mine, other = (Watch(rank, 2, 60.0, said.append, shared) for rank in range(2))
+    try:
+        for watch in (mine, other):
+            watch._secret = b"known to the ranks alone"
+            watch._beat()
+        assert mine._look()[1].beat.left is None
+        honest = json.loads(shared.get("1").decode().partition(" ")[2])
+        forged = json.dumps({**honest, "number": 10**9, "left": "I say so"})
+        stolen = shared.get("0").decode().partition(" ")[0]
+        for content in (
+            forged,
+            f"- {forged}",
+            f"{stolen} {forged}",
+            "",
+            "x" * 1000,
+            f"{other._signature(0, forged)} {forged}",
+        ):
+            shared.set("1", content)
+            assert mine._look()[1].beat.left is None, content
+        shared.set("1", shared.get("1").decode())
+        other._beat()
+        assert mine._look()[1].beat.number < 10**9
+        other.leave("the disk is full")
+        assert mine._look()[1].beat.left == "the disk is full"
+    finally:
+        mine.leave()
+        other.leave()
     assert not said
