@@ -12,7 +12,7 @@ import torch.distributed as dist
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.environment import World, master_address
 
-ANSWERS = 20.0  # seconds in which torchrun's store answers, for its agents are there before the ranks
+ANSWERS = 15.0  # seconds in which torchrun's store answers, for its agents are there before the ranks
 
 
 class Rendezvous:
@@ -31,26 +31,41 @@ class Rendezvous:
 
     def connect(self) -> dist.Store:
         """Return a new connection. Calls on one block each other."""
+        self._wait_for_listener()
+        try:
+            store = dist.TCPStore(
+                self.address, self.port, is_master=False, timeout=timedelta(seconds=ANSWERS), wait_for_workers=False
+            )
+        except (RuntimeError, ValueError) as error:
+            raise self._no_answer(f"it is no store: {first_line(error)[:120]}") from error
+        store.set_timeout(timedelta(seconds=max(self.seconds, ANSWERS)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"inplace_ttt/{attempt}", store)
+
+    def _wait_for_listener(self) -> None:
+        """Return when something listens there. torchrun's agent does before its ranks start; the first rank, where it
+        opens the store, may start later than this one. (torch's own client prints its stack where nobody listens.)"""
+        patience = ANSWERS if self.by_agent else max(self.seconds, ANSWERS)
         started, said = time.monotonic(), False
         while True:
             try:
-                store = dist.TCPStore(
-                    self.address, self.port, is_master=False, timeout=timedelta(seconds=ANSWERS), wait_for_workers=False
-                )
-                break
-            except (RuntimeError, ValueError) as error:
-                left = self.seconds - (time.monotonic() - started)
-                if self.by_agent or left < 0:
-                    raise UserError(
-                        f"nothing answers at MASTER_ADDR={self.address} MASTER_PORT={self.port} "
-                        f"({first_line(error)[:120]}): start all ranks of the job, by one torchrun on each node"
-                    ) from error
-                if not said:
-                    print(f"rank {self.world.rank} waits for the first rank at {self.address}:{self.port}", flush=True)
-                    said = True
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store.set_timeout(timedelta(seconds=max(self.seconds, ANSWERS)))
-        return dist.PrefixStore(f"inplace_ttt/{attempt}", store)
+                socket.create_connection((self.address, self.port), timeout=2.0).close()
+                return
+            except OSError as error:
+                waited = time.monotonic() - started
+                if waited > patience:
+                    raise self._no_answer(error.strerror or str(error)) from error
+            if waited > ANSWERS and not said:
+                place = f"{self.address}:{self.port}"
+                print(f"rank {self.world.rank} waits for the first rank at {place}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(0.2)
+
+    def _no_answer(self, why: str) -> UserError:
+        return UserError(
+            f"nothing answers at MASTER_ADDR={self.address} MASTER_PORT={self.port} ({why}): start all ranks of the "
+            f"job, by one torchrun on each node"
+        )
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here. Raises UserError naming those that do not."""

@@ -109,7 +109,7 @@ def test_patience_is_a_multiple_of_the_limit(store):
     assert not said
 
 
-def test_a_forged_beat_ends_nothing():
+def test_a_forged_beat_ends_nothing(store):
     """Whoever reaches the store can write to it; what is not signed by the rank is no beat."""
     shared, said = store(), []
     mine, other = (Watch(rank, 2, 60.0, said.append, shared) for rank in range(2))
