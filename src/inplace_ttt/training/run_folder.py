@@ -110,7 +110,7 @@ class RunFolder:
             one.mkdir(exist_ok=True)
             self._made.append(one)
         if not folder.is_dir():
-            raise UserError(f"run.dir='{self.path}': '{folder}' is no folder: choose another")
+            raise UserError(f"run.dir='{self.path}' cannot be written ('{folder}' is no folder): choose another folder")
 
     def _newest_sound(self, candidates: list[Path], faults: list[str]) -> Path | None:
         """The first in which every byte is what was written; all ranks look together."""
