@@ -58,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
         "--variants",
         nargs="+",
         default=["materialised", "chunk loop", "kept", "recomputed"],
-        choices=["materialised", "chunk loop", "kept", "recomputed"],
+        choices=["materialised", "chunk loop", "kept", "recomputed", "clipped", "counted"],
+        help="clipped: kept, with all updates rescaled; counted: kept, with a histogram of updates",
     )
     prefix.add_argument("--keep", action="store_true", help="keep chunk weights for the backward")
     prefix.add_argument("--prefix", choices=["ring", "ring_messages"], default="ring", help="as ttt.prefix")

@@ -66,8 +66,9 @@ class Training:
             samples.append(Sample(text[:-1], text[1:], mask, documents))
         share, rank = len(samples) // self.groups.dp.size(), self.groups.dp.rank()
         mine, rows = samples[rank * share : (rank + 1) * share], self.config.train.micro_batch_size
+        chunk_size, cp = self.config.ttt.chunk_size if self.config.ttt.enabled else None, self.groups.cp
         return [
-            MicroBatch.collate(mine[i : i + rows], self.groups.cp.size(), self.groups.cp.rank(), device())
+            MicroBatch.collate(mine[i : i + rows], cp.size(), cp.rank(), chunk_size).to(device())
             for i in range(0, share, rows)
         ]
 

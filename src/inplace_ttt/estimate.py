@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
-from inplace_ttt.ttt.function import KEPT_SHARE
+from inplace_ttt.ttt.ops import KEPT_SHARE
 from inplace_ttt.validation import validate
 
 GIB = 2**30
@@ -18,7 +18,7 @@ GIB = 2**30
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 # Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
 OUTSIDE_TORCH = 4.0 * GIB
-# Chunk weights that are made at a time (kernels/chunk_weights.py; twice as many between ranks)
+# Chunk weights that are made at a time (ttt/backends/hopper/scan.py; twice as many between ranks)
 WINDOW = 768 * 2**20
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
 FRAGMENTED = 0.05

@@ -35,7 +35,7 @@ from inplace_ttt.environment import World
 from inplace_ttt.rendezvous import Rendezvous
 
 # Innermost Python frames of a rank that waits for others, rather than being what others wait for
-_WAITING = ("torch/distributed/", "ttt/prefix.py", "ttt/mailbox.py", "p2p_communication.py", "tensor_parallel/mappings")
+_WAITING = ("torch/distributed/", "ttt/transport/", "p2p_communication.py", "tensor_parallel/mappings")
 PACKAGE = Path(__file__).parent
 ANSWER = 10.0  # seconds in which the store answers, if it is reached
 DONE = "done"  # why a rank ends that has nothing to complain of

@@ -12,11 +12,11 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 
-from inplace_ttt.ttt import fast_weight_linear, naive, walk
+from inplace_ttt.ttt import fast_weight_linear, naive, scan
 from inplace_ttt.validation import transformer_engine_available
 from models import train_losses
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
-from parallel.test_prefix_ring import error_of_slices, random_case, zigzag
+from parallel.test_scan_over_ranks import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
 
@@ -76,7 +76,7 @@ def ring_with_kernels_errors(seeds, prefix):
         tensors = [t.to(torch.bfloat16) for t in operands(seed, length, b, d, f)]
         expected = with_gradients(naive.fast_weight_linear, *(t.double().cuda() for t in tensors), **options)
         options |= dict(prefix=prefix, keep_chunk_weights=rng.choice([True, False]))
-        with mock.patch.object(walk, "AT_A_TIME", rng.choice([2, walk.AT_A_TIME])):  # as many blocks as may be, or two
+        with mock.patch.object(scan, "STATE_PER_WAVE", rng.choice([2, scan.STATE_PER_WAVE])):  # most blocks, or two
             errors.append(error_over_ranks(tensors, expected, **options))
     return largest(errors)
 

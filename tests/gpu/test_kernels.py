@@ -8,8 +8,10 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
-from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive, target
-from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
+from inplace_ttt.ttt import backends, fast_weight_linear, naive, target
+from inplace_ttt.ttt.backends import triton_conv
+from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
+from inplace_ttt.ttt.rule import PAPER
 from numerics.cases import operands, relative_error, update_norms
 
 
@@ -55,11 +57,10 @@ def test_kernels_equal_the_definition(seed, monkeypatch):
     rng = random.Random(seed)
     tensors, options = random_case(seed)
     exact = gradients(naive.fast_weight_linear, [t.double().cuda() for t in tensors], options)
-    monkeypatch.setattr(chunk_weights, "WINDOW_BYTES", rng.choice([0, 300_000, 2**30]))  # kernel windows of all sizes
+    monkeypatch.setattr(HopperBackend, "window_bytes", rng.choice([0, 300_000, 2**30]))  # kernel windows of all sizes
     cuda = [amid_nan(t) if at != 2 else t.cuda() for at, t in enumerate(tensors)]
     values = gradients(fast_weight_linear, cuda, options | dict(keep_chunk_weights=rng.choice([True, False, None])))
-    monkeypatch.setattr(function, "_choose_sweep", lambda *_: chunked.sweep)
-    twin = gradients(fast_weight_linear, cuda, options)
+    twin = gradients(fast_weight_linear, cuda, options | dict(backend="torch"))
     for value, of_twin, reference in zip(values, twin, exact, strict=True):
         error = relative_error(value.double(), reference)
         assert error < 1e-2
@@ -80,7 +81,7 @@ def test_equal_documents(length):
 @pytest.mark.parametrize("seed", range(20))
 def test_update_norms(seed, monkeypatch):
     (z, v, weight, _), options = random_case(seed)
-    monkeypatch.setattr(chunk_weights, "WINDOW_BYTES", random.Random(seed).choice([0, 300_000, 2**30]))
+    monkeypatch.setattr(HopperBackend, "window_bytes", random.Random(seed).choice([0, 300_000, 2**30]))
     _, norms = fast_weight_linear(amid_nan(z), amid_nan(v), weight.cuda(), **options, return_update_norms=True)
     expected = update_norms(z.double(), v.double(), options["cu_seqlens"], options["eta"])
     assert relative_error(norms.sort().values.double().cpu(), expected) < 1e-3
@@ -98,7 +99,7 @@ def test_update_norms_of_equal_documents():
 
 def test_kernels_are_what_runs():
     z = torch.zeros(256, 1, 64, dtype=torch.bfloat16, device="cuda")
-    assert function._choose_sweep(z, z, 64, 0.1) is chunk_weights.sweep
+    assert isinstance(backends.choose_backend("auto", z, 64, 64, 0.1, PAPER), HopperBackend)
 
 
 def test_operands_that_lie_oddly_in_memory():
@@ -121,8 +122,8 @@ def test_operands_that_lie_oddly_in_memory():
 def test_what_the_kernels_cannot_do_falls_back_and_says_so_once(options):
     tensors = [t.to(torch.bfloat16).cuda() for t in operands(0, 256, 1, 64, 64)]
     options = dict(eta=0.01, chunk_size=64) | options
-    function._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="without their kernels"):
+    backends._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="plain torch products"):
         out = fast_weight_linear(*tensors[:3], **options)
     exact = naive.fast_weight_linear(*[t.double() for t in tensors[:3]], **options)
     assert relative_error(out.double(), exact) < 1e-2
@@ -138,7 +139,7 @@ def test_convolution_kernel(seed, dtype):
     weight, ids = torch.randn(d, 1, taps).to(dtype).cuda(), torch.randint(0, 9, (s,)).sort()[0].int().cuda()
     bound = 1e-5 if dtype == torch.float32 else 5e-3
     exact = target.conv(u.double(), weight.double(), ids)
-    assert relative_error(chunk_conv.conv(u, weight, ids).double(), exact) < bound
+    assert relative_error(triton_conv.conv(u, weight, ids).double(), exact) < bound
     exact = target.conv_backward(g.double(), u.double(), weight.double(), ids)
-    for value, reference in zip(chunk_conv.conv_backward(g, u, weight, ids), exact, strict=True):
+    for value, reference in zip(triton_conv.conv_backward(g, u, weight, ids), exact, strict=True):
         assert relative_error(value.double(), reference) < bound

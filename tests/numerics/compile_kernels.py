@@ -45,13 +45,14 @@ def stop(kernel):
 def main():
     driver.set_active(HopperByName())
     compiler.CompiledKernel._init_handles = stop
-    from inplace_ttt.ttt.kernels import chunk_conv, chunk_weights
-    from inplace_ttt.ttt.kernels.schedule import make_schedule
+    from inplace_ttt.ttt.backends import triton_conv
+    from inplace_ttt.ttt.backends.hopper import scan
+    from inplace_ttt.ttt.backends.hopper.schedule import make_schedule
     from inplace_ttt.ttt.plan import Segment
 
     a, z, base = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((2048, 192), (2048, 320), (192, 320)))
     state, ids = torch.empty(192, 320), torch.empty(256, dtype=torch.int32)
-    norms = torch.empty(2, chunk_weights.programs(192, 320))
+    norms = torch.empty(2, scan.programs(192, 320))
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
 
     def documents(chunk_size):
@@ -60,29 +61,31 @@ def main():
         forward = Segment(tuple(bounds)), Segment(tuple((start + 600, stop + 600) for start, stop in bounds))
         return forward, tuple(segment.reversed() for segment in reversed(forward))
 
-    def sweep(segments, **operands):
-        wanted = dict(based="base" in operands, carried="before" in operands, goes_elsewhere=False, to_the_end=True)
-        schedule = make_schedule(segments, chunk_weights.BLOCK_T, **wanted, stream=None)
-        return lambda: chunk_weights.chunk_weights(a, z, schedule, range(4), scale=0.5, **operands)
+    def launch_scan(segments, **operands):
+        wanted = dict(carry_out_wanted=False, totals_wanted=True)
+        given = dict(has_base="base" in operands, has_carry="before" in operands)
+        schedule = make_schedule(segments, scan.BLOCK_T, **given, **wanted, stream=None)
+        out = torch.empty(4, 192, 320, dtype=torch.bfloat16)
+        return lambda: scan.chunk_weights(a, z, schedule, range(4), out, scale=0.5, **operands)
 
     def with_some(**operands):
         """All ways to leave some of them out."""
         for chosen in itertools.product([True, False], repeat=len(operands)):
             yield dict(itertools.compress(operands.items(), chosen))
 
-    def sweeps(chunk_size):
+    def scans(chunk_size):
         forward, backward = documents(chunk_size)
         for some in with_some(before=state, after=state, norms=norms):
-            yield sweep(forward, base=base, **some)
+            yield launch_scan(forward, base=base, **some)
         for segments in (forward, backward):  # a single chunk counts as forward
             for some in with_some(before=state, after=state):
-                yield sweep(segments, add_to=state, **some)
+                yield launch_scan(segments, total=state, **some)
 
     for launch in (
-        *sweeps(64),  # of which a tile of chunk weights leaves shared memory whole
-        *sweeps(512),  # and in pieces
-        lambda: chunk_conv.conv(u, weight, ids),
-        lambda: chunk_conv.conv_backward(u, u, weight, ids),
+        *scans(64),  # of which a tile of chunk weights leaves shared memory whole
+        *scans(512),  # and in pieces
+        lambda: triton_conv.conv(u, weight, ids),
+        lambda: triton_conv.conv_backward(u, u, weight, ids),
     ):
         try:
             launch()

@@ -4,7 +4,7 @@ import torch
 from cases import largest, relative_error
 
 from inplace_ttt.ttt import target
-from inplace_ttt.ttt.kernels import chunk_conv
+from inplace_ttt.ttt.backends import triton_conv
 
 
 def main():
@@ -13,7 +13,7 @@ def main():
     for s, b, d, taps in [(300, 2, 70, 5), (33, 1, 64, 3), (3, 1, 8, 5)]:
         u, g, weight = torch.randn(s, b, d), torch.randn(s, b, d), torch.randn(d, 1, taps)
         ids = torch.randint(0, 6, (s,)).sort()[0].int()
-        values = chunk_conv.conv(u, weight, ids), *chunk_conv.conv_backward(g, u, weight, ids)
+        values = triton_conv.conv(u, weight, ids), *triton_conv.conv_backward(g, u, weight, ids)
         expected = target.conv(u, weight, ids), *target.conv_backward(g, u, weight, ids)
         for value, reference in zip(values, expected, strict=True):
             errors.append(relative_error(value, reference))

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
-from inplace_ttt.ttt import LayoutError, chunked, fast_weight_linear, function, naive
+from inplace_ttt.ttt import LayoutError, fast_weight_linear, naive, products
+from inplace_ttt.ttt.backends.torch import TorchBackend
+from inplace_ttt.ttt.window import Window
 from numerics.cases import operands, random_documents, relative_error, update_norms, with_gradients
 
 
@@ -40,7 +42,7 @@ def test_apply_is_a_product_for_each_chunk(seed):
     if not add:  # what is there is not read
         for start, stop in chunks:
             out[start:stop, 1] = torch.nan
-    chunked.apply((tuple(chunks), weights), x[:, 1], out[:, 1], transpose=transpose, alpha=alpha, add=add)
+    Window(tuple(chunks), weights).apply(x[:, 1], out[:, 1], transpose=transpose, alpha=alpha, add=add)
     torch.testing.assert_close(out, expected)
 
 
@@ -87,7 +89,7 @@ def test_zero_target_is_the_plain_linear_map():
 @pytest.mark.parametrize("pairs", [1, 5, 8192])
 @pytest.mark.parametrize("chunk_size", [2, 3, 5])
 def test_update_norms_are_those_of_the_summed_updates(monkeypatch, chunk_size, pairs):
-    monkeypatch.setattr(function, "PAIRED_TOKENS", pairs)
+    monkeypatch.setattr(products, "GRAM_TOKENS", pairs)
     z, v, weight, _ = operands(5, 20, 2, 6, 8)
     bounds = torch.tensor([0, 7, 9, 11, 13, 18, 20])  # of one chunk, some equally long, and of several
     _, norms = fast_weight_linear(
@@ -96,9 +98,9 @@ def test_update_norms_are_those_of_the_summed_updates(monkeypatch, chunk_size, p
     torch.testing.assert_close(norms.sort().values, update_norms(z, v, bounds, 0.5))
 
 
-def test_documents_of_one_chunk_cost_no_sweep(monkeypatch):
+def test_documents_of_one_chunk_cost_no_scan(monkeypatch):
     """They are read by the slow weight, all neighbours in one product."""
-    monkeypatch.setattr(chunked, "sweep", None)
+    monkeypatch.setattr(TorchBackend, "scan", None)
     inputs = operands(7, 20, 2, 6, 8)
     options = dict(eta=0.5, chunk_size=8, cu_seqlens=torch.tensor([0, 7, 15, 16, 20]))
     values = with_gradients(fast_weight_linear, *inputs, **options)

@@ -77,9 +77,9 @@ def our_logits(imported: str, text, sizes: dict, ttt: dict | None = None):
 
     from inplace_ttt.megatron import runtime
     from inplace_ttt.megatron.checkpoint import Checkpointer
-    from inplace_ttt.megatron.layout import SequenceLayout
     from inplace_ttt.megatron.model import build_model
     from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from inplace_ttt.ttt.layout import SequenceLayout
     from models import tiny_config
 
     model = yaml.safe_load(Path(f"{imported}/model.yaml").read_text())

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.ttt import fast_weight_linear, function, naive
+from inplace_ttt.ttt import fast_weight_linear, naive, ops
 from numerics.cases import largest, operands, random_documents, relative_error, update_norms, with_gradients
 from ranks import run_ranks
 
-kernels = pytest.importorskip("inplace_ttt.ttt.kernels.chunk_weights", reason="needs Triton with Gluon")
-GOES_ON = kernels.GOES_ON
+kernels = pytest.importorskip("inplace_ttt.ttt.backends.hopper.scan", reason="needs Triton with Gluon")
 
 
 def run_script(name: str, **environment: str) -> str:
@@ -39,33 +38,32 @@ def test_convolution_kernel_in_the_interpreter():
 
 
 def chunk_weights_in_torch(
-    a, z, schedule, window, *, scale, base=None, before=None, after=None, add_to=None, norms=None, out=None
+    a, z, schedule, window, out, *, scale, base=None, before=None, after=None, total=None, norms=None
 ):
     """What the kernel computes from its tables, and no more than it is given memory for."""
     shape = a.shape[1], z.shape[1]
-    made = schedule.seen[window.stop] - schedule.seen[window.start]
-    weights = torch.full((made, *shape), torch.nan) if out is None else out[:made]
+    made = schedule.readers[window.stop] - schedule.readers[window.start]
+    weights = out[:made].fill_(torch.nan)
     steps = iter(schedule.tokens[schedule.steps[window.start] : schedule.steps[window.stop]].tolist())
     state = torch.zeros(shape) if before is None else before.clone()
     rows = schedule.table[window.start : window.stop].tolist()
     places = iter(range(made)[::-1] if schedule.reverse else range(made))
-    for number, (whole, left, sees, ends) in enumerate(rows):
-        if number > 0 and rows[number - 1][-1] != GOES_ON:
+    for number, (whole, left, reads, ends) in enumerate(rows):
+        if number > 0 and rows[number - 1][-1] != kernels.CONTINUES:
             state = torch.zeros(shape)
-        if sees:
+        if reads:
             weights[next(places)] = state if base is None else base + state
         for count in [kernels.BLOCK_T] * whole + [left] * (left > 0):
             first = next(steps)
             assert first + count <= len(a)
             state += scale * a[first : first + count].T @ z[first : first + count]
-        if ends >= 0 and add_to is not None:
-            add_to += state
+        if ends >= 0 and total is not None:
+            total += state
         if ends >= 0 and norms is not None:
             norms[ends] = state.square().sum() / norms.shape[1]
     assert next(steps, None) is None and next(places, None) is None
     if after is not None:
         after.copy_(state)
-    return weights
 
 
 def documents_that_end_oddly(rng, length, slices):
@@ -81,9 +79,9 @@ def worst_error(seeds):
     """Of values, gradients and norms of updates, over random layouts, windows and ways to keep weights."""
     size, rank, errors = dist.get_world_size(), dist.get_rank(), []
     kernels.chunk_weights = chunk_weights_in_torch
-    function._choose_sweep = lambda *_: kernels.sweep
-    function._free_bytes = lambda device: 0
-    from parallel.test_prefix_ring import error_of_slices, norms_of_all_ranks, zigzag
+    ops.choose_backend = lambda *_: kernels.HopperBackend()
+    ops._free_bytes = lambda device: 0
+    from parallel.test_scan_over_ranks import error_of_slices, norms_of_all_ranks, zigzag
 
     for seed in seeds:
         rng = random.Random(seed)
@@ -94,8 +92,9 @@ def worst_error(seeds):
             documents = documents_that_end_oddly(rng, s // (2 * size), 2 * size)
         options = dict(eta=0.01, chunk_size=64, cu_seqlens=documents)
         expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
-        kernels.WINDOW_BYTES = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
-        kernels.EXCHANGE_BYTES = kernels.WINDOW_BYTES * rng.choice([1, 4])
+        window_bytes = rng.choice([0, 2 * v.shape[2] * 5 * 3, 2**30])
+        kernels.HopperBackend.window_bytes = window_bytes
+        kernels.HopperBackend.exchange_window_bytes = window_bytes * rng.choice([1, 4])
         keep = dict(keep_chunk_weights=rng.choice([True, False]))
         group = dict(cp_group=dist.group.WORLD) if size > 1 else {}
         local = [t.float() for t in (zigzag(z, size, rank), zigzag(v, size, rank), weight, zigzag(g, size, rank))]
@@ -118,8 +117,8 @@ def test_weights_are_kept_where_those_of_all_layers_fit_an_eighth_of_free_memory
     monkeypatch.setattr(
         kernels, "chunk_weights", lambda *args, **how: calls.append(how) or chunk_weights_in_torch(*args, **how)
     )
-    monkeypatch.setattr(function, "_choose_sweep", lambda *_: kernels.sweep)
+    monkeypatch.setattr(ops, "choose_backend", lambda *_: kernels.HopperBackend())
     z, v, weight, g = (t.float() for t in operands(0, 4 * 64, 1, 8, 16))
-    monkeypatch.setattr(function, "_free_bytes", lambda device: 8 * 2 * weight.numel() * 4)
+    monkeypatch.setattr(ops, "_free_bytes", lambda device: 8 * 4 * weight.numel() * 4)
     with_gradients(fast_weight_linear, z, v, weight, g, eta=0.1, chunk_size=64, kept_layers=kept_layers)
     assert len(calls) == made

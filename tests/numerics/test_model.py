@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inplace_ttt.megatron.layout import SequenceLayout
+from inplace_ttt.megatron.batch_context import BatchContext
+from inplace_ttt.ttt.layout import SequenceLayout
 from models import Training, tiny_config, train_losses
 from numerics.cases import largest
 from ranks import run_ranks
@@ -72,7 +73,7 @@ def attention_error(window, documents):
     torch.manual_seed(0)
     s = 48
     q, k, v = torch.randn(s, 2, 4, 8), torch.randn(s, 2, 2, 8), torch.randn(s, 2, 2, 8)
-    out = attention(q, k, v, packed_seq_params=SequenceLayout(documents=documents))
+    out = attention(q, k, v, packed_seq_params=BatchContext(layout=SequenceLayout(documents)))
     place = torch.arange(s)
     starts = torch.tensor(documents or (0, s))
     document = torch.searchsorted(starts, place, right=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, take_local
+from inplace_ttt.ttt.layout import SequenceLayout, in_sequence_order, take_local
 from models import SEQ_LENGTH, VOCAB, Training, tiny_config
 from ranks import run_ranks
 

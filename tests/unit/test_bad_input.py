@@ -146,7 +146,7 @@ def test_quoted_text_and_interpolations():
 
 def test_every_key_says_what_it_means_on_resume():
     from inplace_ttt.config import OnResume, schema_keys
-    from inplace_ttt.ttt.function import PREFIXES
+    from inplace_ttt.ttt.transport import PREFIXES
 
     keys = schema_keys()
     assert keys["ttt.eta"].on_resume is keys["model.rope_scaling.factor"].on_resume is OnResume.REFUSED

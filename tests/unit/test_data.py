@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -95,13 +96,18 @@ def test_collate_packs_rows_and_restarts_positions():
         tokens = torch.arange(first, first + 16)
         return Sample(tokens, tokens + 1, torch.ones(16), (0, 8, 16))
 
-    whole = MicroBatch.collate([sample(0), sample(100)], 1, 0, torch.device("cpu"))
+    whole = MicroBatch.collate([sample(0), sample(100)], 1, 0, 8)
     assert whole.tokens.shape == (1, 32) and whole.layout.documents == (0, 8, 16, 24, 32)
     assert whole.position_ids[0].tolist() == list(range(8)) * 4
-    parts = [MicroBatch.collate([sample(0), sample(100)], 2, rank, torch.device("cpu")) for rank in range(2)]
+    parts = [MicroBatch.collate([sample(0), sample(100)], 2, rank, 8) for rank in range(2)]
     assert parts[0].tokens[0].tolist() == [*range(8), *range(108, 116)]
     assert parts[1].tokens[0].tolist() == [*range(8, 16), *range(100, 108)]
     assert torch.equal(parts[1].labels, parts[1].tokens + 1)
+    assert whole.layout.plan.chunk_lengths == (8, 8, 8, 8) and parts[1].layout.plan.cp_rank == 1
+    assert parts[1].layout.chunk_ids.tolist() == [0] * 8 + [1] * 8
+    assert pickle.loads(pickle.dumps(parts[1])).layout.plan == parts[1].layout.plan  # it comes from a worker
+    plain = MicroBatch.collate([sample(0)], 1, 0, None)
+    assert plain.layout.plan is None and plain.to(torch.device("cpu")).layout.documents == (0, 8, 16)
 
 
 def test_recall_questions_lie_beyond_the_window():

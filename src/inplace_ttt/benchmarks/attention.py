@@ -11,8 +11,9 @@ from inplace_ttt.benchmarks.timing import milliseconds, ratio
 from inplace_ttt.config import Config, UserError
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.attention import DocumentAttention
-from inplace_ttt.megatron.layout import SequenceLayout
+from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.model import build_model
+from inplace_ttt.ttt.layout import SequenceLayout
 from inplace_ttt.validation import transformer_impl
 
 
@@ -33,10 +34,10 @@ def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
     for count in documents:
         if s % count:
             raise UserError(f"--documents {count} does not divide data.seq_length={s}: use one that does")
-        layout = SequenceLayout(documents=tuple(range(0, s + 1, s // count)))
+        context = BatchContext(layout=SequenceLayout(tuple(range(0, s + 1, s // count))))
         ways = {
-            "transformer engine": partial(module.attend, *inputs, layout),
-            "torch": partial(DocumentAttention.attend, module, *inputs, layout),
+            "transformer engine": partial(module.attend, *inputs, context),
+            "torch": partial(DocumentAttention.attend, module, *inputs, context),
         }
         runs = {name: partial(_forward_backward, way, inputs, grad) for name, way in ways.items()}
         times = milliseconds(runs, rounds, dist.barrier)

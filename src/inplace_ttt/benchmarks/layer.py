@@ -5,18 +5,19 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from inplace_ttt.benchmarks.timing import milliseconds, peak_gib, ratio
-from inplace_ttt.ttt import chunked, fast_weight_linear, function, naive
+from inplace_ttt.ttt import ChunkTargets, fast_weight_linear, histogram, naive
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import begin_chunk_target, chunk_ids, chunk_target
+from inplace_ttt.ttt.target import chunk_ids
 
 ETA = 0.01
+CLIP = 1e-6  # small enough for every update to be rescaled
+VARIANTS = ("materialised", "chunk loop", "kept", "recomputed", "clipped", "counted")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ class Layer:
         gate, up = F.linear(self.x, self.fc1).chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def target(self, chunk_size: int) -> Tensor:
-        return chunk_target(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
+    def targets(self, chunk_size: int) -> ChunkTargets:
+        return ChunkTargets(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
 
     def chunk_ids(self, chunk_size: int) -> Tensor:
         """One copy for all runs, as all layers of a model share one."""
@@ -86,13 +87,11 @@ class Layer:
         return F.linear(self.z(), self.fc2)
 
     def fast(self, operation: Callable, chunk_size: int) -> Tensor:
-        return operation(self.z(), self.target(chunk_size), self.fc2, eta=ETA, chunk_size=chunk_size)
-
-    def fast_over_ranks(self, operation: Callable, chunk_size: int) -> Tensor:
-        """As the model does it where a sequence is split over ranks."""
-        z = self.z()
-        v, make_the_rest = begin_chunk_target(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
-        return operation(z, v, self.fc2, eta=ETA, chunk_size=chunk_size, before_second_slice=make_the_rest)
+        """Run the layer as the model does; an operation that knows no ``ChunkTargets`` is given a tensor."""
+        z, v = self.z(), self.targets(chunk_size)
+        if operation is materialised:
+            v = v.materialise()
+        return operation(z, v, self.fc2, eta=ETA, chunk_size=chunk_size)
 
     def forward_backward(self, forward: Callable[[], Tensor]) -> None:
         for parameter in (self.x, self.fc1, self.fc2, self.conv, self.projection):
@@ -104,9 +103,11 @@ class Layer:
         ours = partial(_noting_norms if self.update_norms else fast_weight_linear, cu_seqlens=bounds)
         operations = {
             "materialised": materialised,
-            "chunk loop": partial(_without_kernels, ours),
+            "chunk loop": partial(ours, backend="torch"),
             "kept": partial(ours, keep_chunk_weights=True),
             "recomputed": partial(ours, keep_chunk_weights=False),
+            "clipped": partial(ours, keep_chunk_weights=True, clip=CLIP),
+            "counted": partial(_counting_updates, keep_chunk_weights=True, cu_seqlens=bounds),
         }
         return {name: partial(self.fast, operations[name], chunk_size) for name in wanted}
 
@@ -116,9 +117,10 @@ def _noting_norms(*args, **kwargs) -> Tensor:
     return out
 
 
-def _without_kernels(operation: Callable, *args, **kwargs) -> Tensor:
-    with patch.object(function, "_choose_sweep", lambda *_: chunked.sweep):
-        return operation(*args, **kwargs)
+def _counting_updates(*args, **kwargs) -> Tensor:
+    out, ratios = fast_weight_linear(*args, return_update_ratios=True, **kwargs)
+    histogram.count(ratios)
+    return out
 
 
 def measure(
@@ -164,7 +166,7 @@ def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict
     """RMS error of the output and of each gradient over the RMS of the float64 value, for the same bf16 operands."""
     layer = Layer(shape)
     with torch.no_grad():
-        operands = [layer.z(), layer.target(chunk_size), layer.fc2]
+        operands = [layer.z(), layer.targets(chunk_size).materialise(), layer.fc2]
     bounds = torch.tensor(shape.bounds, dtype=torch.int32)
     exact = _values(partial(naive.fast_weight_linear, cu_seqlens=bounds), operands, layer.g, chunk_size, torch.float64)
     found = {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
-from inplace_ttt.config import Config
+from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.model import build_model
@@ -37,8 +37,9 @@ class Step:
         s, cp, device = config.data.seq_length, groups.cp, runtime.device()
         text = torch.randint(0, config.model.vocab_size, (s + 1,))
         sample = Sample(text[:-1], text[1:], torch.ones(s), None)
+        chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
         count = config.train.global_batch_size // groups.dp.size()
-        self.batches = [MicroBatch.collate([sample], cp.size(), cp.rank(), device) for _ in range(count)]
+        self.batches = [MicroBatch.collate([sample], cp.size(), cp.rank(), chunk_size).to(device) for _ in range(count)]
 
     def run(self) -> float:
         """Seconds of a step."""

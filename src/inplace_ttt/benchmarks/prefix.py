@@ -1,17 +1,17 @@
-"""What passing chunk states between context-parallel ranks costs: the layer over n ranks against the same arithmetic
-with nothing to wait for. Every rank holds the same number of tokens in both."""
+"""Measure what the exchange of states between context-parallel ranks costs: the layer over n ranks against the same
+arithmetic with nothing to wait for. Every rank holds the same number of tokens in both."""
 
 import statistics
 from functools import cache, partial
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from inplace_ttt.benchmarks.layer import Layer, Shape
 from inplace_ttt.benchmarks.timing import milliseconds
 from inplace_ttt.ttt import fast_weight_linear
-from inplace_ttt.ttt.walk import Walk
+from inplace_ttt.ttt.scan import Exchange
 
 AHEAD = 40_000_000  # clock cycles, about 20 ms
 
@@ -27,8 +27,11 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
     ours = partial(fast_weight_linear, cp_group=dist.group.WORLD, cu_seqlens=bounds, **options)
     records = []
     for chunk_size in chunk_sizes:
-        run = partial(layer.forward_backward, partial(layer.fast_over_ranks, ours, chunk_size))
-        runs = {"over ranks": run, "alone": partial(_alone, run)}
+        alone = partial(ours, prefix=NoExchange(None, torch.float32))
+        runs = {
+            name: partial(layer.forward_backward, partial(layer.fast, operation, chunk_size))
+            for name, operation in (("over ranks", ours), ("alone", alone))
+        }
         times = {name: _slowest(found) for name, found in milliseconds(runs, rounds, _together).items()}
         exposed = [a - b for a, b in zip(times["over ranks"], times["alone"], strict=True)]
         records.append(
@@ -46,32 +49,39 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
     return records
 
 
-class _Sums:
-    """In the place of the ring: what would come is there, what goes on goes nowhere, and rows need no blocks."""
+class NoExchange(Exchange):
+    """Every stage finds its carry at once, and what it hands over goes nowhere; rows need no blocks."""
 
-    def __init__(self, walk: Walk):
-        d, f = walk.a.shape[2], walk.z.shape[2]
-        self.blocks, self.came = [slice(0, d)], {}
-        self.sums = _zeros(2, d, f)
+    def carries(self, stages, shape, like, initial) -> "_ConstantCarries":
+        return _ConstantCarries(*shape)
 
-    def get(self, stop: int, batch: int, block: int):
-        return self.sums[0]
 
-    def going(self, stop: int, batch: int, block: int):
-        return self.sums[1]
+class _ConstantCarries:
+    """See ``Carries``."""
 
-    def __getattr__(self, name: str):
-        return lambda *_: None  # nothing to open, put or finish
+    def __init__(self, b: int, d: int, f: int):
+        self.blocks, self.incoming, self.outgoing = [slice(0, d)], {}, {}
+        self.states = _zeros(2, b, d, f)
+
+    def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
+        return self.states[0, batch]
+
+    def outgoing_block(self, stage: int, batch: int, block: int) -> Tensor:
+        return self.states[1, batch]
+
+    def open(self, stage: int) -> None:
+        self.incoming[stage] = self.states[0]  # for the backward
+
+    def send(self, stage: int, batch: int, block: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @cache
-def _zeros(*shape: int) -> torch.Tensor:
+def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, device="cuda")
-
-
-def _alone(run) -> None:
-    with patch.object(Walk, "_sums", lambda walk: _Sums(walk)):
-        run()
 
 
 def _together() -> None:

@@ -96,6 +96,9 @@ class TTT:
     keep_chunk_weights: Annotated[bool, LAYOUT] | None = None
     lr_multiplier: NotNegative = 1.0  # learning rate of the new parameters over optim.lr
     clip_separately: bool = False  # clip the new parameters' gradients by their own norm
+    clip: Positive | None = None  # largest norm of one chunk's update over that of W_down, in training; null: none
+    # every so many steps, count the norms of chunks' updates for each layer (update_histogram); 0: never
+    histogram_interval: Count = 10
     max_update_ratio: Positive | None = 1.0  # stop when |sum of updates| / |W_down| exceeds it; null: never
 
 

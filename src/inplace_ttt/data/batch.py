@@ -1,11 +1,11 @@
-"""What a sample and a micro batch are, and the part of a micro batch that a context-parallel rank sees."""
+"""Samples and micro batches: packed and planned in integers, for the rank that reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from inplace_ttt.megatron.layout import SequenceLayout, take_local
+from inplace_ttt.ttt.layout import SequenceLayout, take_local
 
 
 @dataclass
@@ -20,7 +20,10 @@ class Sample:
 
 @dataclass
 class MicroBatch:
-    """The tensors that this rank feeds to the model; zigzag slices of the sequence under context parallelism."""
+    """What a rank feeds to the model: zigzag slices of the sequence under context parallelism.
+
+    It is made in the loader's workers: it pickles, pins its memory, and knows no process group.
+    """
 
     tokens: Tensor  # (b, s)
     labels: Tensor  # (b, s)
@@ -29,8 +32,12 @@ class MicroBatch:
     layout: SequenceLayout
 
     @classmethod
-    def collate(cls, samples: list[Sample], cp_size: int, cp_rank: int, device: torch.device) -> "MicroBatch":
-        """Samples without document bounds become rows; samples with them lie one after the other in a single row."""
+    def collate(cls, samples: list[Sample], cp_size: int, cp_rank: int, chunk_size: int | None) -> "MicroBatch":
+        """Put samples together, on the CPU.
+
+        Samples without document bounds become rows; samples with them are concatenated in a single row.
+        ``chunk_size``: tokens per chunk of the TTT layers. None: there are none, and no plan is made.
+        """
         packed = samples[0].documents is not None
         tokens, labels, loss_mask = (
             torch.cat([getattr(sample, key) for sample in samples])[None]
@@ -48,8 +55,18 @@ class MicroBatch:
             documents = tuple(bounds)
             starts = torch.tensor(documents[:-1])
             positions = positions - torch.repeat_interleave(starts, torch.diff(torch.tensor(documents)))
+        layout = SequenceLayout(documents)
+        if chunk_size is not None:
+            layout = layout.with_plan(tokens.shape[1], chunk_size, cp_size, cp_rank)
         parts = (tokens, labels, loss_mask, positions.expand_as(tokens))
-        return cls(
-            *(take_local(part, cp_size, cp_rank, dim=1).contiguous().to(device, non_blocking=True) for part in parts),
-            SequenceLayout(documents=documents),
-        )
+        return cls(*(take_local(part, cp_size, cp_rank, dim=1).contiguous() for part in parts), layout)
+
+    def pin_memory(self) -> "MicroBatch":
+        """Return a copy in pinned memory, from which copies to a GPU do not wait."""
+        return replace(self, **{one.name: getattr(self, one.name).pin_memory() for one in fields(self)})
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return a copy on a device."""
+        tensors = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "layout"}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return MicroBatch(**moved, layout=self.layout.to(device))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -156,20 +157,28 @@ class _Numbered(torch.utils.data.Dataset):
 
 
 def micro_batches(
-    samples, numbers: Sequence[int], *, micro_batch_size: int, num_workers: int, cp_size: int, cp_rank: int, device
+    samples,
+    numbers: Sequence[int],
+    *,
+    micro_batch_size: int,
+    num_workers: int,
+    cp_size: int,
+    cp_rank: int,
+    chunk_size: int | None,
+    device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Micro batches of the samples with these numbers, in order; workers, if any, read ahead."""
+    """Yield micro batches of the samples with these numbers, in order, on the device; workers, if any, read ahead."""
     loader = DataLoader(
         _Numbered(samples, numbers),
         batch_size=micro_batch_size,
-        collate_fn=list,
+        collate_fn=partial(MicroBatch.collate, cp_size=cp_size, cp_rank=cp_rank, chunk_size=chunk_size),
         num_workers=num_workers,
-        pin_memory=False,
+        pin_memory=device.type == "cuda",
     )
     with unheard():
-        groups = iter(loader)
-    for group in groups:
-        yield MicroBatch.collate(group, cp_size, cp_rank, device)
+        batches = iter(loader)
+    for batch in batches:
+        yield batch.to(device)
 
 
 def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[int]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
 
-from inplace_ttt.megatron.layout import SequenceLayout, in_sequence_order, query_spans
+from inplace_ttt.megatron.batch_context import BatchContext
+from inplace_ttt.megatron.query_spans import query_spans
+from inplace_ttt.ttt.layout import in_sequence_order
 
 
 class DocumentAttention(MegatronModule):
@@ -46,24 +48,26 @@ class DocumentAttention(MegatronModule):
         attention_mask=None,
         attn_mask_type=None,
         attention_bias=None,
-        packed_seq_params: SequenceLayout | None = None,
+        packed_seq_params: BatchContext | None = None,
     ) -> Tensor:  # (s, b, heads * channels)
-        layout = packed_seq_params
+        context = packed_seq_params
         if not (self.training and self.keep):
-            return self.attend(query, key, value, layout)
+            return self.attend(query, key, value, context)
         if torch.is_grad_enabled():
-            kept = layout.attention.pop(self, None)  # the recompute of a forward that kept it
-            return self.attend(query, key, value, layout) if kept is None else _Kept.apply(query, key, value, kept)
+            kept = context.recompute.pop(self, None)  # the recompute of a forward that kept it
+            return self.attend(query, key, value, context) if kept is None else _Kept.apply(query, key, value, kept)
         gradients: list[Tensor] = []
         with torch.enable_grad():
-            out = self.attend(*_Inputs.apply(query.new_empty(0).requires_grad_(), query, key, value, gradients), layout)
-        layout.attention[self] = out, gradients
+            out = self.attend(
+                *_Inputs.apply(query.new_empty(0).requires_grad_(), query, key, value, gradients), context
+            )
+        context.recompute[self] = out, gradients
         return out.detach()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: BatchContext | None) -> Tensor:
         cp_size = self.cp_group.size()
         key, value = self.gather(key), self.gather(value)
-        documents = layout.documents if layout is not None else None
+        documents = context.documents if context is not None else None
         repeats = query.shape[2] // key.shape[2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (b, heads, s, channels)
         if repeats > 1:

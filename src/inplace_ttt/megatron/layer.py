@@ -55,7 +55,7 @@ def make_parts(transformer_impl: str) -> Parts:
 
 
 class TTTTransformerLayer(TransformerLayer):
-    """A layer whose MLP is also handed the embedding output and the sequence layout.
+    """Hand the embedding output and the micro batch's context to the MLP, too.
 
     The embedding output arrives as ``context``: a decoder without cross-attention does not use it, and Megatron
     carries it through every layer and, as a tracked argument, through full recompute.
@@ -64,7 +64,7 @@ class TTTTransformerLayer(TransformerLayer):
     def forward(self, *args, **kwargs):
         hidden_states, context = self._forward_attention(*args, **kwargs)
         normed = self._forward_pre_mlp_layernorm(hidden_states)
-        mlp = partial(self.mlp, layout=kwargs["packed_seq_params"])
+        mlp = partial(self.mlp, batch_context=kwargs["packed_seq_params"])
         if self.recompute_mlp:
             out = tensor_parallel.checkpoint(mlp, False, normed, kwargs["context"])
         else:

@@ -8,12 +8,10 @@ What is exchanged, and when:
 """
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -23,10 +21,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
-from inplace_ttt.megatron.layout import SequenceLayout
-from inplace_ttt.ttt import Received, fast_weight_linear
-from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import begin_chunk_target, chunk_target
+from inplace_ttt.megatron.batch_context import BatchContext
+from inplace_ttt.ttt import CarryCache, ChunkTargets, fast_weight_linear, histogram
+from inplace_ttt.ttt.layout import SequenceLayout
+from inplace_ttt.ttt.target import chunk_target
 
 COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
 
@@ -65,41 +63,52 @@ class TTTMLP(MLP):
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
-        # Layers, and micro batches of the pipeline, whose chunk weights live at a time where the MLP is not recomputed
+        # Number of layers, times micro batches of the pipeline, whose saved chunk weights are alive at once where the
+        # MLP is not recomputed
         self.kept_layers = 1
-        # Squared, over tensor-parallel shards, since it was last read
+        # Squared norm of a document's state, the largest since it was last read; over tensor-parallel shards
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
+        # While it is set, forwards count the norms of chunks' updates (see ttt/histogram.py)
+        self.counts_updates = False
+        self.update_counts = torch.zeros(histogram.BINS, dtype=torch.int64, device=self.linear_fc2.weight.device)
 
     def forward(
         self,
         hidden_states: Tensor,  # (s, b, d); with sequence parallelism this rank's s / TP tokens
         input_embed: Tensor | None,  # likewise
-        layout: SequenceLayout,
+        batch_context: BatchContext,
     ) -> tuple[Tensor, None]:
+        """Return the output, in the layout of hidden_states, and Megatron's bias, which there is none of."""
+        layout = batch_context.layout
         z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
-        v, make_the_rest = self._target(u, z.shape[0], layout)
-        received, recomputed = self._received(layout)
-        note_norms = self.training and not recomputed
+        cache, is_recompute = self._carry_cache(batch_context)
+        notes_norms = self.training and not is_recompute
+        counts = notes_norms and self.counts_updates
         out = fast_weight_linear(
             z,
-            v,
+            self._targets(u, layout),
             self.linear_fc2.weight,
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
             cu_seqlens=layout.cu_seqlens,
             cp_group=self.cp_group,
+            plan=layout.plan,
+            clip=self.ttt.clip,
+            tp_group=self.tp_group,
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
             prefix=self.ttt.prefix,
             keep_chunk_weights=self.ttt.keep_chunk_weights,
-            kept_layers=1 if recomputed else self.kept_layers,
-            received=received,
-            before_second_slice=make_the_rest,
-            return_update_norms=note_norms,
+            kept_layers=1 if is_recompute else self.kept_layers,
+            carry_cache=cache,
+            return_update_norms=notes_norms,
+            return_update_ratios=counts,
         )
-        if note_norms:
-            out, norms = out
-            self._note(norms)
+        if notes_norms:
+            out, norms, *ratios = out
+            self._note_norms(norms)
+            if counts:
+                self.update_counts += histogram.count(ratios[0])
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
@@ -111,44 +120,38 @@ class TTTMLP(MLP):
         gate, up = gate_and_up.chunk(2, dim=-1)
         return self.config.activation_func(gate) * up
 
-    def _received(self, layout: SequenceLayout) -> tuple[Received | None, bool]:
-        """Where recompute finds what this forward receives from other ranks, and whether this is the recompute.
+    def _carry_cache(self, batch_context: BatchContext) -> tuple[CarryCache | None, bool]:
+        """Return where this forward's incoming carries are saved for its recompute, or found, if it is the recompute.
 
-        A forward that will be recomputed runs without gradients; its recompute, with the same layout, runs with them.
+        A forward that will be recomputed runs without gradients; its recompute, with the same context, runs with them.
         """
         if not self.training:
             return None, False
         if torch.is_grad_enabled():
-            received = layout.received.pop(self, None)
-            return received, received is not None
-        received = layout.received[self] = Received()
-        return received, False
+            cache = batch_context.recompute.pop(self, None)
+            return cache, cache is not None
+        cache = batch_context.recompute[self] = CarryCache()
+        return cache, False
 
-    def _target(self, u: Tensor, length: int, layout: SequenceLayout) -> tuple[Tensor, Callable[[], None] | None]:
-        """(s, b, d) targets of all ``length`` tokens, from u in the layout of hidden_states; what makes those of the
-        second slice, where that may wait until the first one's sums are on their way to other ranks."""
-        cp_size, cp_rank = self.cp_group.size(), self.cp_group.rank()
-        plan = make_plan(length * cp_size, self.ttt.chunk_size, layout.documents, cp_size, cp_rank)
-        ids, kernel = layout.chunk_ids(plan, u.device), self.ttt_conv.weight
+    def _targets(self, u: Tensor, layout: SequenceLayout) -> Tensor | ChunkTargets:
+        """Return the targets (s, b, d) of all local tokens, from u in the layout of hidden_states."""
+        plan, ids, kernel = layout.plan, layout.chunk_ids, self.ttt_conv.weight
         projection = None if self.ttt_proj is None else self.ttt_proj.weight
         if not self.config.sequence_parallel:
-            if cp_size == 1:
-                v, make_the_rest = chunk_target(u, kernel, projection, ids), None
-            else:
-                v, make_the_rest = begin_chunk_target(u, kernel, projection, ids)
-            return copy_to_tensor_model_parallel_region(v, group=self.tp_group), make_the_rest
+            return ChunkTargets(u, kernel, projection, ids, tp_group=self.tp_group)
         size = u.shape[0]
         shard = slice(self.tp_group.rank() * size, (self.tp_group.rank() + 1) * size)
         starts = set(itertools.accumulate(plan.chunk_lengths, initial=0))
-        if starts.issuperset(range(0, length, size)):
+        if starts.issuperset(range(0, plan.local_length, size)):
             v = chunk_target(u, kernel, projection, ids[shard])
         else:  # a chunk lies on two ranks: the convolution needs its neighbours' tokens
             c = chunk_target(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, None, ids)[shard]
             v = c if projection is None else c @ projection
-        return gather_from_sequence_parallel_region(v, group=self.tp_group), None
+        return gather_from_sequence_parallel_region(v, group=self.tp_group)
 
     @torch.no_grad()
-    def _note(self, norms: Tensor) -> None:
+    def _note_norms(self, norms: Tensor) -> None:
+        """Keep the largest squared norm, summed over the tensor-parallel shards."""
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(norms, group=self.tp_group)
         if norms.numel():

@@ -6,11 +6,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from inplace_ttt.config import Config, padded_vocab_size, ttt_layers
+from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.layer import block_spec, make_parts
-from inplace_ttt.megatron.layout import SequenceLayout
 from inplace_ttt.megatron.loss import linear_cross_entropy
 from inplace_ttt.megatron.mlp import TTTMLP
 from inplace_ttt.megatron.rope import RotaryEmbedding, rope_frequencies
+from inplace_ttt.ttt.layout import SequenceLayout
 
 
 def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
@@ -96,7 +97,7 @@ class TTTGPTModel(GPTModel):
             position_embedding_type="none",  # ours, from position_ids
             pg_collection=pg_collection,
         )
-        self.true_vocab_size = vocab_size
+        self.true_vocab_size, self.chunk_size = vocab_size, config.ttt.chunk_size
         self.rope = RotaryEmbedding(model_rope(config)[0].to(next(self.parameters()).device))
         self.carries_input_embed = bool(ttt_layers(config.ttt, config.model.num_layers)) and (
             config.ttt.target == "input_embed"
@@ -135,13 +136,16 @@ class TTTGPTModel(GPTModel):
         if self.carries_input_embed:
             context = embedded if self.pre_process else self._received_input_embed
             self._received_input_embed = None
+        if self.ttt_modules and layout.plan is None:
+            cp = self.pg_collection.cp
+            layout = layout.with_plan(input_ids.shape[1] * cp.size(), self.chunk_size, cp.size(), cp.rank())
         out = super().forward(
             input_ids,
             position_ids,
             None,
             embedded,
             labels=labels,
-            packed_seq_params=layout,
+            packed_seq_params=BatchContext(layout=layout.to(input_ids.device)),
             extra_block_kwargs={"context": context},
             output_processor=None if labels is None else self._loss,
         )

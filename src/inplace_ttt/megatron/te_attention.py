@@ -16,7 +16,8 @@ from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
 from inplace_ttt.megatron.attention import DocumentAttention
-from inplace_ttt.megatron.layout import SequenceLayout, query_runs
+from inplace_ttt.megatron.batch_context import BatchContext
+from inplace_ttt.megatron.query_spans import query_runs
 
 
 class TEDocumentAttention(DocumentAttention):
@@ -46,25 +47,25 @@ class TEDocumentAttention(DocumentAttention):
             layer_number=layer_number,
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout | None) -> Tensor:
-        documents = layout.documents if layout is not None else None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, context: BatchContext | None) -> Tensor:
+        documents = context.documents if context is not None else None
         rows, split = query.shape[1], self.cp_group.size() > 1
         gathered = split and (documents is not None or self.window is not None)
         if query.dtype == torch.float32 or (gathered and rows > 1):
-            return super().attend(query, key, value, layout)
+            return super().attend(query, key, value, context)
         if gathered:
-            return self._with_gathered_keys(query, key, value, layout)
+            return self._with_gathered_keys(query, key, value, context)
         if documents is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
         tokens = [t.squeeze(1) for t in (query, key, value)]  # a packed micro batch is one row
-        out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(layout, query.device))
+        out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(context, query.device))
         return out.reshape(query.shape[0], 1, -1)
 
-    def _with_gathered_keys(self, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    def _with_gathered_keys(self, query: Tensor, key: Tensor, value: Tensor, context: BatchContext) -> Tensor:
         key, value = self.gather(key), self.gather(value)
         outputs = []
         for number, run in enumerate(
-            query_runs(key.shape[0], layout.documents, self.cp_group.size(), self.cp_group.rank())
+            query_runs(key.shape[0], context.documents, self.cp_group.size(), self.cp_group.rank())
         ):
             local, keys = (
                 slice(getattr(run[0], name).start, getattr(run[-1], name).stop) for name in ("local", "keys")
@@ -73,7 +74,7 @@ class TEDocumentAttention(DocumentAttention):
             for name in ("local", "keys"):
                 lengths = [getattr(span, name).stop - getattr(span, name).start for span in run]
                 cumulated = list(itertools.accumulate(lengths, initial=0))
-                on_device = layout.on_device(
+                on_device = context.table(
                     (name, number), lambda c=cumulated: torch.tensor(c, dtype=torch.int32), query.device
                 )
                 bounds[name] = on_device, max(lengths)
@@ -92,9 +93,9 @@ class TEDocumentAttention(DocumentAttention):
         return torch.cat(outputs)[:, None]
 
 
-def _packed(layout: SequenceLayout, device: torch.device) -> PackedSeqParams:
-    bounds = layout.on_device("cu_seqlens", lambda: layout.cu_seqlens, device)
-    longest = max(b - a for a, b in itertools.pairwise(layout.documents))
+def _packed(context: BatchContext, device: torch.device) -> PackedSeqParams:
+    bounds = context.table("cu_seqlens", lambda: context.layout.cu_seqlens, device)
+    longest = max(b - a for a, b in itertools.pairwise(context.documents))
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )

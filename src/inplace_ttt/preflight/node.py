@@ -80,12 +80,13 @@ def kernels() -> Finding:
         return Finding(part, State.LACKING, "need a Hopper GPU", costs)
     try:
         from inplace_ttt.ttt import fast_weight_linear, naive
-        from inplace_ttt.ttt.function import why_no_kernels
+        from inplace_ttt.ttt.backends import why_not_hopper
+        from inplace_ttt.ttt.rule import PAPER
 
         torch.manual_seed(0)
         shapes = (256, 1, 128), (256, 1, 64), (64, 128)
         operands = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
-        reason = why_no_kernels(*operands[:2], chunk_size=64, eta=0.01)
+        reason = why_not_hopper(operands[0], 64, chunk_size=64, eta=0.01, rule=PAPER)
         if reason is not None:
             return Finding(part, State.LACKING, reason, costs)
         out = fast_weight_linear(*operands, eta=0.01, chunk_size=64)

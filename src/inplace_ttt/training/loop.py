@@ -184,6 +184,7 @@ class Loop:
             num_workers=self.config.data.num_workers,
             cp_size=self.groups.cp.size(),
             cp_rank=self.groups.cp.rank(),
+            chunk_size=self.config.ttt.chunk_size if self.layers else None,
             device=self.device,
         )
 

@@ -1,7 +1,7 @@
 """The definition of In-Place Test-Time Training: a loop over chunks, differentiated by autograd.
 
-Every faster version in this package is tested against these two functions, in outputs and in gradients.
-Symbols as in the paper (Feng et al., arXiv 2604.06169, section 3):
+Every faster version in this package is tested against these functions, in outputs and in gradients. Symbols as in the
+paper (Feng et al., arXiv 2604.06169, section 3):
 
     z  input of the down-projection     v  target       W  down-projection, the fast weight
     s  sequence    b  batch    d  hidden size    f  feed-forward size    C  chunk size
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from inplace_ttt.ttt.state import FastWeightState, zero_state
+
 
 def fast_weight_linear(
     z: Tensor,  # (s, b, f)
@@ -22,25 +24,81 @@ def fast_weight_linear(
     eta: float,
     chunk_size: int,
     cu_seqlens: Tensor | None = None,  # (n_docs + 1,)
-) -> Tensor:  # (s, b, d)
-    """Down-projection whose weight learns while it reads; apply, then update.
+    initial_state: FastWeightState | None = None,
+    output_final_state: bool = False,
+    clip: float | None = None,
+) -> Tensor | tuple[Tensor, FastWeightState]:  # (s, b, d)
+    """Apply a down-projection whose weight learns while it reads; apply, then update.
 
-    The tokens of chunk i of a document see ``W + eta * sum_{j < i} sum_{t in chunk j} v_t z_t^T``.
+    The tokens of chunk i of a document use ``W + sum_{j < i} dW_j``, ``dW_j = eta * sum_{t in chunk j} v_t z_t^T``.
     Documents start at ``cu_seqlens`` (the same in every row of the batch); without it, each row is one document.
+
+    Args:
+        initial_state: what the first document wrote before this sequence.
+        output_final_state: also return what the last document has written behind it.
+        clip: ``dW_j`` is rescaled to the Frobenius norm ``clip * |W|`` where its own is larger; ``|W|`` is a constant.
+    """
+    d, (s, b, _) = weight.shape[0], z.shape
+    bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    for row in range(b):
+        parts = []
+        for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+            state = initial_state if document == 0 and initial_state is not None else zero_state(z, d)
+            updates, chunk_z, chunk_v = state.updates[row], state.z[:, row], state.v[:, row]
+            while start < end:
+                stop = min(start + chunk_size - len(chunk_z), end)
+                parts.append(z[start:stop, row] @ (weight + updates).T)
+                chunk_z = torch.cat([chunk_z, z[start:stop, row]])
+                chunk_v = torch.cat([chunk_v, v[start:stop, row]])
+                if len(chunk_z) == chunk_size:
+                    updates = updates + _clipped(eta * chunk_v.T @ chunk_z, weight, clip)
+                    chunk_z, chunk_v = chunk_z[:0], chunk_v[:0]
+                start = stop
+        outputs.append(torch.cat(parts))
+        states.append((updates, chunk_z, chunk_v))
+    out = torch.stack(outputs, dim=1)
+    if not output_final_state:
+        return out
+    updates, chunk_z, chunk_v = zip(*states, strict=True)
+    return out, FastWeightState(torch.stack(updates), torch.stack(chunk_z, dim=1), torch.stack(chunk_v, dim=1))
+
+
+def _clipped(update: Tensor, weight: Tensor, clip: float | None) -> Tensor:
+    """Return the update, rescaled where its norm is larger than ``clip * |weight|``."""
+    if clip is None:
+        return update
+    limit = clip * weight.detach().norm()
+    return update * (limit / update.norm()) if update.norm() > limit else update
+
+
+def decayed_fast_weight_linear(
+    z: Tensor,  # (s, b, f)
+    v: Tensor,  # (s, b, d)
+    weight: Tensor,  # (d, f)
+    *,
+    eta: float,
+    chunk_size: int,
+    decay: float,
+    cu_seqlens: Tensor | None = None,  # (n_docs + 1,)
+) -> Tensor:  # (s, b, d)
+    """Apply a down-projection whose updates fade: ``S <- decay * S + dW_j`` behind each chunk, which uses ``W + S``.
+
+    It is not in the paper. It is the example of another update rule, see ``rule.UpdateRule``.
     """
     s, b, _ = z.shape
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
-    rows = []
+    outputs = []
     for row in range(b):
-        outputs = []
+        parts = []
         for start, end in itertools.pairwise(bounds):
-            fast_weight = weight
+            state = torch.zeros_like(weight)
             for first in range(start, end, chunk_size):
                 chunk = slice(first, min(first + chunk_size, end))
-                outputs.append(z[chunk, row] @ fast_weight.T)
-                fast_weight = fast_weight + eta * v[chunk, row].T @ z[chunk, row]
-        rows.append(torch.cat(outputs))
-    return torch.stack(rows, dim=1)
+                parts.append(z[chunk, row] @ (weight + state).T)
+                state = decay * state + eta * v[chunk, row].T @ z[chunk, row]
+        outputs.append(torch.cat(parts))
+    return torch.stack(outputs, dim=1)
 
 
 def target(
@@ -51,7 +109,7 @@ def target(
     chunk_size: int,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # (s, b, d)
-    """What a chunk is taught: ``v_t = conv(u)_t P``, the convolution zero-padded at the edges of each chunk."""
+    """Return the targets ``v_t = conv(u)_t P``, the convolution zero-padded at the edges of each chunk."""
     s, _, d = u.shape
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
     kernel = conv_weight.shape[-1]

@@ -1,11 +1,11 @@
-"""Which tokens form which chunk, and which chunk state crosses which slice edge: plain integers, on the host.
+"""Cut sequences into slices, documents and chunks, and say which state crosses which slice edge: plain integers.
 
 Under context parallelism of size n a sequence is cut into 2n slices of equal length; rank r holds slices r and
-2n-1-r (Megatron's load-balanced zigzag), one after the other. A *sweep* walks over the slices in one direction
-and carries a running sum of chunk states along every document: the prefix sweep in reading order (the updates a
-token sees), the suffix sweep against it (their gradients). Reversed, the zigzag assigns every slice to the same
-rank, so both are one algorithm on mirrored indices. The last rank's slices follow on each other: it sweeps them as
-one, which is one *stop* of the sweep where other ranks have two.
+2n-1-r (Megatron's load-balanced zigzag), one after the other. A *scan* visits the slices in one direction and carries
+a state along every document: the prefix scan in reading order (the updates that a token sees), the suffix scan against
+it (their gradients). Reversed, the zigzag assigns every slice to the same rank, so both are one algorithm on mirrored
+indices. A *scan stage* is what a rank scans before it hands over the carry: one slice, or both slices of the last rank,
+which are neighbours.
 """
 
 import itertools
@@ -15,6 +15,9 @@ from functools import cached_property, lru_cache
 
 Span = tuple[int, int]  # first token, one past the last
 
+# In the place of a rank: the carry comes from the caller's initial state, or becomes the final one
+CALLER = -1
+
 
 class LayoutError(ValueError):
     """A sequence, its documents and the chunk size do not fit together; the message says what would."""
@@ -22,50 +25,104 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one document that lies in one stop."""
+    """The part of one document that lies in one scan stage."""
 
-    chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the sweep
-    receives: bool = False  # the sweep comes to this document's tokens in an earlier stop first
-    sends: bool = False  # the sweep goes on with this document in a later stop
+    chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the scan
+    receives: bool = False  # starts from an incoming carry
+    sends: bool = False  # ends with an outgoing carry
+    first_reads: bool = True  # False: the first chunk does not use the state (an unfinished chunk, on the suffix scan)
+    last_writes: bool = True  # False: the last chunk does not change the state (an unfinished chunk)
 
     @property
     def crosses(self) -> bool:
-        """The document goes over an edge of the stop."""
+        """Whether the document continues beyond the stage, on either side."""
         return self.receives or self.sends
 
     def reversed(self) -> "Segment":
-        """The same on a sweep in the other direction."""
-        return Segment(self.chunks[::-1], receives=self.sends, sends=self.receives)
+        """Return the same segment for the scan in the other direction."""
+        return Segment(
+            self.chunks[::-1],
+            receives=self.sends,
+            sends=self.receives,
+            first_reads=self.last_writes,
+            last_writes=self.first_reads,
+        )
+
+    def reading_chunks(self, from_zero: bool) -> tuple[Span, ...]:
+        """Return the chunks that use a weight, in token order; ``from_zero``: a state that nothing was added to is
+        zero, and is used by nobody."""
+        skips_first = not self.first_reads or (from_zero and not self.receives)
+        return tuple(sorted(self.chunks[1:] if skips_first else self.chunks))
 
 
 @dataclass(frozen=True)
-class Stop:
-    """What a sweep comes to on one rank before it goes on to another: a slice, or the two of the last rank."""
+class ScanStage:
+    """Contiguous slices that a rank scans before it hands over the carry."""
 
-    segments: tuple[Segment, ...]  # those that cross its edges, in the order of the sweep: two at most
-    source: int | None  # context-parallel rank whose running sum this stop starts from
-    target: int | None  # context-parallel rank that goes on from this stop
+    tokens: Span  # in the rank's local sequence
+    segments: tuple[Segment, ...]  # those that cross the stage's edges, in the order of the scan: two at most
+    source: int | None  # context-parallel rank (or CALLER) of the incoming carry
+    target: int | None  # context-parallel rank (or CALLER) of the outgoing carry
+
+    def reversed(self) -> "ScanStage":
+        """Return the same stage for the scan in the other direction."""
+        segments = tuple(segment.reversed() for segment in reversed(self.segments))
+        return ScanStage(self.tokens, segments, source=self.target, target=self.source)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a rank needs to know about its share of a sequence."""
+    """One rank's share of a sequence, for all layers of a model. Plans pickle, and know no process group."""
 
-    prefix: tuple[Stop, ...]  # this rank's in reading order
-    suffix: tuple[Stop, ...]  # the same in the opposite order
-    inner: tuple[Segment, ...]  # documents of several chunks that lie in one stop, in reading order
-    alone: tuple[Span, ...]  # documents of one chunk, of which no token sees what they write
-    chunk_lengths: tuple[int, ...]  # of all local chunks in the order of their tokens
+    seq_length: int  # tokens of the whole sequence
+    chunk_size: int
+    bounds: tuple[int, ...]  # of the documents in the whole sequence, from 0 to seq_length; empty documents left out
+    cp_size: int
+    cp_rank: int
+    prefix: tuple[ScanStage, ...]  # in reading order
+    inner: tuple[Segment, ...]  # documents of several chunks that lie in one stage, in reading order
+    single_chunk_documents: tuple[Span, ...]  # no token of these reads what they write
+    chunk_lengths: tuple[int, ...]  # of all local chunks, in token order
 
     @property
-    def sweep_chunks(self) -> int:
-        """How many chunks a sweep comes by."""
-        return len(self.chunk_lengths) - len(self.alone)
+    def local_length(self) -> int:
+        """Number of tokens on this rank."""
+        return self.seq_length // self.cp_size
+
+    @property
+    def scanned_chunks(self) -> int:
+        """Number of local chunks that a scan visits."""
+        return len(self.chunk_lengths) - len(self.single_chunk_documents)
+
+    @cached_property
+    def suffix(self) -> tuple[ScanStage, ...]:
+        """Return the stages against reading order."""
+        return tuple(stage.reversed() for stage in reversed(self.prefix))
 
     @cached_property
     def inner_reversed(self) -> tuple[Segment, ...]:
-        """``inner`` on the suffix sweep."""
+        """Return ``inner`` for the suffix scan."""
         return tuple(segment.reversed() for segment in reversed(self.inner))
+
+    @cached_property
+    def chunks(self) -> tuple[Span, ...]:
+        """Return all local chunks, in token order."""
+        return tuple(itertools.pairwise(itertools.accumulate(self.chunk_lengths, initial=0)))
+
+    @cached_property
+    def read_chunks(self) -> tuple[bool, ...]:
+        """Tell of each local chunk, in token order, whether a later chunk of its document reads what it writes."""
+        read = set()
+        for segment in (*(segment for stage in self.prefix for segment in stage.segments), *self.inner):
+            ends_here = not segment.sends or not segment.last_writes
+            read.update(segment.chunks[:-1] if ends_here else segment.chunks)
+        return tuple(chunk in read for chunk in self.chunks)
+
+    def with_state(self, initial: bool, final: bool) -> "Plan":
+        """Return the plan in which the first document starts from a given state, or the last one's is handed out."""
+        return _make_plan(
+            self.seq_length, self.chunk_size, self.bounds, self.cp_size, self.cp_rank, initial=initial, final=final
+        )
 
 
 def make_plan(
@@ -73,20 +130,22 @@ def make_plan(
 ) -> Plan:
     """Cut a sequence of ``seq_length`` tokens (of all ranks) into slices, documents and chunks.
 
-    ``documents`` are the bounds of the documents, from 0 to ``seq_length`` (None: one document).
-    Raises LayoutError where no exact plan exists.
+    Args:
+        documents: bounds of the documents, from 0 to ``seq_length``. None: one document.
+
+    Raises:
+        LayoutError: no exact plan exists.
     """
     if chunk_size < 1:
         raise LayoutError(f"chunk_size={chunk_size}: a chunk has at least one token")
     if seq_length < 1:
         raise LayoutError(f"a sequence of {seq_length} tokens: there must be at least one")
     bounds = check_documents(documents, seq_length)
-    # an empty document holds no tokens: it changes nothing
     return _make_plan(seq_length, chunk_size, tuple(sorted(set(bounds))), cp_size, cp_rank)
 
 
 def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple[int, ...]:
-    """The documents' bounds, checked: from 0 to ``seq_length``, never falling."""
+    """Return the documents' bounds: from 0 to ``seq_length``, never falling. Raise LayoutError for others."""
     if documents is None:
         return (0, seq_length)
     if len(documents) < 2 or documents[0] != 0 or documents[-1] != seq_length:
@@ -101,7 +160,7 @@ def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple
 
 
 def slice_bounds(seq_length: int, cp_size: int) -> list[int]:
-    """Edges of the slices of the zigzag in reading order; one slice where nothing is split."""
+    """Return the edges of the slices in reading order; one slice where the sequence is not split."""
     if cp_size == 1:
         return [0, seq_length]
     if seq_length % (2 * cp_size):
@@ -114,26 +173,26 @@ def slice_bounds(seq_length: int, cp_size: int) -> list[int]:
 
 
 def local_slices(cp_size: int, cp_rank: int) -> list[int]:
-    """The slices that a rank holds, in the order it holds them."""
+    """Return the numbers of the slices that a rank holds, in the order in which it holds them."""
     return [0] if cp_size == 1 else [cp_rank, 2 * cp_size - 1 - cp_rank]
 
 
-def owner(index: int, cp_size: int) -> int:
-    """The context-parallel rank that holds a slice."""
+def slice_owner(index: int, cp_size: int) -> int:
+    """Return the context-parallel rank that holds a slice."""
     return index if index < cp_size else 2 * cp_size - 1 - index
 
 
-def runs(spans: tuple[Span, ...]) -> list[Span]:
-    """Spans, in the order of their tokens, with those that follow on each other as one."""
-    found: list[Span] = []
+def merge_adjacent(spans: tuple[Span, ...]) -> list[Span]:
+    """Merge spans, given in token order, that follow directly on each other."""
+    merged: list[Span] = []
     for start, stop in spans:
-        first = found.pop()[0] if found and found[-1][1] == start else start
-        found.append((first, stop))
-    return found
+        first = merged.pop()[0] if merged and merged[-1][1] == start else start
+        merged.append((first, stop))
+    return merged
 
 
 def evenly_spaced(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
-    """Spans in as few parts as there can be, in each of which all are equally long and equally far from the next."""
+    """Split spans into as few groups as possible, in each of which all have one length and one distance to the next."""
     first = 0
     while first < len(spans):
         start, stop = spans[first]
@@ -147,7 +206,7 @@ def evenly_spaced(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
 
 
 def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-    """Of each document with tokens in [first, last): its own start and end, and those of its part that lies there."""
+    """Yield (start, end) of each document with tokens in [first, last), then (start, end) of its part in there."""
     for start, end in itertools.pairwise(bounds):
         left, right = max(start, first), min(end, last)
         if left < right:
@@ -155,12 +214,27 @@ def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[t
 
 
 @lru_cache(maxsize=256)
-def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_size: int, cp_rank: int) -> Plan:
+def _make_plan(
+    seq_length: int,
+    chunk_size: int,
+    bounds: tuple[int, ...],
+    cp_size: int,
+    cp_rank: int,
+    *,
+    initial: bool = False,
+    final: bool = False,
+) -> Plan:
     edges = slice_bounds(seq_length, cp_size)
     if cp_size > 1:
         _check_alignment(edges, bounds, chunk_size)
-    prefix, inner, alone, lengths, offset = [], [], [], [], 0
-    for first, last in runs(tuple((edges[index], edges[index + 1]) for index in local_slices(cp_size, cp_rank))):
+    unfinished = final and (seq_length - bounds[-2]) % chunk_size > 0
+    if unfinished and cp_size > 1:
+        raise LayoutError(
+            f"the last document, of {seq_length - bounds[-2]} tokens, ends inside a chunk (chunk_size={chunk_size}): "
+            f"under context parallelism a state is handed out at chunk boundaries; end at a multiple of chunk_size"
+        )
+    prefix, inner, single, lengths, offset = [], [], [], [], 0
+    for first, last in merge_adjacent(tuple((edges[i], edges[i + 1]) for i in local_slices(cp_size, cp_rank))):
         segments = []
         for start, end, left, right in document_parts(bounds, first, last):
             chunks = []
@@ -168,29 +242,41 @@ def _make_plan(seq_length: int, chunk_size: int, bounds: tuple[int, ...], cp_siz
                 stop = min(begin + chunk_size, right)
                 chunks.append((begin - first + offset, stop - first + offset))
                 lengths.append(stop - begin)
-            segments.append(Segment(tuple(chunks), receives=start < first, sends=end > last))
+            from_caller, to_caller = initial and left == 0, final and right == seq_length
+            segments.append(
+                Segment(
+                    tuple(chunks),
+                    receives=start < first or from_caller,
+                    sends=end > last or to_caller,
+                    last_writes=not (unfinished and to_caller),
+                )
+            )
         for segment in segments:
             if not segment.crosses:
-                inner.append(segment) if len(segment.chunks) > 1 else alone.append(segment.chunks[0])
-        prefix.append(
-            Stop(
-                tuple(segment for segment in segments if segment.crosses),
-                source=owner(edges.index(first) - 1, cp_size) if segments[0].receives else None,
-                target=owner(edges.index(last), cp_size) if segments[-1].sends else None,
-            )
-        )
+                inner.append(segment) if len(segment.chunks) > 1 else single.append(segment.chunks[0])
+        source = target = None
+        if segments[0].receives:
+            source = CALLER if first == 0 else slice_owner(edges.index(first) - 1, cp_size)
+        if segments[-1].sends:
+            target = CALLER if last == seq_length else slice_owner(edges.index(last), cp_size)
+        crossing = tuple(segment for segment in segments if segment.crosses)
+        prefix.append(ScanStage((offset, offset + last - first), crossing, source, target))
         offset += last - first
-    suffix = tuple(_reverse(stop) for stop in reversed(prefix))
-    return Plan(tuple(prefix), suffix, tuple(inner), tuple(alone), tuple(lengths))
-
-
-def _reverse(stop: Stop) -> Stop:
-    segments = tuple(segment.reversed() for segment in reversed(stop.segments))
-    return Stop(segments, source=stop.target, target=stop.source)
+    return Plan(
+        seq_length,
+        chunk_size,
+        bounds,
+        cp_size,
+        cp_rank,
+        prefix=tuple(prefix),
+        inner=tuple(inner),
+        single_chunk_documents=tuple(single),
+        chunk_lengths=tuple(lengths),
+    )
 
 
 def _check_alignment(edges: list[int], bounds: tuple[int, ...], chunk_size: int) -> None:
-    """No chunk may straddle two slices: the state that is passed on holds whole chunks."""
+    """Refuse chunks that straddle two slices: the carry between ranks holds the updates of whole chunks."""
     starts = set(bounds)
     document = 0
     for index, edge in enumerate(edges[1:-1], start=1):

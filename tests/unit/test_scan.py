@@ -1,4 +1,4 @@
-"""How the rows of the state are cut into blocks, and which blocks' chunk weights are used together."""
+"""The scan: how the rows of the state are cut into blocks, and which blocks' chunk weights are used together."""
 
 import itertools
 from types import SimpleNamespace
@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inplace_ttt.ttt import walk
-from inplace_ttt.ttt.walk import Exchange, in_groups, row_blocks
+from inplace_ttt.ttt import scan
+from inplace_ttt.ttt.scan import Exchange, group_blocks, row_blocks
 
 
 @pytest.mark.parametrize("d, count", [(2560, 7), (2560, 4), (1024, 3), (192, 8), (5, 2), (1, 4)])
@@ -30,7 +30,7 @@ def test_blocks_cover_all_rows_once(d, count):
     ],
 )
 def test_blocks_are_used_in_as_few_groups_as_fit(most, expected):
-    assert in_groups(row_blocks(2560, 7), most) == expected
+    assert group_blocks(row_blocks(2560, 7), most) == expected
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_blocks_are_used_in_as_few_groups_as_fit(most, expected):
     ],
 )
 def test_blocks_between_gpus_are_as_many_as_fill_them(monkeypatch, ranks, d, f, expected):
-    wire = object()
-    monkeypatch.setattr(walk, "mailbox", lambda group, numels, dtype, device: wire)
+    transport = object()
+    monkeypatch.setattr(scan, "symmetric_memory_transport", lambda group, numels, dtype, device: transport)
     group = SimpleNamespace(size=lambda: ranks)
-    blocks, found = Exchange(group, torch.float32).blocks_and_wire(1, d, f, torch.device("cuda"))
-    assert found is wire and len(blocks) == expected
+    blocks, found = Exchange(group, torch.float32).blocks_and_transport(1, d, f, torch.device("cuda"))
+    assert found is transport and len(blocks) == expected

@@ -1,11 +1,11 @@
-"""The chunk-local convolution of ``target.py`` in one pass over memory, and its backward in another."""
+"""Triton kernels for the chunk-local convolution of ``target.py``: one pass over memory, and one for the backward."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from inplace_ttt.ttt.chunked import state_dtype
+from inplace_ttt.ttt.products import state_dtype
 
 BLOCK_T, BLOCK_D = 32, 64
 STRETCH = 256
@@ -91,7 +91,7 @@ def _grid(s: int, width: int) -> tuple[int, int]:
 
 
 def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
-    """As ``target.conv``: u (s, b, d), weight (d, 1, taps), chunk_ids (s,) -> (s, b, d)."""
+    """Return what ``target.conv`` does: u (s, b, d), weight (d, 1, taps), chunk_ids (s,) -> (s, b, d)."""
     u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
     (s, b, d), taps = u.shape, weight.shape[-1]
     _conv_kernel[_grid(s, b * d)](
@@ -101,7 +101,7 @@ def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
 
 
 def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``target.conv_backward``: gradients of u and weight from g (s, b, d)."""
+    """Return what ``target.conv_backward`` does: gradients of u and weight from g (s, b, d)."""
     g, u = g.contiguous(), u.contiguous()
     (s, b, d), taps = u.shape, weight.shape[-1]
     grid = triton.cdiv(b * d, BLOCK_D), triton.cdiv(s, STRETCH)

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.ttt import LayoutError, Received, fast_weight_linear, naive
+from inplace_ttt.ttt import CarryCache, ChunkTargets, LayoutError, fast_weight_linear, naive
 from inplace_ttt.ttt.plan import local_slices, make_plan, slice_bounds
-from inplace_ttt.ttt.target import begin_chunk_target, chunk_ids, chunk_target
+from inplace_ttt.ttt.target import TargetRecipe, chunk_ids, chunk_target
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from ranks import run_ranks
 
@@ -54,9 +54,11 @@ def test_equals_definition(cp_size):
     assert largest(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
 
 
-def late_second_slice(cu_seqlens):
-    """Whether targets of which half are made when they are asked for give the same bits, and how often they were."""
-    size, rank, calls = dist.get_world_size(), dist.get_rank(), []
+def targets_slice_by_slice(cu_seqlens):
+    """Whether targets that the operation computes give the same bits as a tensor, and it computes them by slices."""
+    size, rank, parts = dist.get_world_size(), dist.get_rank(), []
+    write = TargetRecipe.write
+    TargetRecipe.write = lambda self, v, tokens, *tensors: parts.append(tokens) or write(self, v, tokens, *tensors)
     z, u, weight, g = (zigzag(t, size, rank) if t.dim() == 3 else t for t in operands(0, 48, 2, 5, 7))
     torch.manual_seed(0)
     kernel, projection = torch.randn(5, 1, 3, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
@@ -64,24 +66,24 @@ def late_second_slice(cu_seqlens):
     ids = chunk_ids(make_plan(48, 4, documents, size, rank).chunk_lengths)
     options = dict(eta=0.5, chunk_size=4, cu_seqlens=cu_seqlens, cp_group=dist.group.WORLD)
 
+    def by_slices(z, u, weight):
+        return fast_weight_linear(z, ChunkTargets(u, kernel, projection, ids), weight, **options)
+
     def at_once(z, u, weight):
         return fast_weight_linear(z, chunk_target(u, kernel, projection, ids), weight, **options)
 
-    def late(z, u, weight):
-        v, make_the_rest = begin_chunk_target(u, kernel, projection, ids)
-        v.data[v.shape[0] // 2 :] = torch.nan
-        return fast_weight_linear(
-            z, v, weight, before_second_slice=lambda: calls.append(make_the_rest()), **options
-        )  # fmt: skip
-
-    pairs = zip(with_gradients(late, z, u, weight, g), with_gradients(at_once, z, u, weight, g), strict=True)
-    return all(torch.equal(found, expected) for found, expected in pairs), len(calls)
+    found = with_gradients(by_slices, z, u, weight, g)
+    made, length = list(parts), len(u)
+    pairs = zip(found, with_gradients(at_once, z, u, weight, g), strict=True)
+    whole = [slice(0, length)]
+    halves = [slice(0, length // 2), slice(length // 2, length)]
+    return all(torch.equal(a, b) for a, b in pairs), made == (whole if rank == size - 1 else halves)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 3])
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 8, 40, 48])], ids=["one document", "documents"])
-def test_targets_of_the_second_slice_may_come_late(cp_size, cu_seqlens):
-    assert run_ranks(cp_size, late_second_slice, cu_seqlens) == [(True, 1)] * cp_size
+def test_targets_are_computed_slice_by_slice(cp_size, cu_seqlens):
+    assert run_ranks(cp_size, targets_slice_by_slice, cu_seqlens) == [(True, True)] * cp_size
 
 
 def test_bf16_on_the_wire_costs_its_rounding_and_no_more():
@@ -121,11 +123,11 @@ def messages_of_a_repeated_forward():
     options |= dict(cu_seqlens=None, cp_group=dist.group.WORLD)
     z, v, g = (zigzag(t, dist.get_world_size(), dist.get_rank()) for t in (z, v, g))
     inputs = [t.requires_grad_() for t in (z, v, weight)]
-    received = Received()
-    first = fast_weight_linear(*inputs, received=received, **options)
+    cache = CarryCache()
+    first = fast_weight_linear(*inputs, carry_cache=cache, **options)
     expected = torch.autograd.grad(first, inputs, g)
     exchange, dist.isend, dist.irecv = (dist.isend, dist.irecv), None, None
-    second = fast_weight_linear(*inputs, received=received, **options)
+    second = fast_weight_linear(*inputs, carry_cache=cache, **options)
     dist.isend, dist.irecv = exchange
     again = torch.autograd.grad(second, inputs, g)
     return [torch.equal(x, y) for x, y in zip((first, *expected), (second, *again), strict=True)]

@@ -1,9 +1,9 @@
-"""A wire between GPUs of one host: each rank writes what it sends into memory of the receiver.
+"""Transport between GPUs of one host: each rank writes what it sends into memory of the receiver.
 
-A *mailbox* is memory that its owner's neighbours have mapped: the rank before it and the rank after it each have a
-side. Blocks are copied into it by the copy engines and flags are written and waited for by the streams themselves, so
-no transfer needs a processor of the GPU (only another dtype on the wire does, to convert). NCCL's transfers are
-kernels, which wait for products to end and hold processors while they wait for each other.
+Each rank owns symmetric memory that the ranks before and after it have mapped, with one half for each of them. Copy
+engines move the blocks, and the streams themselves write and wait for flags, so a transfer uses no SM (only a message
+in another dtype does, to convert). NCCL's transfers are kernels, which wait for products to end and hold SMs while they
+wait for each other.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MAX_BLOCKS = 1024  # flags that a side has
-_ARRIVED, _TAKEN = 0, 1  # flags: a block of the neighbour's is there; the neighbour has taken ours out
+MAX_BLOCKS = 1024  # flags per neighbour
+_ARRIVED, _TAKEN = 0, 1  # flags: the neighbour's block is here; the neighbour has copied our block out
 
 
-class Mailbox:
-    """The wire. Blocks of one number have one place, and a sender waits until what it put there last was taken out.
+class SymmetricMemoryTransport:
+    """See ``Transport``. A block's number is its place; a sender waits until its last block there was copied out.
 
-    Made by all ranks of the group together; for blocks of one set of sizes.
+    All ranks of the group construct it together, for blocks of one set of sizes.
     """
 
     def __init__(self, group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -40,7 +40,7 @@ class Mailbox:
         memory.zero_()
         torch.cuda.synchronize(device)
         self.handle = symmetric_memory.rendezvous(memory, group)
-        self.handle.barrier()  # nobody's flags are set before they are cleared
+        self.handle.barrier()  # no flag is set before all are cleared
         torch.cuda.synchronize(device)
 
         ranks = [peer for peer in (self.rank - 1, self.rank, self.rank + 1) if 0 <= peer < group.size()]
@@ -49,22 +49,25 @@ class Mailbox:
         flag = dict(sizes=(1,), dtype=torch.int32, storage_offset=offset // 4)  # the first one
         self.flags = {peer: self.handle.get_buffer(peer, **flag).data_ptr() for peer in ranks}
         self.stream = torch.cuda.Stream(device, priority=-1)
-        self.expected: dict[tuple[int, int], Tensor] = {}
+        self.posted: dict[tuple[int, int], Tensor] = {}
         self.sent: list[Tensor] = []
         self.counts: dict[tuple[str, int, int], int] = {}
 
-    def expect(self, peer: int, number: int, block: Tensor) -> None:
-        self.expected[peer, number] = block
+    def post_recv(self, peer: int, number: int, block: Tensor) -> None:
+        """See ``Transport.post_recv``."""
+        self.posted[peer, number] = block
 
-    def take(self, peer: int, number: int) -> None:
-        count = self._count("took", peer, number)
+    def wait_recv(self, peer: int, number: int) -> None:
+        """See ``Transport.wait_recv``."""
+        count = self._count("received", peer, number)
         stream = torch.cuda.current_stream()
         _wait_until(stream, self._flag(self.rank, peer, _ARRIVED, number), count)
-        block = self.expected.pop((peer, number))
+        block = self.posted.pop((peer, number))
         block.copy_(self._place(self.rank, peer, number).view(block.shape))
         _write(stream, self._flag(peer, self.rank, _TAKEN, number), count)
 
     def send(self, peer: int, number: int, block: Tensor) -> None:
+        """See ``Transport.send``."""
         count = self._count("sent", peer, number)
         message = block.to(self.dtype)
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -74,25 +77,26 @@ class Mailbox:
             _write(self.stream, self._flag(peer, self.rank, _ARRIVED, number), count)
         self.sent.append(message)
 
-    def let_go(self) -> None:
-        pass  # products do not keep the copy engines from starting
+    def flush(self) -> None:
+        """See ``Transport.flush``; products do not keep the copy engines from starting."""
 
-    def finish(self) -> None:
+    def wait_sends(self) -> None:
+        """See ``Transport.wait_sends``."""
         torch.cuda.current_stream().wait_stream(self.stream)
         self.sent.clear()
 
     def _count(self, what: str, peer: int, number: int) -> int:
-        """How often it was done, this time included."""
+        """Return how often this was done, this time included."""
         count = self.counts[what, peer, number] = self.counts.get((what, peer, number), 0) + 1
         return count
 
     def _place(self, owner: int, sender: int, number: int) -> Tensor:
-        """Where a sender's block lies in its owner's mailbox."""
+        """Return the place of a sender's block in its owner's memory."""
         start = self.starts[number]
         return self.blocks[owner][int(sender > owner), start : start + self.numels[number]]
 
     def _flag(self, owner: int, writer: int, kind: int, number: int) -> int:
-        """Address of a flag of the owner's that a neighbour writes."""
+        """Return the address of an owner's flag that a neighbour writes."""
         return self.flags[owner] + 4 * ((2 * int(writer > owner) + kind) * MAX_BLOCKS + number)
 
 
@@ -110,36 +114,37 @@ def _call(name: str, stream: torch.cuda.Stream, address: int, value: int) -> Non
 
 
 def _wait_until(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Have the stream wait until the number at an address is at least ``value``."""
+    """Make the stream wait until the number at an address is at least ``value``."""
     _call("cuStreamWaitValue32_v2", stream, address, value)
 
 
 def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Make the stream write a number to an address."""
     _call("cuStreamWriteValue32_v2", stream, address, value)
 
 
-_mailboxes: dict[tuple, Mailbox] = {}
+_transports: dict[tuple, SymmetricMemoryTransport] = {}
 
 
-def mailbox(
+def symmetric_memory_transport(
     group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Mailbox | None:
-    """The group's mailbox for blocks of these sizes, made at the first call; None where its ranks cannot have one.
+) -> SymmetricMemoryTransport | None:
+    """Return the group's transport for blocks of these sizes, or None where its ranks cannot map each other's memory.
 
-    All ranks of the group call it with the same sizes.
+    All ranks of the group call it with the same sizes; the first call constructs it.
     """
-    if device.type != "cuda" or len(numels) > MAX_BLOCKS or not _possible(group):
+    if device.type != "cuda" or len(numels) > MAX_BLOCKS or not _is_possible(group):
         return None
     key = group, numels, dtype
-    if key not in _mailboxes:
-        _mailboxes[key] = Mailbox(group, numels, dtype, device)
-    return _mailboxes[key]
+    if key not in _transports:
+        _transports[key] = SymmetricMemoryTransport(group, numels, dtype, device)
+    return _transports[key]
 
 
 @functools.cache
-def _possible(group: dist.ProcessGroup) -> bool:
-    """Whether the ranks of a group are on one host and can map each other's memory; found out together, once."""
-    # What is sent has one receiver: the multicast objects that torch would make besides are of no use here.
+def _is_possible(group: dist.ProcessGroup) -> bool:
+    """Tell whether the ranks of a group are on one host and can map each other's memory; all ranks call it."""
+    # Every block has one receiver: the multicast objects that torch would construct are not used here
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""
@@ -149,7 +154,7 @@ def _possible(group: dist.ProcessGroup) -> bool:
         return False
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        Mailbox(group, (16,), torch.float32, device)
+        SymmetricMemoryTransport(group, (16,), torch.float32, device)
         failure = None
     except (RuntimeError, ImportError, OSError, AttributeError) as error:
         failure = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -159,7 +164,7 @@ def _possible(group: dist.ProcessGroup) -> bool:
         if group.rank() == 0:
             reason = next(filter(None, failures))
             logging.getLogger(__name__).warning(
-                "GPUs of this host cannot map each other's memory, so chunk states go through NCCL: %s", reason
+                "GPUs of this host cannot map each other's memory, so chunk states travel as NCCL messages: %s", reason
             )
         return False
     return True

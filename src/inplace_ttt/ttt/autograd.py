@@ -1,0 +1,296 @@
+"""The operation's forward and its hand-written backward.
+
+With g_t = dL/do_t, W_i the weight that chunk i uses and G_i the sum of g_t z_t^T over later chunks of the same document
+(out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):
+
+    dL/dz_t = W_i^T g_t + eta * G_i^T v_t        dL/dv_t = eta * G_i z_t        dL/dW = sum_t g_t z_t^T
+
+The forward is a prefix scan that writes eta * v. The backward uses each W_i again, and makes a suffix scan that writes
+g. The W_i are kept from the forward or computed again: the same numbers, for memory or for one product more. An initial
+state is the first carry of the prefix scan, and the gradient of the final state that of the suffix scan.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from inplace_ttt.ttt.backends import Backend
+from inplace_ttt.ttt.clipping import UpdateClip, sum_over, weight_norm
+from inplace_ttt.ttt.plan import CALLER, Plan, ScanStage, merge_adjacent
+from inplace_ttt.ttt.products import add_outer_sum, squared_norms_of_spans, state_dtype
+from inplace_ttt.ttt.rule import ScanStep, UpdateRule
+from inplace_ttt.ttt.scan import Exchange, SavedCarries, Scan
+from inplace_ttt.ttt.window import Window, WindowPool
+
+
+@dataclass
+class CarryCache:
+    """The incoming carries of a forward; given to the same forward again, nothing is communicated."""
+
+    incoming: dict[int, Tensor] | None = None  # by scan stage; None: no forward has filled it
+
+
+class Recipe(Protocol):
+    """How targets come from tensors that autograd tracks. It holds none of them."""
+
+    def allocate(self, *tensors: Tensor | None) -> Tensor: ...
+
+    def write(self, v: Tensor, tokens: slice, *tensors: Tensor | None) -> None: ...
+
+    def backward(self, dv: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
+
+
+class GivenTargets:
+    """Targets that are a tensor."""
+
+    def allocate(self, v: Tensor) -> Tensor:
+        return v
+
+    def write(self, memory: Tensor, tokens: slice, v: Tensor) -> None:
+        pass  # they are there
+
+    def backward(self, dv: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (dv,)
+
+
+GIVEN = GivenTargets()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that the operation depends on besides tensors."""
+
+    plan: Plan
+    recipe: Recipe
+    backend: Backend
+    exchange: Exchange
+    rule: UpdateRule
+    eta: float
+    clip: float | None
+    tp_group: dist.ProcessGroup | None
+    keep: bool  # chunk weights, for the backward
+    needs_grad: bool
+    carry_cache: CarryCache | None
+    with_norms: bool
+    with_ratios: bool
+
+    @property
+    def prefix_step(self) -> ScanStep:
+        return ScanStep(self.rule, self.eta, suffix=False)
+
+    @property
+    def suffix_step(self) -> ScanStep:
+        return ScanStep(self.rule, 1.0, suffix=True)
+
+    def inner_windows(
+        self,
+        base: Tensor | None,
+        a: Tensor,
+        z: Tensor,
+        step: ScanStep,
+        pool: WindowPool,
+        *,
+        norms: Tensor | None = None,
+        total: Tensor | None = None,
+        max_window_bytes: int | None = None,
+    ) -> Iterator[tuple[int, Window]]:
+        """Yield (batch row, window) of the documents that cross no edge of a stage."""
+        segments = self.plan.inner_reversed if step.suffix else self.plan.inner
+        if not segments:
+            return
+        for batch in range(z.shape[1]):
+            windows = self.backend.scan(
+                segments,
+                base,
+                a[:, batch],
+                z[:, batch],
+                step,
+                pool,
+                total=total,
+                norms=None if norms is None else norms[batch],
+                max_window_bytes=max_window_bytes,
+            )
+            for window in windows:
+                yield batch, window
+
+    def single_chunk_windows(self, weight: Tensor, b: int) -> Iterator[tuple[int, Window]]:
+        """Yield (batch row, window) of documents of one chunk; neighbours share a product."""
+        for batch, span in itertools.product(range(b), merge_adjacent(self.plan.single_chunk_documents)):
+            yield batch, Window((span,), weight[None])
+
+
+class _Targets:
+    """The targets that the scan writes: computed stage by stage, and clipped."""
+
+    def __init__(self, call: Call, z: Tensor, weight: Tensor, tensors: tuple[Tensor | None, ...]):
+        self.call, self.z, self.tensors = call, z, tensors
+        self.v = call.recipe.allocate(*tensors)
+        self.weight_norm = self.clip = None
+        if call.clip is not None or call.with_ratios:
+            self.weight_norm = weight_norm(weight, call.tp_group)
+        if call.clip is not None:
+            if self.v is tensors[0]:  # the caller's
+                self.v = self.v.clone(memory_format=torch.contiguous_format)
+            self.clip = UpdateClip(call.clip * self.weight_norm, call.eta, call.tp_group)
+
+    def prepare(self, stage: ScanStage) -> None:
+        """Make the targets of a stage's tokens ready."""
+        self.call.recipe.write(self.v, slice(*stage.tokens), *self.tensors)
+        if self.clip is not None:
+            chunks = tuple(c for c in self.call.plan.chunks if stage.tokens[0] <= c[0] < stage.tokens[1])
+            self.clip.clip(self.v, self.z, chunks, for_backward=self.call.needs_grad)
+
+    def ratios(self) -> Tensor:
+        """Return (b, chunks that a later chunk reads): norms of unclipped updates over that of the weight."""
+        plan = self.call.plan
+        read = [number for number, is_read in enumerate(plan.read_chunks) if is_read]
+        if self.clip is not None:
+            squared = self.clip.squared_norms(self.z.shape[1])[:, read]
+        else:
+            squared = squared_norms_of_spans(self.v, self.z, tuple(plan.chunks[number] for number in read))
+            squared = sum_over(self.call.tp_group, squared)
+        return abs(self.call.eta) * squared.sqrt() / self.weight_norm
+
+
+class FastWeightLinear(torch.autograd.Function):
+    """(call, z, weight, initial updates or None, tensors of targets) -> (out, final updates or None, norms, ratios)"""
+
+    @staticmethod
+    def forward(ctx, call: Call, z, weight, initial, *tensors):
+        (s, b, f), d = z.shape, weight.shape[0]
+        plan, cache, pool = call.plan, call.carry_cache, WindowPool(keep=call.keep)
+        out = z.new_empty(s, b, d)
+        targets = _Targets(call, z, weight, tensors)
+        if cache is not None and cache.incoming is not None:
+            carries = SavedCarries(cache.incoming, d)
+        else:
+            carries = call.exchange.carries(plan.prefix, (b, d, f), z, initial)
+        limit = sys.maxsize if call.keep else None
+        scan = Scan(
+            plan.prefix, weight, targets.v, z, call.prefix_step, carries, call.backend, pool,
+            with_norms=call.with_norms, max_window_bytes=limit,
+        )  # fmt: skip
+        kept: list[list] = [[] for _ in plan.prefix]
+        kept_inner = []
+        for number, stage in enumerate(plan.prefix):
+            scan.open(number)
+            targets.prepare(stage)
+            for batch, rows, window in scan.windows(number):
+                window.apply(z[:, batch], out[:, batch, rows], transpose=True)
+                if call.keep:
+                    kept[number].append((batch, rows, window))
+        scan.finish()
+        if cache is not None:
+            cache.incoming = carries.incoming
+        inner_norms = None
+        if call.with_norms:
+            inner_norms = torch.empty(b, len(plan.inner), dtype=state_dtype(z.dtype), device=z.device)
+        for batch, window in call.inner_windows(
+            weight, targets.v, z, call.prefix_step, pool, norms=inner_norms, max_window_bytes=limit
+        ):
+            window.apply(z[:, batch], out[:, batch], transpose=True)
+            if call.keep:
+                kept_inner.append((batch, window))
+        for batch, window in call.single_chunk_windows(weight, b):
+            window.apply(z[:, batch], out[:, batch], transpose=True)
+
+        norms = ratios = z.new_zeros(0, dtype=state_dtype(z.dtype))
+        if call.with_norms:
+            single = squared_norms_of_spans(targets.v, z, plan.single_chunk_documents)
+            norms = torch.cat([part.flatten() for part in (scan.norms.sum(0), inner_norms, call.eta**2 * single)])
+        ratios = targets.ratios() if call.with_ratios else norms.new_zeros(b, 0)
+        ctx.save_for_backward(z, targets.v, weight, *tensors, *carries.incoming.values())
+        ctx.call, ctx.clip, ctx.stages = call, targets.clip, list(carries.incoming)
+        # not as saved tensors: the backward uses their memory again
+        ctx.kept, ctx.kept_inner = (kept, kept_inner) if call.keep else (None, None)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(norms, ratios)
+        final = carries.outgoing[len(plan.prefix) - 1] if plan.prefix[-1].target == CALLER else None
+        return out, final, norms, ratios
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, dfinal, _norms, _ratios):
+        call, plan, backend, rule = ctx.call, ctx.call.plan, ctx.call.backend, ctx.call.rule
+        z, v, weight, *saved = ctx.saved_tensors
+        count = len(saved) - len(ctx.stages)
+        tensors, incoming = saved[:count], dict(zip(ctx.stages, saved[count:], strict=True))
+        kept, kept_inner, ctx.kept, ctx.kept_inner = ctx.kept, ctx.kept_inner, None, None
+        (s, b, f), d = z.shape, weight.shape[0]
+        g = z.new_zeros(s, b, d) if g is None else g.contiguous()
+        if backend.needs_alignment and g.data_ptr() % 16:
+            g = g.clone()
+        dz, dv = torch.empty_like(z), torch.zeros_like(v)
+        dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+        total = dweight if rule.suffix_is_weight_gradient else None
+        pool = WindowPool()
+        prefix = Scan(
+            plan.prefix, weight, v, z, call.prefix_step, SavedCarries(incoming, d), backend, pool
+        )  # fmt: skip
+
+        def add_through_weights(number: int) -> None:
+            """Set dz = W_i^T g in one stage, and leave the memory of kept chunk weights to the suffix scan."""
+            for batch, rows, window in prefix.windows(number) if kept is None else kept[number]:
+                window.apply(g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
+                if kept is not None:
+                    pool.give(window.weights)
+            if kept is not None:
+                kept[number].clear()
+
+        if plan.suffix[0].source == CALLER and dfinal is None:
+            dfinal = torch.zeros(b, d, f, dtype=dweight.dtype, device=z.device)
+        carries = call.exchange.carries(plan.suffix, (b, d, f), z, None if dfinal is None else dfinal.contiguous())
+        limit = None if kept is None else _weight_bytes(itertools.chain.from_iterable(kept))
+        suffix = Scan(
+            plan.suffix, None, g, z, call.suffix_step, carries, backend, pool, total=total, max_window_bytes=limit
+        )
+        # Other ranks wait for the carry of the rank that starts the scan: it leaves its other stage for later. The
+        # others have time for all of it while they wait.
+        starts = plan.suffix[0].source in (None, CALLER)
+        stages = len(plan.prefix)
+        for number in range(stages):
+            suffix.open(number)
+            for of_prefix in [stages - 1 - number] if starts else range(stages) if number == 0 else []:
+                add_through_weights(of_prefix)
+            for batch, rows, window in suffix.windows(number):
+                rule.add_gradients(window, v[:, batch, rows], z[:, batch], dv[:, batch, rows], dz[:, batch], call.eta)
+        suffix.finish()
+        limit = None if kept_inner is None else _weight_bytes(kept_inner)
+        windows = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
+        for batch, window in windows:
+            window.apply(g[:, batch], dz[:, batch], transpose=False)
+            if kept_inner is not None:
+                pool.give(window.weights)
+        for batch, window in call.inner_windows(
+            None, g, z, call.suffix_step, pool, total=total, max_window_bytes=limit
+        ):
+            rule.add_gradients(window, v[:, batch], z[:, batch], dv[:, batch], dz[:, batch], call.eta)
+        for batch, window in call.single_chunk_windows(weight, b):
+            window.apply(g[:, batch], dz[:, batch], transpose=False)
+            if rule.suffix_is_weight_gradient:
+                tokens = slice(*window.chunks[0])
+                add_outer_sum(dweight, g[tokens, batch], z[tokens, batch])
+        if not rule.suffix_is_weight_gradient:
+            for batch in range(b):
+                add_outer_sum(dweight, g[:, batch], z[:, batch])
+        dinitial = carries.outgoing[stages - 1] if plan.suffix[-1].target == CALLER else None
+        if rule.suffix_is_weight_gradient:  # of documents between caller's states, the suffix sums that tokens wrote
+            if dinitial is not None:
+                dweight += dinitial.sum(0)
+            if plan.suffix[0].source == CALLER:
+                dweight -= dfinal.sum(0)
+        if ctx.clip is not None:
+            ctx.clip.backward(dv, dz, v, z)
+        return None, dz, dweight.to(weight.dtype), dinitial, *call.recipe.backward(dv, *tensors)
+
+
+def _weight_bytes(items) -> int:
+    """Return the bytes of the chunk weights in items that end with a window."""
+    return sum(window.weights.nbytes for *_, window in items)

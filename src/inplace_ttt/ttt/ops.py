@@ -1,0 +1,317 @@
+"""The fast-weight linear map: the one entry for training, reading, evaluation and prefill."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inplace_ttt.ttt.autograd import GIVEN, Call, CarryCache, FastWeightLinear
+from inplace_ttt.ttt.backends import choose_backend
+from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, make_plan
+from inplace_ttt.ttt.products import state_dtype
+from inplace_ttt.ttt.rule import PAPER, UpdateRule
+from inplace_ttt.ttt.scan import Exchange
+from inplace_ttt.ttt.state import FastWeightState, check_state, zero_state
+from inplace_ttt.ttt.target import ChunkTargets
+from inplace_ttt.ttt.transport import PREFIXES
+
+# Chunk weights are kept for the backward where they take no more than this share of the free device memory, counting
+# all layers whose saved chunk weights are alive at once
+KEPT_SHARE = 0.125
+
+
+def fast_weight_linear(
+    z: Tensor,  # (s, b, f)
+    v: Tensor | ChunkTargets,  # (s, b, d)
+    weight: Tensor,  # (d, f)
+    *,
+    eta: float,
+    chunk_size: int,
+    cu_seqlens: Tensor | None = None,  # (n_docs + 1,) int32
+    cp_group: dist.ProcessGroup | None = None,
+    initial_state: FastWeightState | None = None,
+    output_final_state: bool = False,
+    clip: float | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    rule: UpdateRule = PAPER,
+    plan: Plan | None = None,
+    backend: str = "auto",
+    comm_dtype: torch.dtype | None = None,
+    prefix: str | Exchange = "ring",
+    keep_chunk_weights: bool | None = None,
+    kept_layers: int = 1,
+    carry_cache: CarryCache | None = None,
+    return_update_norms: bool = False,
+    return_update_ratios: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # (s, b, d)
+    """Apply a down-projection with fast weights (Feng et al., arXiv 2604.06169, section 3): apply, then update.
+
+    ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, j over the chunks of ``chunk_size`` tokens
+    that come before t's chunk in the same document. Differentiable in z, v, weight and the initial state; sums over
+    tokens are fp32 (fp64 for fp64 operands). The kernels add updates to the weight itself, so their sums are exact to
+    about 2^-24 of the weight: less than its rounding to bf16, but norms of updates below 1e-5 of the weight are mostly
+    rounding.
+
+    On Hopper, bf16 operands with ``chunk_size``, d and f multiples of 64 go through the kernels; others use plain torch
+    products, with a warning where there is CUDA.
+
+    Example::
+
+        >>> z, v, weight = torch.randn(100, 2, 8), torch.randn(100, 2, 4), torch.randn(4, 8)
+        >>> options = dict(eta=0.1, chunk_size=16)
+        >>> whole = fast_weight_linear(z, v, weight, **options)
+        >>> first, state = fast_weight_linear(z[:70], v[:70], weight, output_final_state=True, **options)
+        >>> rest = fast_weight_linear(z[70:], v[70:], weight, initial_state=state, **options)
+        >>> torch.allclose(torch.cat([first, rest]), whole, atol=1e-5)
+        True
+
+    Args:
+        z: inputs of the down-projection, sequence first; s is the length on this rank.
+        v: targets, or ``ChunkTargets``, which compute them slice by slice.
+        weight: the slow weight that every document starts from.
+        eta: learning rate of the updates.
+        cu_seqlens: bounds of the documents in the *whole* sequence, from 0 to its length, the same for every row of
+            the batch. None: each row is one document.
+        cp_group: context-parallel group of n ranks; this one holds slices r and 2n-1-r of 2n, in that order. Slices
+            must start on chunk boundaries. The gradient of weight is to be summed over the group: each rank has that
+            of the documents that start on it.
+        initial_state: state of the first document. Under context parallelism it is used on rank 0, which holds the
+            first and the last slice, and ignored on others.
+        output_final_state: also return the state behind the last document (under context parallelism on rank 0, None
+            on others).
+        clip: largest Frobenius norm of one chunk's update, over that of weight (appendix C.2). A larger update is
+            rescaled when its chunk is complete; the norm of weight is not differentiated. None: no clipping.
+        tp_group: tensor-parallel group over which f is split; ``clip`` and ``return_update_ratios`` sum norms over it.
+        rule: the update rule; others than the paper's run on the torch backend.
+        plan: ``make_plan`` of the same sequence, made once for all layers. None: it is made here.
+        backend: ``auto``, ``torch`` or ``hopper``.
+        comm_dtype: dtype of carries between ranks; None is the dtype they are summed in.
+        prefix: how carries travel between ranks. ``ring``: through symmetric memory where the GPUs of a host can map
+            it, by messages otherwise. ``ring_messages``: by messages of the group's backend. Or an ``Exchange``.
+        keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
+            rather than compute it a second time there, which costs one product of s d f more. None: where kernels run
+            and the kept weights, times ``kept_layers``, take at most an eighth of the free device memory. Otherwise
+            they are computed in windows of at most 768 MiB (1536 MiB where ranks exchange carries), or of one chunk.
+        kept_layers: number of layers whose saved chunk weights are alive at once.
+        carry_cache: filled with the incoming carries; filled by an earlier call with the same operands, it takes the
+            place of the exchange. So recompute does not communicate again.
+        return_update_norms: also return the squared Frobenius norm of the state at the end of each document that ends
+            on this rank, (b * documents,), outside the graph.
+        return_update_ratios: also return, for each local chunk whose update a later chunk uses, the norm of the update
+            over that of weight, before clipping, (b, chunks), outside the graph.
+
+    Returns:
+        out, followed by what else was asked for: final state, update norms, update ratios, in this order.
+
+    Raises:
+        LayoutError: the sequence, its documents, the slices and the chunks do not fit together.
+        ValueError: shapes, dtypes or options do not fit.
+    """
+    shape = v.tensors[0].shape if isinstance(v, ChunkTargets) else v.shape
+    _check_operands(z, v, weight, shape)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip}: the largest update over the weight is above 0; use None for no clipping")
+    cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
+    s, d = z.shape[0], weight.shape[0]
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    if plan is None:
+        plan = make_plan(s * cp_size, chunk_size, documents, cp_size, cp_rank)
+    elif (plan.local_length, plan.chunk_size, plan.cp_size, plan.cp_rank) != (s, chunk_size, cp_size, cp_rank):
+        raise ValueError(
+            f"plan is for {plan.local_length} tokens on rank {plan.cp_rank} of {plan.cp_size} and chunk_size="
+            f"{plan.chunk_size}; this call has {s} tokens on rank {cp_rank} of {cp_size} and chunk_size={chunk_size}"
+        )
+    first_is_empty, last_is_empty = False, False
+    if documents is not None:
+        first_is_empty, last_is_empty = documents[1] == 0, documents[-2] == documents[-1]
+    if initial_state is not None:
+        check_state(initial_state, z, d, chunk_size)
+        if cp_size > 1 and initial_state.unfinished:
+            raise LayoutError(
+                f"initial_state holds {initial_state.unfinished} tokens of an unfinished chunk: under context "
+                f"parallelism a sequence continues at a chunk boundary (chunk_size={chunk_size})"
+            )
+        if cp_rank > 0 or first_is_empty:
+            initial_state = None
+    if carry_cache is not None and output_final_state:
+        raise ValueError("carry_cache cannot be combined with output_final_state: it holds incoming carries alone")
+    if isinstance(prefix, str):
+        if prefix not in PREFIXES:
+            raise ValueError(f"prefix='{prefix}' is not known: use one of {', '.join(PREFIXES)}")
+        group = cp_group if cp_size > 1 else None
+        prefix = Exchange(group, comm_dtype or state_dtype(z.dtype), symmetric_memory=prefix == "ring")
+    options = _Options(
+        eta=eta,
+        clip=clip,
+        tp_group=tp_group,
+        rule=rule,
+        backend=backend,
+        exchange=prefix,
+        keep_chunk_weights=keep_chunk_weights,
+        kept_layers=kept_layers,
+        carry_cache=carry_cache,
+        with_norms=return_update_norms,
+        with_ratios=return_update_ratios,
+    )
+    hands_out_state = output_final_state and not last_is_empty
+    if initial_state is not None and initial_state.unfinished:
+        result = _continue_chunk(z, v, weight, plan, initial_state, hands_out_state, options)
+    else:
+        result = _run(z, v, weight, plan.with_state(initial_state is not None, hands_out_state), initial_state, options)
+    if output_final_state and last_is_empty and cp_rank == 0:
+        result = replace(result, state=zero_state(z, d))
+    found = [result.out]
+    if output_final_state:
+        found.append(result.state)
+    if return_update_norms:
+        found.append(result.norms)
+    if return_update_ratios:
+        found.append(result.ratios)
+    return tuple(found) if len(found) > 1 else result.out
+
+
+def _check_operands(z: Tensor, v: Tensor | ChunkTargets, weight: Tensor, shape: torch.Size) -> None:
+    dtype = v.tensors[0].dtype if isinstance(v, ChunkTargets) else v.dtype
+    if z.dim() != 3 or len(shape) != 3 or weight.dim() != 2:
+        raise ValueError(
+            f"fast_weight_linear takes z (s, b, f), v (s, b, d) and weight (d, f), "
+            f"not {tuple(z.shape)}, {tuple(shape)} and {tuple(weight.shape)}"
+        )
+    if z.shape[:2] != shape[:2] or weight.shape != (shape[2], z.shape[2]):
+        raise ValueError(
+            f"z {tuple(z.shape)}, v {tuple(shape)} and weight {tuple(weight.shape)} do not fit: "
+            f"expected (s, b, f), (s, b, d) and (d, f)"
+        )
+    if not z.dtype == dtype == weight.dtype or not z.is_floating_point():
+        raise ValueError(
+            f"z, v and weight must have one floating-point dtype, not {z.dtype}, {dtype} and {weight.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The keywords of a call that are neither operands nor states."""
+
+    eta: float
+    clip: float | None
+    tp_group: dist.ProcessGroup | None
+    rule: UpdateRule
+    backend: str
+    exchange: Exchange
+    keep_chunk_weights: bool | None
+    kept_layers: int
+    carry_cache: CarryCache | None
+    with_norms: bool
+    with_ratios: bool
+
+
+@dataclass(frozen=True)
+class _Result:
+    out: Tensor
+    state: FastWeightState | None
+    norms: Tensor
+    ratios: Tensor
+
+
+def _run(
+    z: Tensor,
+    v: Tensor | ChunkTargets,
+    weight: Tensor,
+    plan: Plan,
+    initial_state: FastWeightState | None,  # without an unfinished chunk
+    options: _Options,
+) -> _Result:
+    """Run the operation on chunks that the plan alone decides."""
+    hands_out_state = plan.prefix[-1].target == CALLER
+    unfinished = 0
+    if hands_out_state and not plan.prefix[-1].segments[-1].last_writes:
+        unfinished = plan.chunk_lengths[-1]
+    if isinstance(v, ChunkTargets) and unfinished:
+        v = v.materialise()
+    backend = choose_backend(options.backend, z, weight.shape[0], plan.chunk_size, options.eta, options.rule)
+    if backend.needs_alignment:
+        z, weight = _aligned(z), _aligned(weight)
+        v = v if isinstance(v, ChunkTargets) else _aligned(v)
+    recipe, tensors = (v.recipe, v.tensors) if isinstance(v, ChunkTargets) else (GIVEN, (v,))
+    updates = None if initial_state is None else initial_state.updates.contiguous()
+    operands = (z, weight, updates, *tensors)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    keep = needs_grad and options.keep_chunk_weights
+    if needs_grad and options.keep_chunk_weights is None and backend.keeps_by_default:
+        kept_bytes = z.element_size() * weight.numel() * plan.scanned_chunks * z.shape[1] * options.kept_layers
+        keep = kept_bytes <= KEPT_SHARE * _free_bytes(z.device)
+    call = Call(
+        plan=plan,
+        recipe=recipe,
+        backend=backend,
+        exchange=options.exchange,
+        rule=options.rule,
+        eta=options.eta,
+        clip=options.clip,
+        tp_group=options.tp_group,
+        keep=bool(keep),
+        needs_grad=needs_grad,
+        carry_cache=options.carry_cache,
+        with_norms=options.with_norms,
+        with_ratios=options.with_ratios,
+    )
+    out, updates, norms, ratios = FastWeightLinear.apply(call, *operands)
+    state = None
+    if hands_out_state:
+        first = z.shape[0] - unfinished
+        pending_v = v[first:] if unfinished else z.new_empty(0, z.shape[1], weight.shape[0])
+        state = FastWeightState(updates, z[first:].clone(), pending_v.clone())  # a view would keep all of z alive
+    return _Result(out, state, norms, ratios)
+
+
+def _continue_chunk(
+    z: Tensor,
+    v: Tensor | ChunkTargets,
+    weight: Tensor,
+    plan: Plan,
+    state: FastWeightState,
+    hands_out_state: bool,
+    options: _Options,
+) -> _Result:
+    """Complete the initial state's unfinished chunk as a sequence of its own, then run the rest."""
+    if isinstance(v, ChunkTargets):
+        v = v.materialise()
+    s, pending, chunk_size = z.shape[0], state.unfinished, plan.chunk_size
+    first_document = plan.bounds[1]
+    head = min(chunk_size - pending, first_document)  # tokens that belong to the unfinished chunk
+    continues = head < first_document
+    chunk = [torch.cat([kept, given[:head]]) for kept, given in ((state.z, z), (state.v, v))]
+    chunk_plan = make_plan(pending + head, chunk_size).with_state(True, continues or (head == s and hands_out_state))
+    first = _run(*chunk, weight, chunk_plan, state, options)
+    out = first.out[pending:]
+    if head == s:
+        return replace(first, out=out)
+    bounds = tuple(bound - head for bound in plan.bounds[1:])
+    rest_plan = make_plan(s - head, chunk_size, (0, *bounds) if continues else bounds)
+    rest_plan = rest_plan.with_state(continues, hands_out_state)
+    rest = _run(z[head:], v[head:], weight, rest_plan, first.state if continues else None, options)
+    return _Result(
+        torch.cat([out, rest.out]),
+        rest.state,
+        torch.cat([first.norms, rest.norms]),
+        torch.cat([first.ratios, rest.ratios], dim=1),
+    )
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return the tensor as the kernels' loads need it: rows without gaps that start at multiples of 16 bytes."""
+    size = tensor.element_size()
+    starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:-1]))
+    if tensor.stride(-1) == 1 and not any(start % 16 for start in starts):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return the memory that this process could still use: free, or in the allocator's hands and unused."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.mem_get_info(device)[0] + (
+        torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
