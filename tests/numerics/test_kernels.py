@@ -33,8 +33,9 @@ def test_kernels_compile_for_hopper():
     assert len(lines) == 34 and all(line.endswith("True True True") for line in lines), lines
 
 
-def test_convolution_kernel_in_the_interpreter():
-    assert float(run_script("interpret_conv.py", TRITON_INTERPRET="1")) < 1e-5
+@pytest.mark.parametrize("script", ["interpret_conv.py", "interpret_rows.py"])
+def test_kernels_in_the_interpreter(script):
+    assert float(run_script(script, TRITON_INTERPRET="1")) < 1e-5
 
 
 def chunk_weights_in_torch(

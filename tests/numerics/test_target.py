@@ -7,7 +7,7 @@ import torch
 
 from inplace_ttt.ttt import naive
 from inplace_ttt.ttt.plan import make_plan
-from inplace_ttt.ttt.target import TargetRecipe, chunk_ids, chunk_target
+from inplace_ttt.ttt.target import ChunkTargets, chunk_ids, chunk_target
 from numerics.cases import random_documents, relative_error
 
 
@@ -39,11 +39,11 @@ def test_made_in_two_halves_it_is_the_same():
     s, d = 24, 6
     ids = chunk_ids(make_plan(s, 4, None).chunk_lengths)
     u, weight, projection = torch.randn(s, 2, d), torch.randn(d, 1, 5), torch.randn(d, d)
-    recipe = TargetRecipe(ids)
     for tensors in ((u, weight, projection), (u, weight, None)):
         expected = chunk_target(*tensors, ids)
-        v = torch.full_like(expected, torch.nan)
-        recipe.write(v, slice(0, s // 2), *tensors)
+        targets = ChunkTargets(*tensors, ids)
+        v = targets.allocate().fill_(torch.nan)
+        targets.write(v, slice(0, s // 2))
         assert torch.equal(v[: s // 2], expected[: s // 2]) and v[s // 2 :].isnan().all()
-        recipe.write(v, slice(s // 2, s), *tensors)
+        targets.write(v, slice(s // 2, s))
         assert torch.equal(v, expected)

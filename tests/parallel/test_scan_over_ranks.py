@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from inplace_ttt.ttt import CarryCache, ChunkTargets, LayoutError, fast_weight_linear, naive
 from inplace_ttt.ttt.plan import local_slices, make_plan, slice_bounds
-from inplace_ttt.ttt.target import TargetRecipe, chunk_ids, chunk_target
+from inplace_ttt.ttt.target import chunk_ids, chunk_target
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from ranks import run_ranks
 
@@ -57,8 +57,8 @@ def test_equals_definition(cp_size):
 def targets_slice_by_slice(cu_seqlens):
     """Whether targets that the operation computes give the same bits as a tensor, and it computes them by slices."""
     size, rank, parts = dist.get_world_size(), dist.get_rank(), []
-    write = TargetRecipe.write
-    TargetRecipe.write = lambda self, v, tokens, *tensors: parts.append(tokens) or write(self, v, tokens, *tensors)
+    write = ChunkTargets.write
+    ChunkTargets.write = lambda self, v, tokens: parts.append(tokens) or write(self, v, tokens)
     z, u, weight, g = (zigzag(t, size, rank) if t.dim() == 3 else t for t in operands(0, 48, 2, 5, 7))
     torch.manual_seed(0)
     kernel, projection = torch.randn(5, 1, 3, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)

@@ -14,7 +14,6 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from inplace_ttt.ttt.plan import CALLER, Plan, ScanStage, merge_adjacent
 from inplace_ttt.ttt.products import add_outer_sum, squared_norms_of_spans, state_dtype
 from inplace_ttt.ttt.rule import ScanStep, UpdateRule
 from inplace_ttt.ttt.scan import Exchange, SavedCarries, Scan
+from inplace_ttt.ttt.target import ChunkTargets
 from inplace_ttt.ttt.window import Window, WindowPool
 
 
@@ -37,38 +37,11 @@ class CarryCache:
     incoming: dict[int, Tensor] | None = None  # by scan stage; None: no forward has filled it
 
 
-class Recipe(Protocol):
-    """How targets come from tensors that autograd tracks. It holds none of them."""
-
-    def allocate(self, *tensors: Tensor | None) -> Tensor: ...
-
-    def write(self, v: Tensor, tokens: slice, *tensors: Tensor | None) -> None: ...
-
-    def backward(self, dv: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
-
-
-class GivenTargets:
-    """Targets that are a tensor."""
-
-    def allocate(self, v: Tensor) -> Tensor:
-        return v
-
-    def write(self, memory: Tensor, tokens: slice, v: Tensor) -> None:
-        pass  # they are there
-
-    def backward(self, dv: Tensor, v: Tensor) -> tuple[Tensor]:
-        return (dv,)
-
-
-GIVEN = GivenTargets()
-
-
 @dataclass(frozen=True)
 class Call:
     """Everything that the operation depends on besides tensors."""
 
     plan: Plan
-    recipe: Recipe
     backend: Backend
     exchange: Exchange
     rule: UpdateRule
@@ -129,20 +102,20 @@ class Call:
 class _Targets:
     """The targets that the scan writes: computed stage by stage, and clipped."""
 
-    def __init__(self, call: Call, z: Tensor, weight: Tensor, tensors: tuple[Tensor | None, ...]):
-        self.call, self.z, self.tensors = call, z, tensors
-        self.v = call.recipe.allocate(*tensors)
+    def __init__(self, call: Call, source: ChunkTargets | None, z: Tensor, weight: Tensor, v: Tensor):
+        self.call, self.source, self.z, self.v = call, source, z, v
         self.weight_norm = self.clip = None
         if call.clip is not None or call.with_ratios:
             self.weight_norm = weight_norm(weight, call.tp_group)
         if call.clip is not None:
-            if self.v is tensors[0]:  # the caller's
-                self.v = self.v.clone(memory_format=torch.contiguous_format)
-            self.clip = UpdateClip(call.clip * self.weight_norm, call.eta, call.tp_group)
+            if source is None:  # they are the caller's
+                self.v = v.clone(memory_format=torch.contiguous_format)
+            self.clip = UpdateClip(call.clip * self.weight_norm, call.eta, call.tp_group, v.shape)
 
     def prepare(self, stage: ScanStage) -> None:
         """Make the targets of a stage's tokens ready."""
-        self.call.recipe.write(self.v, slice(*stage.tokens), *self.tensors)
+        if self.source is not None:
+            self.source.write(self.v, slice(*stage.tokens))
         if self.clip is not None:
             chunks = tuple(c for c in self.call.plan.chunks if stage.tokens[0] <= c[0] < stage.tokens[1])
             self.clip.clip(self.v, self.z, chunks, for_backward=self.call.needs_grad)
@@ -160,14 +133,17 @@ class _Targets:
 
 
 class FastWeightLinear(torch.autograd.Function):
-    """(call, z, weight, initial updates or None, tensors of targets) -> (out, final updates or None, norms, ratios)"""
+    """(call, source, z, weight, initial updates or None, v) -> (out, final updates or None, norms, ratios)
+
+    Where a source is given, v is what it has allocated, and the forward writes it stage by stage.
+    """
 
     @staticmethod
-    def forward(ctx, call: Call, z, weight, initial, *tensors):
+    def forward(ctx, call: Call, source: ChunkTargets | None, z, weight, initial, v):
         (s, b, f), d = z.shape, weight.shape[0]
         plan, cache, pool = call.plan, call.carry_cache, WindowPool(keep=call.keep)
         out = z.new_empty(s, b, d)
-        targets = _Targets(call, z, weight, tensors)
+        targets = _Targets(call, source, z, weight, v)
         if cache is not None and cache.incoming is not None:
             carries = SavedCarries(cache.incoming, d)
         else:
@@ -206,7 +182,7 @@ class FastWeightLinear(torch.autograd.Function):
             single = squared_norms_of_spans(targets.v, z, plan.single_chunk_documents)
             norms = torch.cat([part.flatten() for part in (scan.norms.sum(0), inner_norms, call.eta**2 * single)])
         ratios = targets.ratios() if call.with_ratios else norms.new_zeros(b, 0)
-        ctx.save_for_backward(z, targets.v, weight, *tensors, *carries.incoming.values())
+        ctx.save_for_backward(z, targets.v, weight, *carries.incoming.values())
         ctx.call, ctx.clip, ctx.stages = call, targets.clip, list(carries.incoming)
         # not as saved tensors: the backward uses their memory again
         ctx.kept, ctx.kept_inner = (kept, kept_inner) if call.keep else (None, None)
@@ -218,77 +194,94 @@ class FastWeightLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, dfinal, _norms, _ratios):
-        call, plan, backend, rule = ctx.call, ctx.call.plan, ctx.call.backend, ctx.call.rule
-        z, v, weight, *saved = ctx.saved_tensors
-        count = len(saved) - len(ctx.stages)
-        tensors, incoming = saved[:count], dict(zip(ctx.stages, saved[count:], strict=True))
+        call = ctx.call
+        z, v, weight, *incoming = ctx.saved_tensors
+        incoming = dict(zip(ctx.stages, incoming, strict=True))
         kept, kept_inner, ctx.kept, ctx.kept_inner = ctx.kept, ctx.kept_inner, None, None
-        (s, b, f), d = z.shape, weight.shape[0]
-        g = z.new_zeros(s, b, d) if g is None else g.contiguous()
-        if backend.needs_alignment and g.data_ptr() % 16:
+        g = z.new_zeros(v.shape) if g is None else g.contiguous()
+        if call.backend.needs_alignment and g.data_ptr() % 16:
             g = g.clone()
-        dz, dv = torch.empty_like(z), torch.zeros_like(v)
-        dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
-        total = dweight if rule.suffix_is_weight_gradient else None
-        pool = WindowPool()
-        prefix = Scan(
-            plan.prefix, weight, v, z, call.prefix_step, SavedCarries(incoming, d), backend, pool
-        )  # fmt: skip
-
-        def add_through_weights(number: int) -> None:
-            """Set dz = W_i^T g in one stage, and leave the memory of kept chunk weights to the suffix scan."""
-            for batch, rows, window in prefix.windows(number) if kept is None else kept[number]:
-                window.apply(g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
-                if kept is not None:
-                    pool.give(window.weights)
-            if kept is not None:
-                kept[number].clear()
-
-        if plan.suffix[0].source == CALLER and dfinal is None:
-            dfinal = torch.zeros(b, d, f, dtype=dweight.dtype, device=z.device)
-        carries = call.exchange.carries(plan.suffix, (b, d, f), z, None if dfinal is None else dfinal.contiguous())
-        limit = None if kept is None else _weight_bytes(itertools.chain.from_iterable(kept))
-        suffix = Scan(
-            plan.suffix, None, g, z, call.suffix_step, carries, backend, pool, total=total, max_window_bytes=limit
-        )
-        # Other ranks wait for the carry of the rank that starts the scan: it leaves its other stage for later. The
-        # others have time for all of it while they wait.
-        starts = plan.suffix[0].source in (None, CALLER)
-        stages = len(plan.prefix)
-        for number in range(stages):
-            suffix.open(number)
-            for of_prefix in [stages - 1 - number] if starts else range(stages) if number == 0 else []:
-                add_through_weights(of_prefix)
-            for batch, rows, window in suffix.windows(number):
-                rule.add_gradients(window, v[:, batch, rows], z[:, batch], dv[:, batch, rows], dz[:, batch], call.eta)
-        suffix.finish()
-        limit = None if kept_inner is None else _weight_bytes(kept_inner)
-        windows = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
-        for batch, window in windows:
-            window.apply(g[:, batch], dz[:, batch], transpose=False)
-            if kept_inner is not None:
-                pool.give(window.weights)
-        for batch, window in call.inner_windows(
-            None, g, z, call.suffix_step, pool, total=total, max_window_bytes=limit
-        ):
-            rule.add_gradients(window, v[:, batch], z[:, batch], dv[:, batch], dz[:, batch], call.eta)
-        for batch, window in call.single_chunk_windows(weight, b):
-            window.apply(g[:, batch], dz[:, batch], transpose=False)
-            if rule.suffix_is_weight_gradient:
-                tokens = slice(*window.chunks[0])
-                add_outer_sum(dweight, g[tokens, batch], z[tokens, batch])
-        if not rule.suffix_is_weight_gradient:
-            for batch in range(b):
-                add_outer_sum(dweight, g[:, batch], z[:, batch])
-        dinitial = carries.outgoing[stages - 1] if plan.suffix[-1].target == CALLER else None
-        if rule.suffix_is_weight_gradient:  # of documents between caller's states, the suffix sums that tokens wrote
-            if dinitial is not None:
-                dweight += dinitial.sum(0)
-            if plan.suffix[0].source == CALLER:
-                dweight -= dfinal.sum(0)
+        dz, dv, dweight, dinitial = _gradients(call, z, v, weight, incoming, kept, kept_inner, g, dfinal)
         if ctx.clip is not None:
             ctx.clip.backward(dv, dz, v, z)
-        return None, dz, dweight.to(weight.dtype), dinitial, *call.recipe.backward(dv, *tensors)
+        return None, None, dz, dweight.to(weight.dtype), dinitial, dv
+
+
+def _gradients(
+    call: Call,
+    z: Tensor,
+    v: Tensor,  # that was written: clipped
+    weight: Tensor,
+    incoming: dict[int, Tensor],  # carries of the prefix scan, by stage
+    kept: list[list] | None,  # by stage: (batch row, rows, window); cleared. None: compute them again
+    kept_inner: list | None,  # (batch row, window); cleared
+    g: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients of z, v, weight (in the state's dtype) and the initial updates.
+
+    Chunk weights live no longer than this function.
+    """
+    plan, backend, rule = call.plan, call.backend, call.rule
+    (_, b, f), d = z.shape, weight.shape[0]
+    dz, dv = torch.empty_like(z), torch.zeros_like(v)
+    dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+    total = dweight if rule.suffix_is_weight_gradient else None
+    pool = WindowPool()
+    prefix = Scan(plan.prefix, weight, v, z, call.prefix_step, SavedCarries(incoming, d), backend, pool)
+
+    def add_through_weights(number: int) -> None:
+        """Set dz = W_i^T g in one stage, and leave the memory of kept chunk weights to the suffix scan."""
+        for batch, rows, window in prefix.windows(number) if kept is None else kept[number]:
+            window.apply(g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
+            if kept is not None:
+                pool.give(window.weights)
+        if kept is not None:
+            kept[number].clear()
+
+    if plan.suffix[0].source == CALLER and dfinal is None:
+        dfinal = torch.zeros(b, d, f, dtype=dweight.dtype, device=z.device)
+    carries = call.exchange.carries(plan.suffix, (b, d, f), z, None if dfinal is None else dfinal.contiguous())
+    limit = None if kept is None else _weight_bytes(itertools.chain.from_iterable(kept))
+    suffix = Scan(
+        plan.suffix, None, g, z, call.suffix_step, carries, backend, pool, total=total, max_window_bytes=limit
+    )
+    # Other ranks wait for the carry of the rank that starts the scan: it leaves its other stage for later. The others
+    # have time for all of it while they wait.
+    starts = plan.suffix[0].source in (None, CALLER)
+    stages = len(plan.prefix)
+    for number in range(stages):
+        suffix.open(number)
+        for of_prefix in [stages - 1 - number] if starts else range(stages) if number == 0 else []:
+            add_through_weights(of_prefix)
+        for batch, rows, window in suffix.windows(number):
+            rule.add_gradients(window, v[:, batch, rows], z[:, batch], dv[:, batch, rows], dz[:, batch], call.eta)
+    suffix.finish()
+    limit = None if kept_inner is None else _weight_bytes(kept_inner)
+    windows = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
+    for batch, window in windows:
+        window.apply(g[:, batch], dz[:, batch], transpose=False)
+        if kept_inner is not None:
+            pool.give(window.weights)
+    if kept_inner is not None:
+        kept_inner.clear()
+    for batch, window in call.inner_windows(None, g, z, call.suffix_step, pool, total=total, max_window_bytes=limit):
+        rule.add_gradients(window, v[:, batch], z[:, batch], dv[:, batch], dz[:, batch], call.eta)
+    for batch, window in call.single_chunk_windows(weight, b):
+        window.apply(g[:, batch], dz[:, batch], transpose=False)
+        if rule.suffix_is_weight_gradient:
+            tokens = slice(*window.chunks[0])
+            add_outer_sum(dweight, g[tokens, batch], z[tokens, batch])
+    if not rule.suffix_is_weight_gradient:
+        for batch in range(b):
+            add_outer_sum(dweight, g[:, batch], z[:, batch])
+    dinitial = carries.outgoing[stages - 1] if plan.suffix[-1].target == CALLER else None
+    if rule.suffix_is_weight_gradient:  # of documents between the caller's states: the sum that their own tokens wrote
+        if dinitial is not None:
+            dweight += dinitial.sum(0)
+        if plan.suffix[0].source == CALLER:
+            dweight -= dfinal.sum(0)
+    return dz, dv, dweight, dinitial
 
 
 def _weight_bytes(items) -> int:

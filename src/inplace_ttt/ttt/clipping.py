@@ -10,6 +10,7 @@ gradient of the rescaled targets and ``h = sum_t dv'_t . v_t``:
 ``|S|^2``, or from S itself where that is smaller.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,34 @@ def weight_norm(weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     return sum_over(tp_group, norm.square()).sqrt()
 
 
+def scale_rows(x: Tensor, factors: Tensor) -> None:
+    """Multiply each row of x (rows, width) with its factor (rows,), in place."""
+    x.mul_(factors[:, None].to(x.dtype))
+
+
+def dot_and_scale_rows(x: Tensor, y: Tensor, factors: Tensor) -> Tensor:
+    """Return the dot products of rows of x and y (rows, width), and multiply x with factors (rows,), in place."""
+    dots = (x * y).sum(1, dtype=factors.dtype)
+    scale_rows(x, factors)
+    return dots
+
+
+def _rows(x: Tensor):
+    """Return the module with the two functions above for a tensor: the kernels', or this one."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from inplace_ttt.ttt.backends import triton_rows
+
+        return triton_rows
+    return sys.modules[__name__]
+
+
 @dataclass
 class _ClippedChunks:
     """Evenly spaced chunks of one batch row."""
 
     batch: int
     spans: tuple[Span, ...]
+    squared: Tensor  # (n,), |S|^2 over this rank's columns, then over those of all ranks
     uses_grams: bool  # otherwise S itself
     grams: tuple[Tensor, Tensor] | None  # (n, t, t) of v and of z, from the forward to the first backward
 
@@ -46,15 +69,20 @@ class _ClippedChunks:
 class UpdateClip:
     """Clip the updates of a call, and differentiate that."""
 
-    def __init__(self, limit: Tensor, eta: float, tp_group: dist.ProcessGroup | None):
-        """``limit``: the largest norm of one chunk's update, a scalar tensor. ``tp_group``: over which f is split."""
+    def __init__(self, limit: Tensor, eta: float, tp_group: dist.ProcessGroup | None, shape: torch.Size):
+        """Begin with no chunk.
+
+        Args:
+            limit: scalar, the largest norm of one chunk's update.
+            tp_group: over which f is split.
+            shape: (s, b, d), the targets'.
+        """
         self.limit, self.eta, self.tp_group = limit, eta, tp_group
         self.parts: list[_ClippedChunks] = []
-        self.norms: list[Tensor] = []  # by part: (n,), |S|^2 over all ranks of the group
-        self.factors: list[Tensor] = []  # by part: (n,), c
+        self.factors = limit.new_ones(*shape[:2])  # (s, b), of each token's chunk
 
     def clip(self, v: Tensor, z: Tensor, spans: tuple[Span, ...], *, for_backward: bool) -> None:
-        """Rescale the targets of some chunks in place.
+        """Rescale the targets of chunks that follow on each other, in place.
 
         Args:
             v: (s, b, d).
@@ -62,32 +90,32 @@ class UpdateClip:
         """
         if not spans:
             return
-        parts, norms = [], []
-        for group in evenly_spaced(spans):
-            for batch in range(z.shape[1]):
-                stacked = [stack_spans(t[:, batch], group) for t in (v, z)]
-                uses_grams, grams = prefers_gram(group[0][1] - group[0][0], v.shape[2], z.shape[2]), None
-                if uses_grams:
-                    grams = tuple(t @ t.mT for t in stacked)
-                    norms.append((grams[0] * grams[1]).sum((1, 2), dtype=state_dtype(z.dtype)).clamp(min=0))
-                else:
-                    norms.append(squared_norms_of_spans(v[:, [batch]], z[:, [batch]], group)[0])
-                parts.append(_ClippedChunks(batch, group, uses_grams, grams if for_backward else None))
-        sizes = [len(part.spans) for part in parts]
-        norms = sum_over(self.tp_group, torch.cat(norms)).split(sizes)
-        for part, squared in zip(parts, norms, strict=True):
-            length = abs(self.eta) * squared.sqrt()
-            factor = torch.where(length > self.limit, self.limit / length, 1.0)
-            stack_spans(v[:, part.batch], part.spans).mul_(factor[:, None, None].to(v.dtype))
-            self.factors.append(factor)
+        parts = [
+            self._chunks(v, z, batch, group, for_backward)
+            for group in evenly_spaced(spans)
+            for batch in range(z.shape[1])
+        ]
+        squared = sum_over(self.tp_group, torch.cat([part.squared for part in parts]))
+        for part, part.squared in zip(parts, squared.split([len(part.spans) for part in parts]), strict=True):
+            norm = abs(self.eta) * part.squared.sqrt()
+            factor = torch.where(norm > self.limit, self.limit / norm, 1.0)
+            stack_spans(self.factors[:, part.batch : part.batch + 1], part.spans).copy_(factor[:, None, None])
+        tokens = slice(spans[0][0], spans[-1][1])
+        _rows(v).scale_rows(v[tokens].view(-1, v.shape[2]), self.factors[tokens].view(-1))
         self.parts += parts
-        self.norms += norms
+
+    def _chunks(self, v: Tensor, z: Tensor, batch: int, spans: tuple[Span, ...], for_backward: bool) -> _ClippedChunks:
+        """Return chunks with the squared norms of their sums."""
+        if not prefers_gram(spans[0][1] - spans[0][0], v.shape[2], z.shape[2]):
+            squared = squared_norms_of_spans(v[:, [batch]], z[:, [batch]], spans)[0]
+            return _ClippedChunks(batch, spans, squared, False, None)
+        grams = tuple(stack @ stack.mT for stack in (stack_spans(t[:, batch], spans) for t in (v, z)))
+        squared = (grams[0] * grams[1]).sum((1, 2), dtype=state_dtype(z.dtype)).clamp(min=0)
+        return _ClippedChunks(batch, spans, squared, True, grams if for_backward else None)
 
     def squared_norms(self, b: int) -> Tensor:
         """Return (b, chunks), |S|^2 of all chunks that were clipped so far, in token order."""
-        rows = [[] for _ in range(b)]
-        for part, norms in zip(self.parts, self.norms, strict=True):
-            rows[part.batch].append(norms)
+        rows = [[part.squared for part in self.parts if part.batch == batch] for batch in range(b)]
         return torch.stack([torch.cat(row) for row in rows])
 
     def backward(self, dv: Tensor, dz: Tensor, v: Tensor, z: Tensor) -> None:
@@ -99,27 +127,26 @@ class UpdateClip:
         """
         if not self.parts:
             return
-        dtype = state_dtype(z.dtype)
-        products = (dv * v).sum(-1, dtype=dtype)  # (s, b)
-        sums = [
-            stack_spans(products[:, part.batch, None], part.spans).sum((1, 2)) / factor
-            for part, factor in zip(self.parts, self.factors, strict=True)
-        ]
-        sizes = [len(part.spans) for part in self.parts]
-        sums = sum_over(self.tp_group, torch.cat(sums)).split(sizes)
-        for part, squared, factor, h in zip(self.parts, self.norms, self.factors, sums, strict=True):
-            shares = torch.where(factor < 1, h / squared, 0.0)[:, None, None]
-            part_v, part_z, part_dv, part_dz = (stack_spans(t[:, part.batch], part.spans) for t in (v, z, dv, dz))
+        # <dv'_t, c v_t>
+        dots = _rows(v).dot_and_scale_rows(*(t.view(-1, v.shape[2]) for t in (dv, v)), self.factors.view(-1))
+        dots = dots.view_as(self.factors)
+        factors = [self.factors[[start for start, _ in part.spans], part.batch] for part in self.parts]
+        sums = torch.cat(
+            [stack_spans(dots[:, part.batch : part.batch + 1], part.spans).sum((1, 2)) for part in self.parts]
+        )
+        sums = sum_over(self.tp_group, sums / torch.cat(factors)).split([len(part.spans) for part in self.parts])
+        for part, factor, h in zip(self.parts, factors, sums, strict=True):
+            share = torch.where(factor < 1, h / part.squared, 0.0)[:, None, None]
             factor = factor[:, None, None]
-            part_dv.mul_(factor.to(dv.dtype))
+            part_v, part_z, part_dv, part_dz = (stack_spans(t[:, part.batch], part.spans) for t in (v, z, dv, dz))
             if part.uses_grams:
                 if part.grams is None:  # another backward of the same graph
                     part.grams = ((part_v @ part_v.mT) / factor.square()).to(v.dtype), part_z @ part_z.mT
                 (gram_v, gram_z), part.grams = part.grams, None
-                part_dz.baddbmm_(gram_v * (factor * shares).to(z.dtype), part_z, alpha=-1)
-                part_dv.baddbmm_(gram_z * shares.to(v.dtype), part_v, alpha=-1)
+                part_dz.baddbmm_(gram_v * (factor * share).to(z.dtype), part_z, alpha=-1)
+                part_dv.baddbmm_(gram_z * share.to(v.dtype), part_v, alpha=-1)
                 continue
             for number in range(len(part.spans)):
-                s = outer_sum(part_v[number], part_z[number]) * shares[number]  # of the rescaled targets: c S h / |S|^2
+                s = outer_sum(part_v[number], part_z[number]) * share[number]  # of the rescaled targets: c S h / |S|^2
                 part_dz[number].addmm_(part_v[number], (s / factor[number]).to(z.dtype), alpha=-1)
                 part_dv[number].addmm_(part_z[number], s.t().to(v.dtype), alpha=-1)

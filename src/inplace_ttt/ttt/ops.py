@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from inplace_ttt.ttt.autograd import GIVEN, Call, CarryCache, FastWeightLinear
+from inplace_ttt.ttt.autograd import Call, CarryCache, FastWeightLinear
 from inplace_ttt.ttt.backends import choose_backend
 from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, make_plan
 from inplace_ttt.ttt.products import state_dtype
@@ -108,8 +108,7 @@ def fast_weight_linear(
         LayoutError: the sequence, its documents, the slices and the chunks do not fit together.
         ValueError: shapes, dtypes or options do not fit.
     """
-    shape = v.tensors[0].shape if isinstance(v, ChunkTargets) else v.shape
-    _check_operands(z, v, weight, shape)
+    _check_operands(z, v, weight)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip}: the largest update over the weight is above 0; use None for no clipping")
     cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
@@ -171,21 +170,20 @@ def fast_weight_linear(
     return tuple(found) if len(found) > 1 else result.out
 
 
-def _check_operands(z: Tensor, v: Tensor | ChunkTargets, weight: Tensor, shape: torch.Size) -> None:
-    dtype = v.tensors[0].dtype if isinstance(v, ChunkTargets) else v.dtype
-    if z.dim() != 3 or len(shape) != 3 or weight.dim() != 2:
+def _check_operands(z: Tensor, v: Tensor | ChunkTargets, weight: Tensor) -> None:
+    if z.dim() != 3 or len(v.shape) != 3 or weight.dim() != 2:
         raise ValueError(
             f"fast_weight_linear takes z (s, b, f), v (s, b, d) and weight (d, f), "
-            f"not {tuple(z.shape)}, {tuple(shape)} and {tuple(weight.shape)}"
+            f"not {tuple(z.shape)}, {tuple(v.shape)} and {tuple(weight.shape)}"
         )
-    if z.shape[:2] != shape[:2] or weight.shape != (shape[2], z.shape[2]):
+    if z.shape[:2] != v.shape[:2] or weight.shape != (v.shape[2], z.shape[2]):
         raise ValueError(
-            f"z {tuple(z.shape)}, v {tuple(shape)} and weight {tuple(weight.shape)} do not fit: "
+            f"z {tuple(z.shape)}, v {tuple(v.shape)} and weight {tuple(weight.shape)} do not fit: "
             f"expected (s, b, f), (s, b, d) and (d, f)"
         )
-    if not z.dtype == dtype == weight.dtype or not z.is_floating_point():
+    if not z.dtype == v.dtype == weight.dtype or not z.is_floating_point():
         raise ValueError(
-            f"z, v and weight must have one floating-point dtype, not {z.dtype}, {dtype} and {weight.dtype}"
+            f"z, v and weight must have one floating-point dtype, not {z.dtype}, {v.dtype} and {weight.dtype}"
         )
 
 
@@ -230,12 +228,13 @@ def _run(
     if isinstance(v, ChunkTargets) and unfinished:
         v = v.materialise()
     backend = choose_backend(options.backend, z, weight.shape[0], plan.chunk_size, options.eta, options.rule)
+    source = None
+    if isinstance(v, ChunkTargets):
+        source, v = v, v.allocate()
     if backend.needs_alignment:
-        z, weight = _aligned(z), _aligned(weight)
-        v = v if isinstance(v, ChunkTargets) else _aligned(v)
-    recipe, tensors = (v.recipe, v.tensors) if isinstance(v, ChunkTargets) else (GIVEN, (v,))
+        z, weight, v = _aligned(z), _aligned(weight), _aligned(v)
     updates = None if initial_state is None else initial_state.updates.contiguous()
-    operands = (z, weight, updates, *tensors)
+    operands = z, weight, updates, v
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     keep = needs_grad and options.keep_chunk_weights
     if needs_grad and options.keep_chunk_weights is None and backend.keeps_by_default:
@@ -243,7 +242,6 @@ def _run(
         keep = kept_bytes <= KEPT_SHARE * _free_bytes(z.device)
     call = Call(
         plan=plan,
-        recipe=recipe,
         backend=backend,
         exchange=options.exchange,
         rule=options.rule,
@@ -256,7 +254,7 @@ def _run(
         with_norms=options.with_norms,
         with_ratios=options.with_ratios,
     )
-    out, updates, norms, ratios = FastWeightLinear.apply(call, *operands)
+    out, updates, norms, ratios = FastWeightLinear.apply(call, source, *operands)
     state = None
     if hands_out_state:
         first = z.shape[0] - unfinished

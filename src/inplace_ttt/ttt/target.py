@@ -5,7 +5,6 @@
 """
 
 import sys
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,38 +18,6 @@ def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
     """Return (s,) int32 on the CPU: for each token the number of its chunk, from ``Plan.chunk_lengths``."""
     lengths = torch.tensor(chunk_lengths)
     return torch.repeat_interleave(torch.arange(len(chunk_lengths), dtype=torch.int32), lengths)
-
-
-@dataclass(frozen=True)
-class TargetRecipe:
-    """Compute targets from (u, weight, projection or None), for any part of the tokens that whole chunks make up."""
-
-    chunk_ids: Tensor  # (s,) integers; neighbouring tokens are in one chunk where theirs are equal
-    tp_group: dist.ProcessGroup | None = None  # over which f is split: the gradient of v is summed over it
-
-    def allocate(self, u: Tensor, *_: Tensor | None) -> Tensor:
-        """Return memory for the targets of all tokens."""
-        return torch.empty_like(u, memory_format=torch.contiguous_format)
-
-    def write(self, v: Tensor, tokens: slice, u: Tensor, weight: Tensor, projection: Tensor | None) -> None:
-        """Write the targets of some tokens to v (s, b, d)."""
-        c = _convolution(u).conv(u[tokens], weight, self.chunk_ids[tokens])
-        if projection is None:
-            v[tokens] = c
-        else:
-            torch.mm(c.flatten(0, 1), projection, out=v[tokens].flatten(0, 1))
-
-    def backward(self, dv: Tensor, u: Tensor, weight: Tensor, projection: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of (u, weight, projection) from that of the targets."""
-        if self.tp_group is not None and self.tp_group.size() > 1:
-            dist.all_reduce(dv, group=self.tp_group)
-        module, dprojection = _convolution(u), None
-        if projection is not None:
-            c = module.conv(u, weight, self.chunk_ids)
-            dprojection = c.flatten(0, 1).t() @ dv.flatten(0, 1)
-            dv = dv @ projection.t()
-        du, dweight = module.conv_backward(dv.contiguous(), u, weight, self.chunk_ids)
-        return du, dweight, dprojection
 
 
 class ChunkTargets:
@@ -76,12 +43,40 @@ class ChunkTargets:
         chunk_ids: Tensor,
         tp_group: dist.ProcessGroup | None = None,
     ):
-        self.recipe = TargetRecipe(chunk_ids, tp_group)
-        self.tensors = u, weight, projection
+        self.u, self.weight, self.projection = u, weight, projection
+        self.chunk_ids, self.tp_group = chunk_ids, tp_group
+
+    @property
+    def shape(self) -> torch.Size:
+        """Return (s, b, d)."""
+        return self.u.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the targets' dtype."""
+        return self.u.dtype
+
+    def allocate(self) -> Tensor:
+        """Return memory for the targets, (s, b, d), that ``write`` fills.
+
+        To autograd it is a function of u, weight and projection already.
+        """
+        return _ChunkTarget.apply(self.chunk_ids, self.tp_group, self.u, self.weight, self.projection)
+
+    @torch.no_grad()
+    def write(self, v: Tensor, tokens: slice) -> None:
+        """Write the targets of tokens that make up whole chunks to v (s, b, d)."""
+        c = _convolution(self.u).conv(self.u[tokens], self.weight, self.chunk_ids[tokens])
+        if self.projection is None:
+            v[tokens] = c
+        else:
+            torch.mm(c.flatten(0, 1), self.projection, out=v[tokens].flatten(0, 1))
 
     def materialise(self) -> Tensor:
         """Return the targets of all tokens, (s, b, d), differentiable in u, weight and projection."""
-        return _ChunkTarget.apply(self.recipe, *self.tensors)
+        v = self.allocate()
+        self.write(v, slice(None))
+        return v
 
 
 def chunk_target(u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids: Tensor) -> Tensor:
@@ -93,20 +88,27 @@ def chunk_target(u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids
 
 
 class _ChunkTarget(torch.autograd.Function):
+    """Differentiate targets; their values are written by ``ChunkTargets.write``, and the backward does not use them."""
+
     @staticmethod
-    def forward(ctx, recipe: TargetRecipe, u, weight, projection):
-        ctx.recipe = recipe
+    def forward(ctx, chunk_ids: Tensor, tp_group: dist.ProcessGroup | None, u, weight, projection):
+        ctx.chunk_ids, ctx.tp_group = chunk_ids, tp_group
         ctx.save_for_backward(u, weight, projection)
-        v = recipe.allocate(u)
-        recipe.write(v, slice(None), u, weight, projection)
-        return v
+        return torch.empty_like(u, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
-        if ctx.recipe.tp_group is not None:
-            dv = dv.clone()  # summed in place
-        return None, *ctx.recipe.backward(dv, *ctx.saved_tensors)
+        u, weight, projection = ctx.saved_tensors
+        if ctx.tp_group is not None and ctx.tp_group.size() > 1:
+            dv = dv.clone()  # autograd may use it elsewhere
+            dist.all_reduce(dv, group=ctx.tp_group)
+        module, dprojection = _convolution(u), None
+        if projection is not None:
+            c = module.conv(u, weight, ctx.chunk_ids)
+            dprojection = c.flatten(0, 1).t() @ dv.flatten(0, 1)
+            dv = dv @ projection.t()
+        return None, None, *module.conv_backward(dv.contiguous(), u, weight, ctx.chunk_ids), dprojection
 
 
 def _convolution(u: Tensor):
