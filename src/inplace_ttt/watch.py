@@ -17,6 +17,7 @@ import contextlib
 import faulthandler
 import hmac
 import json
+import math
 import os
 import re
 import secrets
@@ -118,6 +119,25 @@ class Watch:
             self._left = why
             _within(ANSWER, self._beat)
             self._ended.set()
+
+    def finish(self) -> None:
+        """Leave with the others: wait until no rank is at work any more.
+
+        Whoever left at once could not notice that another rank hangs in what it does last, and nobody else would.
+        """
+        if self.store is None:
+            return
+        self.mark("waiting for the other ranks to finish", math.inf)
+        self._left = DONE
+        _within(ANSWER, self._beat)
+        while not self._ended.is_set():
+            known = _within(ANSWER, self._look)
+            # None: the store is gone, which the first rank may have opened: it waits for all others
+            if known is None or all(seen.beat.left for rank, seen in known.items() if rank != self.rank):
+                self._ended.set()
+            else:
+                self._judge(known)
+                time.sleep(self.interval / 10)
 
     def __enter__(self) -> "Watch":
         return self

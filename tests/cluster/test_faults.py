@@ -154,6 +154,22 @@ def test_killed_while_a_checkpoint_is_half_written(unbroken, tmp_path):
     assert numbers(run) == unbroken
 
 
+def test_a_rank_hangs_after_the_last_step(unbroken, tmp_path):
+    """The other has nothing left to do, and is the only one to notice it."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = torchrun(2, *TRAIN, f"run.dir={run}", log=log)
+    deadline = time.monotonic() + 120
+    while not list((run / "checkpoints").glob(f"step_*{STEPS}")):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    time.sleep(float(os.environ.get("LATER", "0.3")))  # it draws loss.png
+    (first,) = [rank for rank in workers(process) if rank.environ()["RANK"] == "0"]
+    first.suspend()
+    assert process.wait(timeout=120) != 0
+    assert "stopped: rank 0" in log.read_text() and "does not answer any more" in log.read_text()
+    assert numbers(run) == unbroken
+
+
 def test_random_faults(unbroken, tmp_path):
     """Kills, hangs, requests to stop and lost writers, at random moments: a run ends where an unbroken one does."""
     count, rng = int(os.environ.get("FAULTS", "4")), random.Random(int(os.environ.get("SEED", "0")))

@@ -140,3 +140,38 @@ def test_a_forged_beat_ends_nothing(store):
         mine.leave()
         other.leave()
     assert not said
+
+
+def test_ranks_leave_together(store):
+    said = []
+    first, last = (Watch(rank, 2, 60.0, said.append, store()) for rank in range(2))
+    thread = threading.Thread(target=first.finish)
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive() and not first._ended.is_set()
+    last.finish()
+    thread.join(5.0)
+    assert not thread.is_alive() and not said
+
+
+def test_a_rank_that_hangs_while_another_is_done_is_noticed(store):
+    """The other is the only one that is left to notice it."""
+    said = []
+    done = Watch(1, 2, 0.5, said.append, store())
+    hangs = Watch(0, 2, 60.0, said.append, store())
+    hangs.mark("drawing")
+    hangs._beat()
+    hangs._ended.set()  # as if it were stopped
+    done.finish()
+    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heard of in drawing")
+
+
+def test_a_store_that_is_gone_ends_the_wait():
+    import torch.distributed as dist
+
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = []
+    watch = Watch(1, 2, 60.0, said.append, dist.TCPStore("127.0.0.1", server.port, is_master=False))
+    del server
+    watch.finish()
+    assert not said

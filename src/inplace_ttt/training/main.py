@@ -85,8 +85,9 @@ def train(config: Config, world: World) -> int:
             groups = runtime.start(config.parallel, config.train.seed, world, rendezvous)
             watch.share_secret()
             code = _train(config, corpora, groups, stop, watch)
-            watch.leave()
+            watch.mark("leaving the process groups")
             runtime.stop()
+            watch.finish()
             return code
         except TrainingStopped as why:
             return stopped(str(why), why.code)
@@ -164,8 +165,10 @@ def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
     try:
         finished = loop.run(step)
     finally:
+        watch.mark("closing metrics and W&B", SLOW)
         recorder.close()
     if finished and recorder.outputs:
+        watch.mark("drawing loss.png")
         plot_loss(folder.metrics, folder.path / "loss.png", config.run.name)
         print(f"done: '{folder.path}' holds metrics.jsonl, loss.png and checkpoints/", flush=True)
     return 0
