@@ -10,6 +10,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 from inplace_ttt.ttt import FastWeightState, fast_weight_linear, naive
+from inplace_ttt.ttt.products import gram
 from numerics.cases import largest, operands, random_documents, relative_error
 from parallel.test_scan_over_ranks import zigzag
 from ranks import run_ranks
@@ -59,6 +60,12 @@ def test_states_and_clipping_match_the_definition(seed, keep):
         run(fast_weight_linear, *cuda, options | dict(keep_chunk_weights=keep)), exact, strict=True
     ):
         assert relative_error(value.double(), reference) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [64, 512, 515, 1024])
+def test_gram_matrices(tokens):
+    x = torch.randn(3, 2 * tokens, 96, device="cuda").bfloat16()[:, :tokens]
+    assert relative_error(gram(x).double(), x.double() @ x.double().mT) < 3e-3
 
 
 def errors_over_ranks(seeds, prefix):

@@ -12,6 +12,8 @@ def main():
     errors = []
     for rows, width in [(5, 3), (7, 1024), (4, 2300)]:
         x, y, factors = torch.randn(rows, width), torch.randn(rows, width), torch.rand(rows)
+        if width == 3:
+            factors = factors[:1].expand(rows)  # without memory of its own
         scaled, scaled_twice, expected = x.clone(), x.clone(), x.clone()
         triton_rows.scale_rows(scaled, factors)
         dots = triton_rows.dot_and_scale_rows(scaled_twice, y, factors)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.ttt.plan import Span, evenly_spaced
-from inplace_ttt.ttt.products import outer_sum, prefers_gram, squared_norms_of_spans, stack_spans, state_dtype
+from inplace_ttt.ttt.products import gram, outer_sum, prefers_gram, squared_norms_of_spans, stack_spans, state_dtype
 
 
 def sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
@@ -64,6 +64,7 @@ class _ClippedChunks:
     squared: Tensor  # (n,), |S|^2 over this rank's columns, then over those of all ranks
     uses_grams: bool  # otherwise S itself
     grams: tuple[Tensor, Tensor] | None  # (n, t, t) of v and of z, from the forward to the first backward
+    factor: Tensor | None = None  # (n,), c, once the squared norms are those over all ranks
 
 
 class UpdateClip:
@@ -98,8 +99,8 @@ class UpdateClip:
         squared = sum_over(self.tp_group, torch.cat([part.squared for part in parts]))
         for part, part.squared in zip(parts, squared.split([len(part.spans) for part in parts]), strict=True):
             norm = abs(self.eta) * part.squared.sqrt()
-            factor = torch.where(norm > self.limit, self.limit / norm, 1.0)
-            stack_spans(self.factors[:, part.batch : part.batch + 1], part.spans).copy_(factor[:, None, None])
+            part.factor = torch.where(norm > self.limit, self.limit / norm, 1.0)
+            stack_spans(self.factors[:, part.batch : part.batch + 1], part.spans).copy_(part.factor[:, None, None])
         tokens = slice(spans[0][0], spans[-1][1])
         _rows(v).scale_rows(v[tokens].view(-1, v.shape[2]), self.factors[tokens].view(-1))
         self.parts += parts
@@ -109,7 +110,7 @@ class UpdateClip:
         if not prefers_gram(spans[0][1] - spans[0][0], v.shape[2], z.shape[2]):
             squared = squared_norms_of_spans(v[:, [batch]], z[:, [batch]], spans)[0]
             return _ClippedChunks(batch, spans, squared, False, None)
-        grams = tuple(stack @ stack.mT for stack in (stack_spans(t[:, batch], spans) for t in (v, z)))
+        grams = tuple(gram(stack_spans(t[:, batch], spans)) for t in (v, z))
         squared = (grams[0] * grams[1]).sum((1, 2), dtype=state_dtype(z.dtype)).clamp(min=0)
         return _ClippedChunks(batch, spans, squared, True, grams if for_backward else None)
 
@@ -130,23 +131,32 @@ class UpdateClip:
         # <dv'_t, c v_t>
         dots = _rows(v).dot_and_scale_rows(*(t.view(-1, v.shape[2]) for t in (dv, v)), self.factors.view(-1))
         dots = dots.view_as(self.factors)
-        factors = [self.factors[[start for start, _ in part.spans], part.batch] for part in self.parts]
         sums = torch.cat(
             [stack_spans(dots[:, part.batch : part.batch + 1], part.spans).sum((1, 2)) for part in self.parts]
         )
-        sums = sum_over(self.tp_group, sums / torch.cat(factors)).split([len(part.spans) for part in self.parts])
-        for part, factor, h in zip(self.parts, factors, sums, strict=True):
-            share = torch.where(factor < 1, h / part.squared, 0.0)[:, None, None]
-            factor = factor[:, None, None]
-            part_v, part_z, part_dv, part_dz = (stack_spans(t[:, part.batch], part.spans) for t in (v, z, dv, dz))
-            if part.uses_grams:
-                if part.grams is None:  # another backward of the same graph
-                    part.grams = ((part_v @ part_v.mT) / factor.square()).to(v.dtype), part_z @ part_z.mT
-                (gram_v, gram_z), part.grams = part.grams, None
-                part_dz.baddbmm_(gram_v * (factor * share).to(z.dtype), part_z, alpha=-1)
-                part_dv.baddbmm_(gram_z * share.to(v.dtype), part_v, alpha=-1)
-                continue
-            for number in range(len(part.spans)):
-                s = outer_sum(part_v[number], part_z[number]) * share[number]  # of the rescaled targets: c S h / |S|^2
-                part_dz[number].addmm_(part_v[number], (s / factor[number]).to(z.dtype), alpha=-1)
-                part_dv[number].addmm_(part_z[number], s.t().to(v.dtype), alpha=-1)
+        sums = sum_over(self.tp_group, sums / torch.cat([part.factor for part in self.parts]))
+        for part, h in zip(self.parts, sums.split([len(part.spans) for part in self.parts]), strict=True):
+            share = torch.where(part.factor < 1, h / part.squared, 0.0)  # of S z_t and S^T v_t, over c
+            self._subtract(part, share, *(stack_spans(t[:, part.batch], part.spans) for t in (dv, dz, v, z)))
+
+    def _subtract(self, part: _ClippedChunks, share: Tensor, dv: Tensor, dz: Tensor, v: Tensor, z: Tensor) -> None:
+        """Subtract ``c share S z_t`` from dv_t and ``c share S^T v_t`` from dz_t, all (n, t, ...); v is ``c v_t``."""
+        if part.uses_grams:
+            of_v = share * part.factor
+            if part.grams is None:  # another backward of the same graph
+                part.grams, of_v = (gram(v), gram(z)), share / part.factor
+            (gram_v, gram_z), part.grams = part.grams, None
+            dz.baddbmm_(_scaled(gram_v, of_v), z, alpha=-1)
+            dv.baddbmm_(_scaled(gram_z, share), v, alpha=-1)
+            return
+        for number in range(len(part.spans)):
+            s = outer_sum(v[number], z[number]) * share[number]  # c share S
+            dz[number].addmm_(v[number], (s / part.factor[number]).to(z.dtype), alpha=-1)
+            dv[number].addmm_(z[number], s.t().to(v.dtype), alpha=-1)
+
+
+def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each of n square matrices (n, t, t) with its factor (n,), in place."""
+    t = matrices.shape[1]
+    _rows(matrices).scale_rows(matrices.view(-1, t), factors.repeat_interleave(t))
+    return matrices

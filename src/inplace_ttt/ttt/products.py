@@ -39,6 +39,20 @@ def stack_spans(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
     return x[start : spans[-1][1]].unfold(0, stop - start, distance).mT
 
 
+def gram(x: Tensor) -> Tensor:
+    """Return ``x x^T`` of each matrix (n, t, k), (n, t, t) in their dtype; on a GPU without one of the equal halves."""
+    n, t, _ = x.shape
+    if not x.is_cuda or t < 512:
+        return x @ x.mT
+    result, half = x.new_empty(n, t, t), t // 2
+    first, second = x[:, :half], x[:, half:]
+    torch.bmm(first, first.mT, out=result[:, :half, :half])
+    torch.bmm(second, second.mT, out=result[:, half:, half:])
+    torch.bmm(second, first.mT, out=result[:, half:, :half])
+    result[:, :half, half:] = result[:, half:, :half].mT
+    return result
+
+
 def prefers_gram(tokens: int, d: int, f: int) -> bool:
     """Tell whether the norm of a sum of outer products is cheaper from Gram matrices than from the sum itself."""
     return tokens * (d + f) < d * f
