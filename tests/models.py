@@ -85,3 +85,17 @@ class Training:
 def train_losses(steps: int, *changes: dict, **options) -> list[tuple[float, float]]:
     training = Training(tiny_config(*changes), **options)
     return [training.step(number) for number in range(steps)]
+
+
+def train_histograms(steps: int, *changes: dict) -> list[dict]:
+    """Return each step's histograms of update norms, as metrics.jsonl has them."""
+    from inplace_ttt.config import ttt_layers
+    from inplace_ttt.training.update_histograms import take_counts, watch_updates
+
+    training, found = Training(tiny_config(*changes)), []
+    modules, layers = training.model.ttt_modules, ttt_layers(training.config.ttt, training.config.model.num_layers)
+    for number in range(steps):
+        watch_updates(modules, number != 1)
+        training.step(number)
+        found.append(take_counts(modules, layers, training.groups))
+    return found

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from models import train_losses
+from models import SEQ_LENGTH, TINY, train_histograms, train_losses
 from ranks import run_ranks
 
 STEPS = 6
@@ -45,6 +45,7 @@ VARIANTS = {
     "chunks on two ranks": [{"ttt": {"chunk_size": 24}}, {"data": {"reset_at_documents": False}}],
     "window": [{"model": {"sliding_window": 10}}],
     "no projection": [{"ttt": {"project": False}}],
+    "clipped": [{"ttt": {"clip": 0.5}}],  # four in five of the first TTT layer's updates
 }
 
 
@@ -73,6 +74,11 @@ VARIANTS = {
         ("chunks on two ranks", 2, [TP2_SP]),
         ("window", 2, [CP2]),
         ("no projection", 2, [TP2_SP]),
+        ("clipped", 2, [TP2_SP]),
+        ("clipped", 2, [CP2]),
+        ("clipped", 2, [PP2, {"train": {"micro_batch_size": 2}}]),
+        ("clipped", 4, [CP4, FULL]),
+        ("clipped", 4, [CP2_TP2_SP, SELECTIVE]),
     ],
 )
 def test_equals_one_process(variant, size, layout):
@@ -81,3 +87,33 @@ def test_equals_one_process(variant, size, layout):
         for (loss, norm), (loss_1, norm_1) in zip(result, expected, strict=True):
             assert abs(loss - loss_1) <= 1e-5 * loss_1
             assert abs(norm - norm_1) <= 1e-5 * norm_1
+
+
+def test_clipping_tells_in_the_losses():
+    """What the clipped layouts are compared with is another training than the unclipped one."""
+    clipped, unclipped = one_process("clipped"), one_process("packed")
+    assert clipped[0][0] != unclipped[0][0]
+    assert clipped[0][1] != unclipped[0][1]
+
+
+@functools.cache
+def histograms_of_one_process():
+    return run_ranks(1, train_histograms, 3)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(2, [{}]), (2, [TP2_SP, FULL]), (2, [CP2]), (2, [PP2, SELECTIVE]), (4, [CP4]), (4, [CP2_TP2_SP])],
+)
+def test_histograms_of_update_norms_are_those_of_one_process(size, layout):
+    for result in run_ranks(size, train_histograms, 3, *layout):
+        assert result == histograms_of_one_process()
+
+
+def test_histograms_count_each_update_that_a_later_token_reads():
+    first, off, third = histograms_of_one_process()
+    # documents of 24, 16 and 24 tokens in chunks of 8: the last chunk of each is read by nobody
+    read = TINY["train"]["global_batch_size"] * (SEQ_LENGTH // TINY["ttt"]["chunk_size"] - 3)
+    for step in (first, third):
+        assert {layer: sum(counts.values()) for layer, counts in step.items()} == {"0": read, "2": read}
+    assert off == {"0": {}, "2": {}}

@@ -1,5 +1,7 @@
 """Runs that are stopped, killed, moved and damaged end where an unbroken one does, or say why not."""
 
+import json
+import math
 import os
 import random
 import shutil
@@ -17,7 +19,14 @@ from launching import SMALL, kill_all, numbers, run_main, torchrun, workers
 from ranks import run_ranks
 
 STEPS = 12
-TRAIN = [*SMALL, f"train.steps={STEPS}", "train.eval_interval=6", "checkpoint.interval=3"]
+TRAIN = [
+    *SMALL,
+    f"train.steps={STEPS}",
+    "train.eval_interval=6",
+    "checkpoint.interval=3",
+    "ttt.histogram_interval=2",
+    "ttt.clip=0.001",
+]
 CP2 = "parallel.context_parallel_size=2"
 
 
@@ -49,6 +58,46 @@ def test_run_leaves_everything_behind(unbroken):
     assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
 
 
+def noted_histograms(run: Path, step: int = STEPS) -> dict:
+    return json.loads((run / f"checkpoints/step_{step:08d}/update_histograms.json").read_bytes())
+
+
+def test_checkpoints_hold_the_histograms_of_update_norms(unbroken):
+    noted, records = noted_histograms(unbroken), [record for record in numbers(unbroken) if not record.get("eval")]
+    assert [one["step"] for one in noted["histograms"]] == [2, 4, 6, 8, 10, 12]
+    for one in noted["histograms"]:
+        assert one["layers"] == records[one["step"] - 1]["update_histogram"]
+        counts = one["layers"]["1"]
+        assert sum(counts.values()) > 0
+        # the quantile beside it lies in the bin that the counts say
+        middle, bins = records[one["step"] - 1]["update_norm_p50/layer_1"], noted["bins"]
+        bin = (math.log10(middle) - bins["lowest"]) * bins["per_decade"] + 1
+        assert sum(count for number, count in counts.items() if int(number) < int(bin)) <= sum(counts.values()) / 2
+        assert sum(count for number, count in counts.items() if int(number) <= bin) >= sum(counts.values()) / 2
+    assert "update_histogram" not in records[0] and "update_norm_p50/layer_1" not in records[0]
+    assert [one["step"] for one in noted_histograms(unbroken, 9)["histograms"]] == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_without_histograms_goes_on(unbroken, tmp_path):
+    """As those of runs that count none; the run's last checkpoint then holds none either."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    shutil.rmtree(run / "checkpoints/step_00000012")
+    folder = run / "checkpoints/step_00000009"
+    (folder / "update_histograms.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["update_histograms.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    kept = [{key: value for key, value in record.items() if "update_" not in key} for record in numbers(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    (code, text), _ = run_ranks(2, run_main, *TRAIN, "ttt.histogram_interval=0", CP2, f"run.dir={run}")
+    assert code == 0 and "going on from step 9" in text
+    last = [record for record in numbers(run) if not record.get("eval")][-1]
+    assert last["loss"] == [record for record in numbers(unbroken) if not record.get("eval")][-1]["loss"]
+    assert "update_histogram" not in last
+    assert not (run / "checkpoints/step_00000012/update_histograms.json").exists()
+
+
 def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
     run, rng = tmp_path / "run", random.Random(0)
     for _ in range(2):
@@ -60,6 +109,7 @@ def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
     process = torchrun(2, *TRAIN, CP2, f"run.dir={run}", log=tmp_path / "log")
     assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
     assert numbers(run) == numbers(unbroken)
+    assert noted_histograms(run) == noted_histograms(unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
@@ -230,7 +280,7 @@ def test_numbers_that_are_not_finite_stop_the_run_by_name(tmp_path):
 
 
 def test_fast_weights_that_run_away_stop_the_run(tmp_path):
-    options = ["ttt.max_update_ratio=0.5", "ttt.eta=100", "optim.lr=1e-1", "checkpoint.interval=1"]
+    options = ["ttt.clip=null", "ttt.max_update_ratio=0.5", "ttt.eta=100", "optim.lr=1e-1", "checkpoint.interval=1"]
     code, text = run_ranks(2, run_main, *TRAIN, *options, CP2, f"run.dir={tmp_path / 'run'}")[0]
     assert code == 3 and "ttt.max_update_ratio=0.5" in text and "the last good checkpoint is" in text
 
@@ -248,7 +298,9 @@ def test_wandb_offline_is_the_default_without_a_key(tmp_path, monkeypatch):
     run = tmp_path / "run"
     code, text = run_ranks(1, run_main, *TRAIN, "log.wandb=auto", "train.steps=3", f"run.dir={run}")[0]
     assert code == 0, text
-    assert list((run / "wandb").glob("offline-run-*"))
+    (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    for name in (b"train/loss", b"update_ratio/layer_1", b"update_norm_p50/layer_1", b"update_norm_log10/layer_1"):
+        assert name in log.read_bytes()
 
 
 def test_wandb_that_is_not_there(tmp_path):

@@ -136,8 +136,10 @@ class Checkpointer:
         self.strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), pg_collection.dp_cp)
         self.queue = AsyncCallsQueue(persistent=False)
 
-    def save(self, progress: Progress, *, wait: bool = False) -> None:
+    def save(self, progress: Progress, *, files: dict[str, dict] | None = None, wait: bool = False) -> None:
         """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set.
+
+        ``files``: what the first rank writes beside run.json, JSON by name.
 
         Whatever keeps any rank from writing is raised on all, here or by a later ``poll``.
         """
@@ -157,7 +159,7 @@ class Checkpointer:
         )
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write, request.async_fn, folder))
-        request.add_finalize_fn(lambda: self._finish(folder, target, progress))
+        request.add_finalize_fn(lambda: self._finish(folder, target, progress, files or {}))
         # a process of its own writes, also where we wait for it: what fails on one rank is then raised on all
         self.queue.schedule_async_request(request)
         if wait or not self.async_save:
@@ -184,18 +186,20 @@ class Checkpointer:
         self.poll(blocking=True)
         self.queue.close()
 
-    def _finish(self, folder: Path, target: Path, progress: Progress) -> None:
+    def _finish(self, folder: Path, target: Path, progress: Progress, files: dict[str, dict]) -> None:
         errors = [None]
         if dist.get_rank() == 0:
             try:
-                self._give_name(folder, target, progress)
+                self._give_name(folder, target, progress, files)
             except OSError as error:
                 errors = [f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(errors, src=0)
         if errors[0] is not None:
             raise RuntimeError(errors[0])
 
-    def _give_name(self, folder: Path, target: Path, progress: Progress) -> None:
+    def _give_name(self, folder: Path, target: Path, progress: Progress, files: dict[str, dict]) -> None:
+        for name, content in files.items():
+            write_json(folder / name, content)
         write_json(folder / "run.json", asdict(progress))
         write_manifest(folder)
         (folder / PARTIAL_MARK).unlink()

@@ -22,6 +22,7 @@ from inplace_ttt.exits import LASTING
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import agree, device
 from inplace_ttt.signals import StopRequest
+from inplace_ttt.training import update_histograms
 from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
 from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
@@ -98,6 +99,11 @@ class Recorder:
         """Have the disk hold what was written: a checkpoint must not outlive the records of its steps."""
         if self.outputs:
             self.metrics.flush()
+
+    def histograms(self) -> dict[str, dict]:
+        """Return the files of a checkpoint that hold the last histograms of update norms."""
+        content = self.metrics.histograms.contents() if self.outputs else None
+        return {} if content is None else {update_histograms.FILE: content}
 
     def end(self, why: str) -> None:
         if self.outputs:
@@ -191,6 +197,9 @@ class Loop:
     def _step(self, step: int, batches: list[MicroBatch]) -> bool:
         """One update of the parameters; True if any rank was asked to stop."""
         started = time.perf_counter()
+        modules, interval = unwrap(self.stepper.model).ttt_modules, self.config.ttt.histogram_interval
+        counts_updates = bool(self.layers and interval and step % interval == 0)
+        update_histograms.watch_updates(modules, counts_updates)
         totals = self.stepper.train(self._marked(batches, f"step {step}"), len(batches))
         self.watch.mark(f"the gradients of step {step}")
         if not math.isfinite(totals.loss):
@@ -229,6 +238,10 @@ class Loop:
         )
         record |= {f"grad_norm_{name}": float(value) for name, value in self.optimizer.grad_norms_by_group.items()}
         record |= {f"update_ratio/layer_{layer}": ratio for layer, ratio in zip(self.layers, ratios, strict=True)}
+        if counts_updates:
+            self.watch.mark(f"the histograms of step {step}")
+            record["update_histogram"] = update_histograms.take_counts(modules, self.layers, self.groups)
+            record |= update_histograms.quantiles(record["update_histogram"])
         self.recorder.write(record)
         self.recorder.ranks(step, *pace, seconds)
         limit = self.config.ttt.max_update_ratio
@@ -300,7 +313,8 @@ class Loop:
         self.recorder.keep()
         samples = step * self.config.train.global_batch_size
         progress = Progress(step, samples, self.folder.packing, self.folder.identity)
-        self._writing(lambda: self.checkpointer.save(progress, wait=wait))
+        files = self.recorder.histograms()
+        self._writing(lambda: self.checkpointer.save(progress, files=files, wait=wait))
 
     def _writing(self, action: Callable[[], None]) -> None:
         """Do something that writes checkpoints; a disk that is full or gone ends the run in one sentence."""

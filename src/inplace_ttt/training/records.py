@@ -24,14 +24,20 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int):
         """Goes on after ``last_step``: what an earlier run wrote beyond its last checkpoint is taken back."""
+        from inplace_ttt.training.update_histograms import LastHistograms  # torch: status.py does without
+
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
         self.evaluated = max((line["step"] for line in kept if line.get("eval")), default=0)  # the last step that was
+        self.histograms = LastHistograms()
+        for line in kept:
+            self.histograms.add(line)
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")
+        self.histograms.add(record)
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())
@@ -149,8 +155,11 @@ class WandB:
     def write(self, record: dict) -> None:
         if self.run is not None:
             prefix = "eval/" if record.get("eval") else "train/"
-            numbers = {key if "/" in key else prefix + key: value for key, value in record.items() if key != "eval"}
-            self._carefully(lambda: self.run.log(numbers, step=record["step"]))
+            rest = {key: value for key, value in record.items() if key not in ("eval", "update_histogram")}
+            numbers = {key if "/" in key else prefix + key: value for key, value in rest.items()}
+            self._carefully(
+                lambda: self.run.log(numbers | _histograms(record.get("update_histogram", {})), step=record["step"])
+            )
 
     def close(self) -> None:
         if self.run is not None:
@@ -163,6 +172,24 @@ class WandB:
         except Exception as error:
             self.run = None
             print(f"W&B gets no more numbers ({one_line(error)}); metrics.jsonl has them all", flush=True)
+
+
+def _histograms(layers: dict[str, dict[str, int]]) -> dict:
+    """Return W&B's histograms of update norms, over powers of ten, by layer."""
+    if not layers:
+        return {}
+    import wandb
+
+    from inplace_ttt.training.update_histograms import dense
+    from inplace_ttt.ttt import histogram
+
+    inner = histogram.edges().log10().tolist()
+    width = inner[1] - inner[0]
+    edges = [inner[0] - width, *inner, inner[-1] + width]  # W&B's outer bins have an end
+    return {
+        f"update_norm_log10/layer_{layer}": wandb.Histogram(np_histogram=(dense(sparse), edges))
+        for layer, sparse in layers.items()
+    }
 
 
 def _has_wandb_login() -> bool:
