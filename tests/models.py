@@ -58,11 +58,11 @@ class Training:
         from inplace_ttt.megatron.runtime import device
 
         generator = torch.Generator().manual_seed(step)
-        samples = []
+        samples, length = [], self.config.data.seq_length
         for _ in range(self.config.train.global_batch_size):
-            text = torch.randint(0, VOCAB, (SEQ_LENGTH + 1,), generator=generator)
-            mask = (torch.rand(SEQ_LENGTH, generator=generator) > 0.2).float()
-            documents = (0, 24, 40, SEQ_LENGTH) if self.config.data.reset_at_documents else None
+            text = torch.randint(0, VOCAB, (length + 1,), generator=generator)
+            mask = (torch.rand(length, generator=generator) > 0.2).float()
+            documents = (0, length * 3 // 8, length * 5 // 8, length) if self.config.data.reset_at_documents else None
             samples.append(Sample(text[:-1], text[1:], mask, documents))
         share, rank = len(samples) // self.groups.dp.size(), self.groups.dp.rank()
         mine, rows = samples[rank * share : (rank + 1) * share], self.config.train.micro_batch_size

@@ -16,6 +16,7 @@ from inplace_ttt.ttt import fast_weight_linear, naive, scan
 from inplace_ttt.validation import transformer_engine_available
 from models import train_losses
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
+from parallel.test_layouts import parallel
 from parallel.test_scan_over_ranks import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
@@ -93,34 +94,43 @@ def assert_close(results, expected, bound):
         assert abs(norm - norm_1) <= 5 * bound * norm_1
 
 
-# wider than on the CPU, as fused kernels want it
-WIDE = {"model": {"hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 64, "init_method_std": 0.03}}
+# Wider than on the CPU, as fused kernels want it, and with chunks that the fast weights' kernels take in bf16
+WIDE = {
+    "model": {"hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 64, "init_method_std": 0.03},
+    "ttt": {"chunk_size": 64, "eta": 0.005},
+    "data": {"seq_length": 1024},
+}
 VARIANTS = {
     "packed": [],
     "one document": [{"data": {"reset_at_documents": False}}],
     "input_embed": [{"ttt": {"target": "input_embed"}}],
     "recompute": [{"train": {"recompute": "full"}}],
     "recompute without attention": [{"train": {"recompute": "full", "recompute_core_attn": False}}],
+    "clipped": [{"ttt": {"clip": 0.2}}],
 }
-SIZES = {
-    "CP2": dict(context_parallel_size=2),
-    "TP2 SP": dict(tensor_model_parallel_size=2, sequence_parallel=True),
-    "PP2": dict(pipeline_model_parallel_size=2),
+LAYOUTS = {
+    "CP2": (2, parallel(context=2)),
+    "TP2 SP": (2, parallel(tensor_model=2, sequence_parallel=True)),
+    "PP2": (2, parallel(pipeline_model=2)),
+    "CP4": (4, parallel(context=4)),
+    "CP2 TP2 SP": (4, parallel(context=2, tensor_model=2, sequence_parallel=True)),
+    "CP2 PP2": (4, parallel(context=2, pipeline_model=2)),
+    "CP8": (8, parallel(context=8)),
+    "CP4 TP2 SP": (8, parallel(context=4, tensor_model=2, sequence_parallel=True)),
+    "CP2 PP2 TP2 SP": (8, parallel(context=2, pipeline_model=2, tensor_model=2, sequence_parallel=True)),
 }
 EXACT = "local", torch.float32
 BF16 = [(impl, torch.bfloat16) for impl in ("local", *["transformer_engine"] * transformer_engine_available())]
 
 
-def model_losses(parallel: dict, kinds: list) -> dict:
+def model_losses(layout: dict, kinds: list) -> dict:
     """Losses and gradient norms of a few steps, by variant, layers and dtype."""
     from inplace_ttt.megatron import runtime
 
     losses = {}
     for variant, changes in VARIANTS.items():
         for impl, dtype in kinds:
-            losses[variant, impl, dtype] = train_losses(
-                4, WIDE, *changes, {"parallel": parallel}, impl=impl, dtype=dtype
-            )
+            losses[variant, impl, dtype] = train_losses(4, WIDE, *changes, layout, impl=impl, dtype=dtype)
             runtime.leave_groups()
     return losses
 
@@ -131,8 +141,9 @@ def on_one_gpu():
 
 
 @functools.cache
-def on_two_gpus(sizes: str):
-    return run_ranks(2, model_losses, SIZES[sizes], [EXACT, *BF16], backend="nccl")[0]
+def on_several_gpus(name: str):
+    size, layout = LAYOUTS[name]
+    return run_ranks(size, model_losses, layout, [EXACT, *BF16], backend="nccl")[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -141,10 +152,15 @@ def test_bf16_follows_fp32(variant):
         assert_close(on_one_gpu()[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
 
 
-@gpus(2)
+def test_variants_differ():
+    """What layouts are compared in tells in the losses."""
+    first = [on_one_gpu()[name, *EXACT][0] for name in ("packed", "one document", "input_embed", "clipped")]
+    assert len(set(first)) == len(first)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("sizes", SIZES)
-def test_two_gpus_equal_one(sizes, variant):
-    assert_close(on_two_gpus(sizes)[variant, *EXACT], on_one_gpu()[variant, *EXACT], 1e-4)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpus(size)) for name, (size, _) in LAYOUTS.items()])
+def test_layouts_equal_one_gpu(name, variant):
+    assert_close(on_several_gpus(name)[variant, *EXACT], on_one_gpu()[variant, *EXACT], 1e-4)
     for kind in BF16:
-        assert_close(on_two_gpus(sizes)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
+        assert_close(on_several_gpus(name)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)

@@ -23,6 +23,9 @@ CP2 = parallel(context=2)
 CP4 = parallel(context=4)
 CP2_TP2_SP = parallel(context=2, tensor_model=2, sequence_parallel=True)
 CP2_PP2 = parallel(context=2, pipeline_model=2)
+CP8 = parallel(context=8)
+CP4_TP2_SP = parallel(context=4, tensor_model=2, sequence_parallel=True)
+CP2_PP2_TP2_SP = parallel(context=2, pipeline_model=2, tensor_model=2, sequence_parallel=True)
 FULL = {"train": {"recompute": "full"}}
 SELECTIVE = {"train": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
 OVERLAP = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
@@ -46,6 +49,7 @@ VARIANTS = {
     "window": [{"model": {"sliding_window": 10}}],
     "no projection": [{"ttt": {"project": False}}],
     "clipped": [{"ttt": {"clip": 0.5}}],  # four in five of the first TTT layer's updates
+    "longer": [{"data": {"seq_length": 128}}],
 }
 
 
@@ -79,6 +83,9 @@ VARIANTS = {
         ("clipped", 2, [PP2, {"train": {"micro_batch_size": 2}}]),
         ("clipped", 4, [CP4, FULL]),
         ("clipped", 4, [CP2_TP2_SP, SELECTIVE]),
+        ("longer", 8, [CP8]),
+        pytest.param("longer", 8, [CP4_TP2_SP, FULL], marks=pytest.mark.slow),
+        pytest.param("longer", 8, [CP2_PP2_TP2_SP], marks=pytest.mark.slow),
     ],
 )
 def test_equals_one_process(variant, size, layout):
