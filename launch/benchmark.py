@@ -192,7 +192,7 @@ def run_decode(arguments):
 
 
 def configuration(overrides: list[str]):
-    """What the command line says, at Qwen3-4B's shapes where it names no recipe; weights are random."""
+    """Return the configuration of the command line, at Qwen3-4B's shapes where it names no recipe."""
     from inplace_ttt.config import UserError
     from inplace_ttt.training.compose import compose_config, to_config
 

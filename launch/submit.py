@@ -93,7 +93,7 @@ def check(overrides: list[str], arguments: argparse.Namespace, first: bool):
 
 
 def of_the_job(arguments: argparse.Namespace) -> dict[str, str]:
-    """What launch/slurm/environment.sh is told."""
+    """Return the variables of launch/slurm/environment.sh."""
     told = {"INPLACE_TTT_ROOT": str(ROOT), "INPLACE_TTT_PROCESSES": str(arguments.gpus_per_node)}
     if arguments.container:
         told |= {

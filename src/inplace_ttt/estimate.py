@@ -1,4 +1,4 @@
-"""What a run needs before it is started: memory of each part on the fullest GPU, the work of a step, its time.
+"""Estimate what a run needs before it is started: memory of each part on the fullest GPU, FLOPs and time of a step.
 
 Memory is counted tensor by tensor as the training code holds it; time is FLOPs over what such products and such
 attention were seen to reach (README, "On a GPU node"). Transformer Engine layers in bf16 are assumed.
@@ -44,7 +44,7 @@ GPUS = {gpu.name: gpu for gpu in (Gpu("H100", 78.5 * GIB), Gpu("H200", 139.0 * G
 
 @dataclass(frozen=True)
 class Share:
-    """How much of the model and of a sample one GPU has."""
+    """Hold one GPU's share of the model and of a sample."""
 
     config: Config
     world: int
@@ -67,12 +67,12 @@ class Share:
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch."""
+        """Return the tokens of a micro batch on one rank."""
         return self.config.data.seq_length * self.config.train.micro_batch_size // self.cp
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
+        """Return the number of micro batches of a step."""
         return self.config.train.global_batch_size // (self.dp * self.config.train.micro_batch_size)
 
     def layers(self, stage: int) -> range:
@@ -113,7 +113,7 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """What torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
+        """Return what torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
         return sum(self.always.values()) + max(self.in_turn.values())
 
     @property
@@ -122,7 +122,7 @@ class Memory:
 
 
 def memory(config: Config, world: int, gpu: Gpu) -> Memory:
-    """Of a GPU of the fullest pipeline stage."""
+    """Return the memory of a GPU of the fullest pipeline stage."""
     share = Share(config, world)
     return max((_stage_memory(share, stage, gpu) for stage in range(share.pp)), key=lambda stage: stage.needed)
 
@@ -192,7 +192,7 @@ class _Activations:
         return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp * chunks
 
     def keeps(self, layers: int, free: float) -> bool:
-        """Whether chunk weights are kept for the backward, where those of so many layers live at a time."""
+        """Tell whether chunk weights are kept for the backward, where those of so many layers live at a time."""
         setting = self.share.config.ttt.keep_chunk_weights
         return layers * self.chunk_weights <= KEPT_SHARE * free if setting is None else setting
 
@@ -202,7 +202,7 @@ class _Activations:
         return min(self.chunk_weights, WINDOW * (1 if self.share.cp == 1 else 2))
 
     def fast_at_work(self, held: float) -> float:
-        """What a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""
+        """Return what a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""
         config = self.share.config
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp
         # targets and their gradient; a sum on its way. The gradients of gate and up come after the chunk weights.
@@ -220,14 +220,14 @@ def _ring(share: Share, fast: int, in_flight: int) -> float:
 
 
 def _logits(share: Share) -> float:
-    """Of one part of the tokens in fp32 and bf16, the weight's gradient in fp32 and bf16, hidden states and theirs."""
+    """Return the bytes of logits of one part of the tokens, the gradient of their weight, and hidden states."""
     model = share.config.model
     vocabulary = padded_vocab_size(model.vocab_size or 0) / share.tp
     return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * share.tokens
 
 
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
-    """Expected time of a step."""
+    """Return the expected time of a step."""
     share, flops = Share(config, world), forward_flops(config)
     full = config.train.recompute == "full"
     products = 3 * (flops.layers + flops.logits) + flops.logits + FAST_WEIGHTS * 3 * flops.fast

@@ -11,7 +11,7 @@ PACKAGE = "transformer-engine"
 
 @functools.cache
 def why_lacking() -> str | None:
-    """What keeps Transformer Engine from being used; None: nothing.
+    """Return what keeps Transformer Engine from being used, or None.
 
     Raises UserError where megatron-core would fail too: it goes on without the package and without a module of it, but
     not where a library below them is missing or does not fit.

@@ -1,4 +1,4 @@
-"""What values of a configuration fit together, checked before any process group forms and any work is done.
+"""Check that values of a configuration fit together, before any process group forms and any work is done.
 
 Each check raises UserError with one sentence: the key, its value, and what would work.
 """

@@ -44,7 +44,7 @@ DONE = "done"  # why a rank ends that has nothing to complain of
 
 @dataclass
 class Beat:
-    """What a rank tells of itself."""
+    """Hold what a rank tells of itself."""
 
     number: int  # grows with every beat
     host: str
@@ -62,14 +62,14 @@ class Beat:
 
 @dataclass
 class Seen:
-    """What is known of another rank: its last beat, and for how many seconds it has been the last."""
+    """Hold what is known of another rank: its last beat, and for how many seconds it has been the last."""
 
     beat: Beat
     silent: float
 
 
 class Watch:
-    """Of one rank. ``mark`` costs nothing; without a job's store nothing is watched."""
+    """Watch the other ranks, for one rank. ``mark`` costs nothing; without a job's store nothing is watched."""
 
     INTERVAL = 1.0  # seconds between beats
 
@@ -110,7 +110,7 @@ class Watch:
             self._beat()
 
     def mark(self, doing: str, patience: float = 1.0) -> None:
-        """What the rank goes about now, and how many times the limit that may take."""
+        """Note what the rank does now, and how many times the limit it may take."""
         self._marks, self._doing, self._patience, self._since = self._marks + 1, doing, patience, time.monotonic()
 
     def leave(self, why: str = DONE) -> None:
@@ -153,7 +153,7 @@ class Watch:
         return _unreachable() if known is None else who_is_gone(known, self.rank, 2.5 * self.interval)
 
     def _watch_losses(self) -> dict[int, Seen]:
-        """What ranks tell, after some beats or as soon as one says why it ended."""
+        """Return what ranks tell, after some beats or as soon as one says why it ended."""
         known = self._look()
         for _ in range(4):
             time.sleep(self.interval)
@@ -205,7 +205,7 @@ class Watch:
             self.store.set(str(self.rank), self._signed(json.dumps(asdict(beat))))
 
     def _look(self) -> dict[int, Seen]:
-        """What every rank that has told anything told last."""
+        """Return what every rank that has told anything told last."""
         ranks = range(self.size)
         if len(self._seen) < self.size:
             ranks = [rank for rank in ranks if rank in self._seen or self.store.check([str(rank)])]
@@ -239,7 +239,7 @@ class Watch:
 
 
 def _within(seconds: float, action: Callable):
-    """What an action returns; None where it takes longer, or the store is not reached."""
+    """Return what an action returns; None where it takes longer, or the store is not reached."""
     found = []
 
     def run() -> None:
@@ -273,7 +273,7 @@ def who_hangs(known: dict[int, Seen], silence: float) -> str:
 
 
 def who_is_gone(known: dict[int, Seen], me: int, silence: float) -> str | None:
-    """Of ranks that cannot be reached: why they ended, else which are not heard from; None: all are there."""
+    """Return why ranks that cannot be reached ended, else which are not heard from; None: all are there."""
     ended = [rank for rank, seen in known.items() if rank != me and seen.beat.failed]
     if ended:
         first = known[ended[0]].beat

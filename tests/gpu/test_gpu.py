@@ -12,9 +12,11 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 
+from inplace_ttt.data.build import micro_batches
 from inplace_ttt.ttt import fast_weight_linear, naive, scan
+from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
 from inplace_ttt.validation import transformer_engine_available
-from models import train_losses
+from models import VOCAB, train_losses
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from parallel.test_layouts import parallel
 from parallel.test_scan_over_ranks import error_of_slices, random_case, zigzag
@@ -164,3 +166,45 @@ def test_layouts_equal_one_gpu(name, variant):
     assert_close(on_several_gpus(name)[variant, *EXACT], on_one_gpu()[variant, *EXACT], 1e-4)
     for kind in BF16:
         assert_close(on_several_gpus(name)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_exported_model_calls_the_kernels(clip, monkeypatch):
+    """Where they run; its own file computes the same to bf16's rounding."""
+    from inplace_ttt.hf import modeling_inplace_ttt as exported
+
+    torch.manual_seed(0)
+    config = exported.InPlaceTTTQwen3Config(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, ttt_layers=[0, 2], ttt_chunk=64, ttt_lr=0.02, ttt_clip=clip,
+    )  # fmt: skip
+    model = exported.InPlaceTTTQwen3ForCausalLM(config).eval().cuda()
+    for name, parameter in model.named_parameters():
+        if "ttt" in name:
+            parameter.data.normal_(0, 0.1)
+    text = torch.randint(0, VOCAB, (2, 500), device="cuda")
+    calls, scan_chunks = [], HopperBackend.scan
+    monkeypatch.setattr(HopperBackend, "scan", lambda *a, **k: calls.append(1) or scan_chunks(*a, **k))
+    with torch.no_grad():
+        monkeypatch.setattr(exported, "fast_weight_linear", None)
+        exact = model.double()(text).logits
+        model.bfloat16()
+        by_itself = model(text).logits
+        assert not calls
+        monkeypatch.setattr(exported, "fast_weight_linear", fast_weight_linear)
+        by_operation = model(text).logits
+    assert calls
+    assert relative_error(by_operation.double(), exact) < 1.2 * relative_error(by_itself.double(), exact) + 1e-4
+
+
+def test_batches_come_pinned_from_workers():
+    from inplace_ttt.data.recall import KeyValueRecall
+
+    options = dict(micro_batch_size=1, cp_size=1, cp_rank=0, chunk_size=64)
+    data = KeyValueRecall(256, 16, 100, seed=0)
+    found = list(micro_batches(data, range(4), num_workers=2, device=torch.device("cuda"), **options))
+    expected = list(micro_batches(data, range(4), num_workers=0, device=torch.device("cpu"), **options))
+    for batch, reference in zip(found, expected, strict=True):
+        assert batch.tokens.is_cuda and batch.layout.chunk_ids.is_cuda
+        assert torch.equal(batch.tokens.cpu(), reference.tokens) and batch.layout.plan == reference.layout.plan
+        assert reference.pin_memory().layout.chunk_ids.is_pinned()

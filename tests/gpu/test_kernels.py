@@ -60,11 +60,11 @@ def test_kernels_equal_the_definition(seed, monkeypatch):
     monkeypatch.setattr(HopperBackend, "window_bytes", rng.choice([0, 300_000, 2**30]))  # kernel windows of all sizes
     cuda = [amid_nan(t) if at != 2 else t.cuda() for at, t in enumerate(tensors)]
     values = gradients(fast_weight_linear, cuda, options | dict(keep_chunk_weights=rng.choice([True, False, None])))
-    twin = gradients(fast_weight_linear, cuda, options | dict(backend="torch"))
-    for value, of_twin, reference in zip(values, twin, exact, strict=True):
+    plain = gradients(fast_weight_linear, cuda, options | dict(backend="torch"))
+    for value, of_plain, reference in zip(values, plain, exact, strict=True):
         error = relative_error(value.double(), reference)
         assert error < 1e-2
-        assert error <= 1.1 * relative_error(of_twin.double(), reference) + 1e-6
+        assert error <= 1.1 * relative_error(of_plain.double(), reference) + 1e-6
 
 
 @pytest.mark.parametrize("length", [64, 100, 128, 192])

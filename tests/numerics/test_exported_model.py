@@ -1,6 +1,7 @@
 """The exported model, in transformers alone, computes what the trained model computes, however it is read."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ VARIANTS = {
     "input_embed, no projection": (QWEN3, dict(head_dim=16, ttt_target="input_embed", ttt_proj=False)),
     "odd kernel": (QWEN3, dict(head_dim=8, ttt_conv_kernel=3)),
     "sliding window": (QWEN3, dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0)),
+    "clipped": (QWEN3, dict(head_dim=16, ttt_clip=0.5)),
 }
+BY_ITSELF = ", by itself"
+OPERATION = exported.fast_weight_linear
 
 
 def build(variant):
@@ -37,9 +41,13 @@ def build(variant):
     return model
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=[*VARIANTS, "qwen3" + BY_ITSELF, "clipped" + BY_ITSELF])
 def model(request):
-    return build(request.param)
+    """A model that calls the package's operation, or one whose file computes everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.endswith(BY_ITSELF):
+            patch.setattr(exported, "fast_weight_linear", None)
+        yield build(request.param.removesuffix(BY_ITSELF))
 
 
 def texts(batch, length, seed=0):
@@ -63,6 +71,7 @@ def test_equals_the_trained_model(model, tmp_path):
         target=config.ttt_target,
         project=config.ttt_proj,
         conv_kernel=config.ttt_conv_kernel,
+        clip=config.ttt_clip,
     )
     logits = run_ranks(1, our_logits, str(tmp_path / "imported"), text[0].tolist(), {}, ttt)[0]
     with torch.no_grad():
@@ -72,7 +81,7 @@ def test_equals_the_trained_model(model, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True).eval()
     with torch.no_grad():
-        assert torch.equal(again(text).logits, model(text).logits)
+        assert close(again(text).logits, model(text).logits)
 
 
 @torch.no_grad()
@@ -87,6 +96,42 @@ def test_prefill_and_decode_equal_one_forward(model):
         if split + 3 < 80:
             parts.append(model(text[:, split + 3 :], past_key_values=cache, use_cache=True).logits)
         assert close(torch.cat(parts, dim=1), whole), split
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_file_equals_the_operation(variant, monkeypatch):
+    """In outputs, fast weights and gradients, read in parts of any length, in float64."""
+    model, calls = build(variant).double(), []
+    monkeypatch.setattr(exported, "fast_weight_linear", lambda *a, **k: calls.append(1) or OPERATION(*a, **k))
+
+    def read():
+        model.zero_grad()
+        rng, text, place, parts = random.Random(0), texts(2, 150), 0, []
+        cache = exported.FastWeightCache(config=model.config)
+        with torch.no_grad():
+            while place < 150:
+                size = rng.choice([1, 2, 5, 16, 17, 40])
+                parts.append(model(text[:, place : place + size], past_key_values=cache, use_cache=True).logits)
+                place += size
+        whole = model(text, labels=text)
+        whole.loss.backward()
+        updates = [row.update for rows in cache.fast_weights.layers.values() for row in rows]
+        return [*parts, *updates, whole.logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    by_operation = read()
+    assert len(calls) > 4
+    monkeypatch.setattr(exported, "fast_weight_linear", None)
+    for value, reference in zip(by_operation, read(), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-11)
+
+
+def test_clipping_tells_in_the_logits():
+    model, text = build("clipped"), texts(1, 100)
+    with torch.no_grad():
+        clipped = model(text).logits
+        for mlp in model.fast_mlps:
+            mlp.clip = None
+        assert not close(model(text).logits, clipped)
 
 
 @torch.no_grad()

@@ -45,13 +45,15 @@ def worst_error_over_cases(seeds, comm_dtype=None):
         expected = with_gradients(naive.fast_weight_linear, z, v, weight, g, **options)
         local = *(zigzag(t, size, rank) for t in (z, v)), weight, zigzag(g, size, rank)
         group = dict(cp_group=dist.group.WORLD, comm_dtype=comm_dtype)
+        # each rank in an order of its own
+        group["keep_chunk_weights"] = random.Random(f"{seed} {rank}").choice([True, False])
         errors.append(error_of_slices(with_gradients(fast_weight_linear, *local, **group, **options), expected))
     return largest(errors)
 
 
-@pytest.mark.parametrize("cp_size", [1, 2, 3, 4])
-def test_equals_definition(cp_size):
-    assert largest(run_ranks(cp_size, worst_error_over_cases, range(60))) < 1e-12
+@pytest.mark.parametrize(("cp_size", "cases"), [(1, 60), (2, 60), (3, 60), (4, 60), (6, 20), (8, 20)])
+def test_equals_definition(cp_size, cases):
+    assert largest(run_ranks(cp_size, worst_error_over_cases, range(cases))) < 1e-12
 
 
 def targets_slice_by_slice(cu_seqlens):

@@ -17,7 +17,7 @@ import zstandard
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.build import NumbersOfSteps
+from inplace_ttt.data.build import NumbersOfSteps, micro_batches
 from inplace_ttt.data.documents import Report, find_files, read_documents, read_hub_dataset
 from inplace_ttt.data.packed import Blend, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
@@ -108,6 +108,30 @@ def test_collate_packs_rows_and_restarts_positions():
     assert pickle.loads(pickle.dumps(parts[1])).layout.plan == parts[1].layout.plan  # it comes from a worker
     plain = MicroBatch.collate([sample(0)], 1, 0, None)
     assert plain.layout.plan is None and plain.to(torch.device("cpu")).layout.documents == (0, 8, 16)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_pack_and_plan(workers):
+    """Batches of workers are those of one process, with their plans."""
+    data = packed([5, 40, 17, 100, 9, 2])
+    options = dict(micro_batch_size=2, cp_size=2, cp_rank=1, chunk_size=8, device=torch.device("cpu"))
+    alone, together = (list(micro_batches(data, range(6), num_workers=n, **options)) for n in (0, workers))
+    assert len(alone) == len(together) == 3
+    for batch, expected in zip(together, alone, strict=True):
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(getattr(batch, name), getattr(expected, name))
+        assert batch.layout.plan == expected.layout.plan is not None
+        assert torch.equal(batch.layout.chunk_ids, expected.layout.chunk_ids)
+
+
+def test_batches_pin_all_their_memory(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
+    batch = MicroBatch.collate([packed([40])[0]], 1, 0, 8)
+    copy = batch.pin_memory()
+    tensors = batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.layout.chunk_ids
+    assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in tensors}
+    assert copy.layout.plan is batch.layout.plan and copy.tokens is not batch.tokens
 
 
 def test_recall_questions_lie_beyond_the_window():

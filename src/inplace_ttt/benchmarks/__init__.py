@@ -1,1 +1,1 @@
-"""What the fast weights cost, measured side by side in one run."""
+"""Benchmarks: what fast weights cost, measured side by side in one run."""

@@ -18,7 +18,7 @@ from inplace_ttt.validation import transformer_impl
 
 
 def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
-    """A record for each number of documents of equal length, forward and backward; every rank calls it."""
+    """Return a record for each number of documents of equal length, forward and backward; every rank calls it."""
     if transformer_impl(config) != "transformer_engine":
         raise UserError("attention compares with Transformer Engine, which is not here: pip install -e '.[gpu]'")
     groups = runtime.start(config.parallel, config.train.seed)

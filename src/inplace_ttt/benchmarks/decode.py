@@ -36,7 +36,7 @@ class Text:
 
 
 def measure(config: Config, tokens: int, rounds: int) -> list[dict]:
-    """A record with fast weights and one without; each decodes ``tokens``, in ``rounds`` parts that take turns.
+    """Return a record with fast weights and one without; each decodes ``tokens``, in ``rounds`` parts in turns.
 
     The prompt is one chunk, so every token is decoded with weights that were learned; with ``tokens`` a multiple of the
     chunk size an update is paid as often as in a long text.
@@ -73,7 +73,7 @@ def measure(config: Config, tokens: int, rounds: int) -> list[dict]:
 
 
 def _device_ms(text: Text, count: int = 16) -> float:
-    """Milliseconds of kernels a token: what is left where the host does not stand in the way (CUDA graphs)."""
+    """Return the milliseconds of kernels a token: what is left where the host does not limit (CUDA graphs)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         text.decode(count)
         torch.cuda.synchronize()

@@ -18,7 +18,7 @@ PEAKS = (
 
 @dataclass(frozen=True)
 class Flops:
-    """Of the forward of one sequence."""
+    """FLOPs of the forward of one sequence."""
 
     layers: float  # products with weights in the layers
     attention: float  # causal, counted once
@@ -27,7 +27,7 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, nothing for recompute. The backward is twice the forward everywhere: of fast weights
+        """Count forward and backward, and no recompute. The backward is twice the forward everywhere: of fast weights
         update and its gradients are three products of s d f, and the projection three of s d d."""
         return 3 * (self.layers + self.attention + self.logits + self.fast)
 
@@ -46,5 +46,5 @@ def forward_flops(config: Config) -> Flops:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device by name, as its maker states it; None: not known here."""
+    """Return the dense bf16 peak of a device by name, as its maker states it; None: not known here."""
     return next((peak for name, peak in PEAKS if name in device_name), None)

@@ -33,19 +33,22 @@ class Shape:
 
     @property
     def plain_flops(self) -> float:
-        """Forward and backward of the plain MLP."""
+        """Return the FLOPs of the plain MLP, forward and backward."""
         return 9 * 2.0 * self.tokens * self.hidden * self.ffn
 
     def ttt_flops(self, chunk_size: int) -> float:
-        """The same with fast weights. A token takes 3 products of d x d more, its projection's; one whose document goes
-        on after its chunk 3 of d x f, those of the update and its gradients. 2 FLOPs each."""
+        """Return the same with fast weights, at 2 FLOPs a multiplication.
+
+        Each token adds 3 products of d x d, for the projection; a token whose update is read adds 3 of d x f, for the
+        update and its gradients.
+        """
         lengths = [stop - start for start, stop in itertools.pairwise(self.bounds)]
         learned_from = sum((length - 1) // chunk_size * chunk_size for length in lengths if length)
         return self.plain_flops + 6.0 * self.hidden * (learned_from * self.ffn + self.tokens * self.hidden)
 
 
 def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size: int) -> Tensor:
-    """The formula as it is written: every chunk's update as a matrix, their cumulative sum, one batched product."""
+    """Compute the formula as it is written: all updates as matrices, their cumulative sum, one batched product."""
     z_chunks, v_chunks = (t.squeeze(1).unflatten(0, (-1, chunk_size)) for t in (z, v))
     updates = eta * torch.einsum("ncd,ncf->ndf", v_chunks, z_chunks)
     weights = weight + updates.cumsum(0) - updates
@@ -77,7 +80,7 @@ class Layer:
         return ChunkTargets(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
 
     def chunk_ids(self, chunk_size: int) -> Tensor:
-        """One copy for all runs, as all layers of a model share one."""
+        """Return one copy for all runs, as all layers of a model share one."""
         if chunk_size not in self.ids:
             lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds, *self.share).chunk_lengths
             self.ids[chunk_size] = chunk_ids(lengths).cuda()
@@ -126,8 +129,8 @@ def _counting_updates(*args, **kwargs) -> Tensor:
 def measure(
     shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: int, update_norms: bool = False
 ) -> list[dict]:
-    """A record for the plain layer and for each variant at each chunk size; ``update_norms``: as training asks for them
-    in the forward that is not a recompute."""
+    """Return a record for the plain layer and for each variant at each chunk size; ``update_norms``: note them, as
+    training does in the forward that is not a recompute."""
     layer = Layer(shape, update_norms)
     records = []
     layer.forward_backward(layer.plain)  # the libraries' workspaces are not the layer's
@@ -163,7 +166,7 @@ def _can_materialise(shape: Shape, chunk_size: int) -> bool:
 
 
 def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict[str, float]]:
-    """RMS error of the output and of each gradient over the RMS of the float64 value, for the same bf16 operands."""
+    """Return the RMS errors of output and gradients over the RMS of the float64 value, for the same bf16 operands."""
     layer = Layer(shape)
     with torch.no_grad():
         operands = [layer.z(), layer.targets(chunk_size).materialise(), layer.fc2]

@@ -42,7 +42,7 @@ class Step:
         self.batches = [MicroBatch.collate([sample], cp.size(), cp.rank(), chunk_size).to(device) for _ in range(count)]
 
     def run(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         torch.cuda.synchronize()
         started = time.perf_counter()
         totals = self.stepper.train(iter(self.batches), len(self.batches))
@@ -54,7 +54,7 @@ class Step:
 
 
 def measure(config: Config, rounds: int, steps: int) -> list[dict]:
-    """A record with fast weights and one without; models are built in turns, for two do not fit beside each other."""
+    """Return a record with fast weights and one without; models are built in turns, as two do not fit in memory."""
     groups = runtime.start(config.parallel, config.train.seed)
     configs = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
     times, peaks = {name: [] for name in configs}, {}

@@ -17,7 +17,7 @@ AHEAD = 40_000_000  # clock cycles, about 20 ms
 
 
 def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) -> list[dict]:
-    """A record for each chunk size; ``shape`` is the whole sequence's, ``options`` are fast_weight_linear's.
+    """Return a record for each chunk size; ``shape`` is the whole sequence's, ``options`` are fast_weight_linear's.
 
     Every rank calls it.
     """
@@ -50,7 +50,7 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
 
 
 class NoExchange(Exchange):
-    """Every stage finds its carry at once, and what it hands over goes nowhere; rows need no blocks."""
+    """Give every stage a carry at once, and send nothing; rows need no blocks."""
 
     def carries(self, stages, shape, like, initial) -> "_ConstantCarries":
         return _ConstantCarries(*shape)
@@ -85,14 +85,14 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def _together() -> None:
-    """Ranks start at one time, their hosts some milliseconds ahead, as they are in training: what a host takes to
-    launch a layer is not what passing states costs."""
+    """Start all ranks at one time, their hosts some milliseconds ahead, as they are in training: the time to launch a
+    layer is not that of the exchange."""
     torch.cuda._sleep(AHEAD)
     dist.all_reduce(torch.zeros(1, device="cuda"))
 
 
 def _slowest(times: list[float]) -> list[float]:
-    """Of each round, the time of the rank that took longest."""
+    """Return for each round the time of the slowest rank."""
     slowest = torch.tensor(times, device="cuda")
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return slowest.tolist()

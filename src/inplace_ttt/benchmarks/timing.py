@@ -9,7 +9,7 @@ import torch
 def milliseconds(
     variants: dict[str, Callable[[], object]], rounds: int, together: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Device time of each variant in each round, after one round that does not count.
+    """Return the device time of each variant in each round, after one round that does not count.
 
     ``together`` is called before each run, with an idle device: a barrier, where ranks are to start at one time.
     """
@@ -29,12 +29,12 @@ def milliseconds(
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
-    """The median over rounds of what one variant took for what the reference took in the same round."""
+    """Return the median over rounds of a variant's time over the reference's in the same round."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def peak_gib(run: Callable[[], object]) -> float:
-    """Device memory that a run needs beyond what was there before it, in GiB."""
+    """Return the device memory that a run needs beyond what was used before it, in GiB."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

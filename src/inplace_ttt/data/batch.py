@@ -20,7 +20,7 @@ class Sample:
 
 @dataclass
 class MicroBatch:
-    """What a rank feeds to the model: zigzag slices of the sequence under context parallelism.
+    """Hold what a rank feeds to the model: zigzag slices of the sequence under context parallelism.
 
     It is made in the loader's workers: it pickles, pins its memory, and knows no process group.
     """

@@ -182,7 +182,7 @@ def micro_batches(
 
 
 def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[int]:
-    """Of ``count`` samples from ``first`` on, those of one data-parallel rank: the step's set is the same for all."""
+    """Return a data-parallel rank's share of ``count`` samples from ``first`` on: steps hold the same at any size."""
     share = count // dp_size
     return list(range(first + dp_rank * share, first + (dp_rank + 1) * share))
 

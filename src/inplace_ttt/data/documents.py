@@ -1,4 +1,4 @@
-"""Where text comes from: local files in several formats, Hugging Face datasets, installed Python packages.
+"""Sources of text: local files in several formats, Hugging Face datasets, installed Python packages.
 
 Text is as its makers left it: cut off, of another encoding, without the field that others have. What is no document is
 left out and counted, with its place; in a strict reading the first one is an error.
@@ -254,7 +254,7 @@ def _read_json_lines(path: Path, text_key: str, report: Report) -> Iterator[str]
 
 
 def _read_json(path: Path, text_key: str, report: Report) -> Iterator[str]:
-    """One object or a list of them; a file with an object a line is taken for what it is."""
+    """Yield one object or a list of them; a file with an object a line is read as such."""
     with _open(path) as stream:
         content = stream.read()
     try:

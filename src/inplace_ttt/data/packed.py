@@ -43,9 +43,10 @@ class PackedDocuments:
         shuffle: bool = True,
         packing: int = PACKING,
     ):
-        """``documents``: their numbers in the file. ``align``: tokens that document starts are multiples of.
-        ``reset``: samples know their documents; without it a sample is one document, and nothing is aligned.
-        ``packing``: the version of the order of samples."""
+        """Use the documents with these numbers of a file.
+
+        ``align``: documents start at multiples of so many tokens. ``reset``: samples know their documents; without it
+        a sample is one document, and nothing is aligned. ``packing``: the version of the order of samples."""
         self.indexed, self.documents, self.packing = indexed, documents, packing
         self.seq_length, self.reset, self.seed, self.shuffle = seq_length, reset, seed, shuffle
         # the last token of a document is only ever a label
@@ -56,7 +57,7 @@ class PackedDocuments:
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of an epoch: the documents in order, where each starts in the stream (with the end), the samples in order."""
+        """Return an epoch's documents in order, their starts in the stream (with the end), and its samples in order."""
         documents, samples = np.arange(len(self.documents)), np.arange(self.samples)
         if self.shuffle:
             rng = np.random.default_rng([self.seed, epoch])
@@ -115,7 +116,7 @@ class Blend:
 
 
 def open_indexed(prefix: str) -> IndexedDataset:
-    """The file pair of a prefix, checked for being there and whole."""
+    """Open the file pair of a prefix, checked to be there and whole."""
     for ending in ("bin", "idx"):
         if not os.path.isfile(f"{prefix}.{ending}"):
             raise UserError(
@@ -177,7 +178,7 @@ def _index_fault(indexed: IndexedDataset) -> str | None:
 
 
 def split_documents(indexed: IndexedDataset, validation_fraction: float, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """(training, validation) documents of a file, the same in every run with the same fraction."""
+    """Return (training, validation) documents of a file, the same in every run with the same fraction."""
     usable = np.flatnonzero(indexed.sequence_lengths >= 2)
     held_out = round(len(usable) * validation_fraction)
     if validation_fraction > 0 and held_out == 0 and len(usable) > 1:

@@ -167,7 +167,7 @@ def _deal(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _bounded(pool, function, items: Iterable, limit: int) -> Iterator:
-    """Results in order, with at most ``limit`` items read ahead: a corpus does not fit in memory."""
+    """Yield results in order, with at most ``limit`` items read ahead: a corpus does not fit in memory."""
     pending = []
     for item in items:
         pending.append(pool.apply_async(function, (item,)))

@@ -14,7 +14,7 @@ NOISE = 56  # tokens that mean nothing
 
 
 def recall_vocab_size(alphabet: int) -> int:
-    """Keys, values, noise."""
+    """Return the number of tokens: keys, values, noise."""
     return 2 * alphabet + NOISE
 
 

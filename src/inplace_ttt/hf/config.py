@@ -17,6 +17,7 @@ CODE = "modeling_inplace_ttt"
 TTT_KEYS = {
     "ttt_chunk": "chunk_size",
     "ttt_lr": "eta",
+    "ttt_clip": "clip",  # ours alone
     "ttt_proj": "project",
     "ttt_target": "target",
     "ttt_conv_kernel": "conv_kernel",
@@ -239,6 +240,7 @@ def read_ttt(config: dict, place: str) -> TTT:
     read = dict(
         chunk_size=keys.whole,
         eta=keys.factor,
+        clip=keys.number,
         project=keys.flag,
         target=partial(keys.one_of, TARGETS),
         conv_kernel=keys.whole,

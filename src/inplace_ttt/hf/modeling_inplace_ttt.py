@@ -11,7 +11,10 @@ This file lies in every exported folder and needs torch and transformers alone:
 
 In a TTT layer ``W_down`` is the start of every document. Its tokens are read in chunks of ``ttt_chunk``; a chunk sees
 the weight that earlier chunks have left, and when it is full adds ``ttt_lr * sum_t v_t z_t^T``, with z the input of the
-down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection.
+down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
+is the largest norm of one chunk's update over that of ``W_down``; a larger one is scaled down to it.
+
+Where the package ``inplace_ttt`` is installed, full chunks go through its operation, which has kernels for Hopper GPUs.
 """
 
 from dataclasses import dataclass, field
@@ -23,10 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+try:
+    from inplace_ttt.ttt import ChunkTargets, FastWeightState, fast_weight_linear
+except ImportError:
+    fast_weight_linear = None
+
 
 @dataclass
 class RowState:
-    """What one text has written to one layer. Tensors are replaced, never changed: copies may share them."""
+    """Hold what one text has written to one layer. Tensors are replaced, never changed: copies may share them."""
 
     update: Tensor | None = None  # (d, f) fp32, the sum of what full chunks wrote; None: nothing
     weight: Tensor | None = None  # (d, f), W_down + update in the dtype of the model; None: W_down
@@ -129,7 +137,7 @@ class FastWeightCache(DynamicCache):
 
 @dataclass
 class Reading:
-    """What a forward of the model tells its TTT layers."""
+    """Hold what a forward of the model tells its TTT layers."""
 
     fast_weights: FastWeights
     valid: Tensor | None  # (batch, t): False where a token is padding; None: no padding
@@ -148,7 +156,7 @@ class FastWeightMLP(nn.Module):
             mlp.down_proj,
             mlp.act_fn,
         )
-        self.layer, self.chunk, self.eta = layer, config.ttt_chunk, config.ttt_lr
+        self.layer, self.chunk, self.eta, self.clip = layer, config.ttt_chunk, config.ttt_lr, config.ttt_clip
         d = config.hidden_size
         kernel = config.ttt_conv_kernel
         self.ttt_conv = nn.Conv1d(d, d, kernel, padding=kernel // 2, groups=d, bias=False)
@@ -189,6 +197,8 @@ class FastWeightMLP(nn.Module):
 
     def _read(self, row: RowState, z: Tensor, u: Tensor) -> Tensor:
         """(t, f), (t, d) -> (t, d): apply, then update, chunk by chunk."""
+        if fast_weight_linear is not None and row.count + len(z) >= self.chunk:
+            return self._read_by_operation(row, z, u)
         parts = []
         while len(z):
             size = min(self.chunk - row.count, len(z))
@@ -197,6 +207,33 @@ class FastWeightMLP(nn.Module):
                 self._write(row, z[:size], u[:size])
             z, u = z[size:], u[size:]
         return torch.cat(parts) if parts else u
+
+    def _read_by_operation(self, row: RowState, z: Tensor, u: Tensor) -> Tensor:
+        """``_read`` by the package's operation, beginning with the tokens of the unfinished chunk."""
+        pending, weight = row.count, self.down_proj.weight
+        z, u = (torch.cat(parts) for parts in zip(*row.pending, (z, u), strict=True))
+        update = row.update
+        if update is None:
+            update = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        z, u = z[:, None], u[:, None]  # one text
+        ids = torch.arange(len(z), dtype=torch.int32, device=z.device) // self.chunk
+        targets = ChunkTargets(u, self.ttt_conv.weight, None if self.ttt_proj is None else self.ttt_proj.weight, ids)
+        state = FastWeightState(update[None], z[:0], u[:0])
+        out, state = fast_weight_linear(
+            z,
+            targets,
+            weight,
+            eta=self.eta,
+            chunk_size=self.chunk,
+            clip=self.clip,
+            initial_state=state,
+            output_final_state=True,
+        )
+        row.update, row.count, row.pending = state.updates[0], state.unfinished, []
+        row.weight = self._sum(row.update)
+        if row.count and self.reading.going_on:
+            row.pending = [(z[-row.count :, 0].clone(), u[-row.count :, 0].clone())]
+        return out[pending:, 0]
 
     def _write(self, row: RowState, z: Tensor, u: Tensor) -> None:
         """Add tokens to the chunk that is being read; a full one becomes an update."""
@@ -208,12 +245,20 @@ class FastWeightMLP(nn.Module):
         v = self.ttt_conv(u.t()[None])[0].t()
         if self.ttt_proj is not None:
             v = v @ self.ttt_proj.weight
-        written = self.eta * (v.float().t() @ z.float())
+        written = self.eta * (_fp32(v).t() @ _fp32(z))
+        if self.clip is not None:
+            limit = self.clip * _fp32(self.down_proj.weight.detach()).norm()
+            written = written * (limit / written.norm()).clamp(max=1)
         row.update = written if row.update is None else row.update + written
         row.weight, row.pending, row.count = self._sum(row.update), [], 0
 
     def _sum(self, update: Tensor) -> Tensor:
-        return (self.down_proj.weight.float() + update).to(self.down_proj.weight.dtype)
+        return (_fp32(self.down_proj.weight) + update).to(self.down_proj.weight.dtype)
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    """fp64 stays as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class FastWeightsMixin:
@@ -306,6 +351,7 @@ FAST_WEIGHT_KEYS = dict(
     ttt_layers=(),
     ttt_chunk=1024,
     ttt_lr=1.0,
+    ttt_clip=None,
     ttt_proj=True,
     ttt_target="hidden_states",
     ttt_conv_kernel=5,

@@ -1,4 +1,4 @@
-"""How far a conversion is."""
+"""Progress of a conversion."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -26,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Way:
-    """How tensors become one, how the one becomes them again, and the shape of the one from theirs."""
+    """Merge tensors into one, split the one again, and compute its shape from theirs."""
 
     join: Callable[[Model, list[Tensor]], Tensor]
     split: Callable[[Model, Tensor], list[Tensor]]
@@ -102,7 +102,7 @@ UNTIED = [("output_layer.weight", {"lm_head.weight": "words d"}, VOCABULARY)]
 
 
 def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
-    """What the letters of the table stand for."""
+    """Return the sizes that the letters of the table stand for."""
     return {
         "d": model.hidden_size,
         "f": model.ffn_hidden_size,

@@ -130,7 +130,7 @@ class _Kept(torch.autograd.Function):
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> dict:
-    """The last query sees the last key; each sees what is not after it and not out of its window."""
+    """Return (queries, keys), True where a query sees a key: none after it, and none outside its window."""
     if window is not None and keys > 1:
         return {"attn_mask": _window_mask(queries, keys, window, device)}
     if queries == keys:

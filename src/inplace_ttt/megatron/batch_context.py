@@ -1,4 +1,4 @@
-"""What travels through Megatron's layers with a micro batch, in the place of packed_seq_params."""
+"""The context of a micro batch, which travels through Megatron's layers in the place of packed_seq_params."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

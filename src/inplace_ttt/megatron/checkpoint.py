@@ -38,7 +38,7 @@ NAME = re.compile(r"step_(\d{8})")
 
 @dataclass
 class Progress:
-    """Where a run stands: run.json."""
+    """Record where a run stands: run.json."""
 
     step: int
     samples: int
@@ -59,8 +59,8 @@ def own_umask(folder: Path) -> None:
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
-    """Remove what runs of ours began to write to ``folder`` and did not finish; return what looks like it and is not
-    ours: it has no mark of ours, or is a link."""
+    """Remove unfinished checkpoints of our runs from ``folder``; return folders that look like one and are not ours:
+    without our mark, or links."""
     foreign = []
     for path in folder.glob(".step_*"):
         if path.is_symlink() or not (path / PARTIAL_MARK).is_file():
@@ -78,7 +78,7 @@ def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """The folder itself, or the last whole checkpoint of the run that it is. Raises UserError where it has none."""
+    """Return the folder itself, or the last whole checkpoint of a run folder. Raise UserError where it has none."""
     if not (folder / "checkpoints").is_dir():
         return folder
     whole, faults = whole_checkpoints(folder / "checkpoints")
@@ -124,7 +124,7 @@ class Checkpointer:
         async_save: bool,
         corrupt: Iterable[Path] = (),
     ):
-        """``corrupt`` are checkpoints that look whole and are not: they do not count, and are written anew."""
+        """Keep a run's checkpoints. ``corrupt`` ones look whole and are not: they do not count, and are overwritten."""
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep, self.async_save, self.corrupt = keep, async_save, set(corrupt)
         self.metadata = {
@@ -166,7 +166,7 @@ class Checkpointer:
             self.poll(blocking=True)
 
     def _open_partial(self, target: Path) -> Path | None:
-        """A new folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""
+        """Make a folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""
         name = [None]
         if dist.get_rank() == 0 and (target in self.corrupt or not target.is_dir() or damage(target) is not None):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ class Checkpointer:
             shutil.rmtree(old, ignore_errors=True)  # the new one is there: whoever still reads this one may
 
     def _model_state(self) -> dict:
-        """Weights alone: what Transformer Engine keeps for fp8 is empty, and other layers do not have it."""
+        """Return weights alone: Transformer Engine's extra state for fp8 is empty, and other layers do not have it."""
         state = self.model.sharded_state_dict(metadata=self.metadata)
         return {name: entry for name, entry in state.items() if "_extra_state" not in name}
 
@@ -283,7 +283,7 @@ class Checkpointer:
         return new, sorted(name for name in stored if ".ttt_" in name)
 
     def _load_model(self, state: dict, allowed: tuple[str, ...] = ()) -> None:
-        """Everything but new parameters and what Transformer Engine keeps for fp8 must be there."""
+        """Load weights; all but new parameters and Transformer Engine's extra state for fp8 must be there."""
         result = self.model.load_state_dict(state, strict=False)
         missing = [name for name in result.missing_keys if "_extra_state" not in name]
         unknown = [name for name in result.unexpected_keys if "_extra_state" not in name]
@@ -292,14 +292,14 @@ class Checkpointer:
 
 
 def _write(write: Callable, folder: Path, rank: int, buckets: list, results) -> None:
-    """What a rank's writing process does: Megatron's part, then the checksums of the files it wrote."""
+    """Write a rank's part, by Megatron, then the checksums of its files; it runs in the writing process."""
     end_with_parent()
     write(rank, buckets, results)
     write_sums(folder, rank, [name for _, name, _ in buckets])
 
 
 def _start_results_queue() -> None:
-    """The queue by which writers report: in a process of its own, as Megatron starts it, but one that a request to stop
+    """Start the queue by which writers report, in a process of its own as Megatron does, but one that a request to stop
     does not end while a checkpoint is written, and that does not outlive this rank."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))

@@ -24,7 +24,7 @@ def initialize(model: nn.Module, config: Config, pg_collection) -> None:
 
 
 def global_name(name: str, first_layer: int, tied: bool) -> str:
-    """A parameter's name in the whole model: the layer's number counts from the first pipeline stage."""
+    """Return a parameter's name in the whole model: layers are numbered from the first pipeline stage."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)
@@ -51,7 +51,7 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
 
 
 def _split(name: str, param: Tensor) -> tuple[int, int]:
-    """(dimension along which a parameter is split over tensor-parallel ranks, parts each rank holds); (-1, 1): not.
+    """Return (dimension in which tensor-parallel ranks split a parameter, parts of each rank); (-1, 1): none.
 
     Gate and up projection are one tensor, of which every rank holds a part of each.
     """

@@ -37,7 +37,7 @@ class Parts:
 
 
 def make_parts(transformer_impl: str) -> Parts:
-    """``local``: plain torch, on any device. ``transformer_engine``: its modules."""
+    """Return the modules of layers. ``local``: plain torch, on any device. ``transformer_engine``: its own."""
     if transformer_impl == "local":
         return Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
     from megatron.core.extensions.transformer_engine import (
@@ -80,7 +80,7 @@ NORM_NAMES = {
 
 
 def layer_spec(parts: Parts, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
-    """One transformer layer; ``ttt`` gives it a TTT-MLP.
+    """Return the spec of one transformer layer; ``ttt`` gives it a TTT-MLP.
 
     The norm before a TTT-MLP stands alone also with Transformer Engine: ``target: hidden_states`` is its output,
     which the fused norm-and-linear does not give out.
@@ -126,7 +126,7 @@ def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
 
 
 def block_spec(config, parts: Parts, qk_layernorm: bool, ttt: TTT, layers: list[int], pp_rank: int):
-    """The layers of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
+    """Return the spec of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     specs = [
         layer_spec(parts, qk_layernorm, ttt if number in layers else None)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def default_part_numel(device: torch.device) -> int:
-    """Logits held at a time, in numbers of fp32: 256 MB, or 1 GB on a GPU, where small products waste it."""
+    """Return how many fp32 logits are held at a time: 256 MB, or 1 GB on a GPU, where small products are slow."""
     return 2**28 if device.type == "cuda" else 2**26
 
 
@@ -29,7 +29,7 @@ def linear_cross_entropy(
     sequence_parallel: bool,
     part_numel: int | None = None,  # logits held at a time
 ) -> Tensor:  # (2, b, s) fp32
-    """-log softmax(hidden W^T)[label] of each token, and 1 where no entry is likelier than the label, else 0.
+    """Return -log softmax(hidden W^T)[label] of each token, and 1 where no entry is likelier than the label, else 0.
 
     Entries of the vocabulary from ``vocab_size`` on are padding and take no part.
     """
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
-    """(tokens, vocabulary / TP) fp32, -inf where the vocabulary is padding."""
+    """Return logits (tokens, vocabulary / TP) in fp32, -inf where the vocabulary is padding."""
     logits = _product(hidden, weight.t())
     if here < weight.shape[0]:
         logits[:, max(here, 0) :] = -torch.inf
@@ -109,7 +109,7 @@ def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """fp32, not rounded on the way where the device can."""
+    """Return a product in fp32, without intermediate rounding where the device can."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()

@@ -21,7 +21,7 @@ READERS = 4  # files at a time
 
 
 def checksum(path: Path) -> str:
-    """XXH3 with 128 bits: finds damage at the speed of memory, and is no proof against forgery."""
+    """Return XXH3 with 128 bits, which finds damage at the speed of memory and is no proof against forgery."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
@@ -46,7 +46,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder at a glance; None if every file is there and as long as it was written."""
+    """Return what is wrong with a checkpoint folder by its file sizes, or None."""
     manifest = folder / NAME
     if not manifest.is_file():
         return f"'{folder}' has no {NAME}: it is not a whole checkpoint"
@@ -67,7 +67,7 @@ def damage(folder: Path) -> str | None:
 
 
 def corruption(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder when all of it is read; None: nothing.
+    """Return what is wrong with a checkpoint folder by its checksums, or None.
 
     Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same.
     Raises OSError where a file is there and cannot be read.
@@ -89,7 +89,7 @@ def corruption(folder: Path) -> str | None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold it before its name says so."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,7 +108,7 @@ def _compare(folder: Path, rank: int, size: int) -> str | None:
 
 
 def _entries(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """Size and checksum of each file; earlier versions wrote sizes alone."""
+    """Return size and checksum of each file; earlier versions wrote sizes alone."""
     entries = json.loads((folder / NAME).read_text())
     found = {name: (entry, None) if isinstance(entry, int) else tuple(entry) for name, entry in entries.items()}
     for name, (size, known) in found.items():

@@ -114,7 +114,7 @@ class TTTMLP(MLP):
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
 
     def _activate(self, gate_and_up: Tensor) -> Tensor:
-        """As Megatron's MLP does: in one kernel where it may."""
+        """Apply the activation as Megatron's MLP does: in one kernel where it may."""
         if self.config.bias_activation_fusion:
             return bias_swiglu_impl(gate_and_up, None)
         gate, up = gate_and_up.chunk(2, dim=-1)

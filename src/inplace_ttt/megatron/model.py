@@ -15,7 +15,7 @@ from inplace_ttt.ttt.layout import SequenceLayout
 
 
 def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
-    """Megatron's description of the model and of how it runs."""
+    """Return Megatron's configuration of the model and of its parallel layout."""
     model, parallel, train = config.model, config.parallel, config.train
     recompute = {}
     if train.recompute == "full":
@@ -65,14 +65,14 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
 
 
 def _softmax_scale(config: Config) -> float:
-    """YaRN's attention factor multiplies queries and keys; here it is in the scale of their product instead, for
-    fused rotary embeddings know no factor."""
+    """Return the scale of attention scores. It holds YaRN's attention factor, squared, because fused rotary embeddings
+    take no factor."""
     _, attention_factor = model_rope(config)
     return attention_factor**2 * config.model.kv_channels**-0.5
 
 
 def model_rope(config: Config) -> tuple[Tensor, float]:
-    """Inverse frequencies and attention factor of a configuration's model."""
+    """Return inverse frequencies and attention factor of a configuration's model."""
     return rope_frequencies(config.model, config.model.max_position_embeddings or config.data.seq_length)
 
 
@@ -108,7 +108,7 @@ class TTTGPTModel(GPTModel):
 
     @property
     def ttt_modules(self) -> dict[int, TTTMLP]:
-        """The TTT-MLPs of this pipeline stage by layer number, from 0 in the whole model."""
+        """Return the TTT-MLPs of this pipeline stage by layer number, from 0 in the whole model."""
         return {layer.layer_number - 1: layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, TTTMLP)}
 
     def set_input_tensor(self, input_tensor):
@@ -129,7 +129,7 @@ class TTTGPTModel(GPTModel):
         layout: SequenceLayout,
         labels: Tensor | None = None,  # (b, s)
     ) -> Tensor:
-        """Loss of each token and whether its label is the likeliest (2, b, s) fp32, or without labels logits
+        """Return loss of each token and whether its label is the likeliest (2, b, s) fp32, or without labels logits
         (b, s, vocabulary / TP); on all but the last pipeline stage hidden states (s, b, h)."""
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         context = None
@@ -165,7 +165,7 @@ class TTTGPTModel(GPTModel):
 
 
 def _fuse_weight_gradients(model: TTTGPTModel) -> None:
-    """Have Transformer Engine's linears add to the fp32 gradients in their own products.
+    """Make Transformer Engine's linears add to the fp32 gradients in their own products.
 
     Megatron's switch for it would also switch Megatron's own linears, which need apex for that.
     """
@@ -179,7 +179,7 @@ def _fuse_weight_gradients(model: TTTGPTModel) -> None:
 def build_model(
     config: Config, dtype: torch.dtype, transformer_impl: str, vocab_size: int, pg_collection
 ) -> TTTGPTModel:
-    """This rank's part of the model, its parameters not yet initialised."""
+    """Build this rank's part of the model, its parameters not yet initialised."""
     megatron_config = transformer_config(config, dtype, transformer_impl)
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(

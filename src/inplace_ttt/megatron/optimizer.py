@@ -13,7 +13,7 @@ TTT_NORM_GROUP = "ttt"
 
 
 def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
-    """Gradients in fp32, reduced over data and context parallel ranks; in bf16 the model's weights and inputs too."""
+    """Wrap a model: fp32 gradients, reduced over data and context parallel ranks; in bf16 weights and inputs too."""
     parallel = config.parallel
     if megatron_config.bf16:
         model = Float16Module(megatron_config, model)
@@ -31,7 +31,7 @@ def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDat
 
 
 def build_optimizer(model: DistributedDataParallel, megatron_config, config: Config):
-    """The optimizer and its schedule: linear warm-up, then cosine to min_lr_ratio."""
+    """Build the optimizer and its schedule: linear warm-up, then cosine to min_lr_ratio."""
     optim = config.optim
     overrides = get_standard_config_overrides(OptimizerConfig(lr=optim.lr))
     if config.ttt.enabled:

@@ -1,4 +1,4 @@
-"""Which keys each query may see: spans of local queries with the range of their keys, in integers."""
+"""Spans of local queries with the range of keys that they may see, in integers."""
 
 from dataclasses import dataclass
 from functools import lru_cache

@@ -9,7 +9,7 @@ from inplace_ttt.config import Model
 
 
 def rope_frequencies(model: Model, max_position_embeddings: int) -> tuple[Tensor, float]:
-    """Inverse frequencies (kv_channels / 2,) fp32 and the factor on cos and sin (YaRN's attention factor)."""
+    """Return inverse frequencies (kv_channels / 2,) fp32 and the factor on cos and sin (YaRN's attention factor)."""
     scaling = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     if model.rope_scaling.rope_type == "default":
         exponents = torch.arange(0, model.kv_channels, 2, dtype=torch.float32) / model.kv_channels
@@ -32,6 +32,6 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """(b, s) positions, the same in every row -> (s, 1, 1, kv_channels) fp32 angles."""
+        """Return angles (s, 1, 1, kv_channels) fp32 of positions (b, s), which are the same in every row."""
         angles = torch.outer(position_ids[0].float(), self.inv_freq.float())
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

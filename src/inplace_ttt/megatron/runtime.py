@@ -23,7 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

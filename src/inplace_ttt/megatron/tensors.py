@@ -21,7 +21,7 @@ OPTIMIZER = "optimizer."
 
 @contextlib.contextmanager
 def _alone():
-    """torch warns of what is meant here: that one process does it."""
+    """Silence torch's warning that there is one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -79,7 +79,7 @@ class TensorReader:
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each weight by its name; what the optimizer keeps is left out."""
+        """Return shape and dtype of each weight by name; the optimizer's state is left out."""
         found = read_metadata(self.folder).state_dict_metadata
         return {
             name: (tuple(entry.size), entry.properties.dtype)

@@ -1,1 +1,1 @@
-"""What there is for training: on this node, and between the nodes of a job."""
+"""Preflight checks: of this node, and between the nodes of a job."""

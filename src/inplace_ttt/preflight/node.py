@@ -1,4 +1,4 @@
-"""What this machine has for training, what each part gives, and what its lack costs."""
+"""Check what this machine has for training, and say what each part gives and what its lack costs."""
 
 import functools
 import importlib.util
@@ -71,7 +71,7 @@ def nccl() -> Finding:
 
 
 def kernels() -> Finding:
-    """Whether the fast-weight kernels run here: by running one."""
+    """Tell whether the fast-weight kernels run here, by running one."""
     import torch
 
     part = "fast-weight kernels"
@@ -144,7 +144,7 @@ def apex() -> Finding:
 
 
 def wire() -> Finding:
-    """How the GPUs of this node are joined."""
+    """Return how the GPUs of this node are connected."""
     import torch
 
     part = "NVLink"

@@ -1,4 +1,4 @@
-"""What the ranks of a job find out about themselves and their neighbours before they train together."""
+"""Checks by the ranks of a job, of themselves and of their neighbours, before they train together."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ PINGS = 5
 
 @dataclass
 class Report:
-    """What a rank found out about itself."""
+    """Hold what a rank found out about itself."""
 
     rank: int
     host: str
@@ -49,7 +49,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank is, how it speaks, and where it computes."""
+    """Describe this rank: its number, its device, and its group for messages."""
 
     rank: int
     size: int
@@ -113,7 +113,7 @@ def _look(folder: Path, mark: Callable[[str], None]) -> list[Report]:
 
 
 def versions() -> dict[str, str]:
-    """Of what must be alike on all nodes."""
+    """Return the versions that must be alike on all nodes."""
     found = {"Python": platform.python_version(), "CUDA": str(torch.version.cuda), "code": _code()}
     for package in PACKAGES:
         found[package] = version(package) or "none"
@@ -131,7 +131,7 @@ def _code() -> str:
 
 
 def _smi(query: str, gpu: int) -> str:
-    """What nvidia-smi says; empty where it says nothing."""
+    """Return what nvidia-smi prints; empty where it prints nothing."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", str(gpu)]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
@@ -189,7 +189,7 @@ def _clock(place: Place) -> float:
 
 
 def _shared(folder: Path, place: Place) -> str | None:
-    """What keeps the run's folder from being one that every node sees and writes."""
+    """Return why not every node sees and writes the run's folder, or None."""
     created, text = [None, None], os.urandom(8).hex()
     if place.rank == 0:
         try:
@@ -220,7 +220,7 @@ def _shared(folder: Path, place: Place) -> str | None:
 
 
 def _patiently(path: Path) -> str | None:
-    """What is in a file that another node has just written; None: it does not come."""
+    """Return the content of a file that another node has just written; None: it does not come."""
     for _ in range(50):
         if path.is_file() and (text := path.read_text()):
             return text

@@ -1,4 +1,4 @@
-"""Whether nodes can train together, by what their ranks report: what is bad is named by its node.
+"""Judge whether nodes can train together, by the reports of their ranks: what is bad is named by its node.
 
 Versions and code must be equal everywhere, GPUs healthy and free, the run's folder seen and written by all; GPUs that
 differ, clocks apart, slow arithmetic and slow links cost time and are said.
@@ -16,7 +16,7 @@ CLOCKS = 2.0  # seconds apart
 
 
 def judge(reports: list[Report]) -> list[Finding]:
-    """What is good and bad about the nodes; bad ones are named."""
+    """Hold what is good and bad about the nodes; bad ones are named."""
     return [
         _nodes(reports),
         _versions(reports),

@@ -62,7 +62,7 @@ class Recorder:
                 self.screen.step(record)
 
     def ranks(self, step: int, compute: list[float], data: list[float], seconds: float) -> None:
-        """What each rank's probe and its reading took; says so when other ranks than before hold the run up."""
+        """Note each rank's probe and reading times; say so when other ranks than before hold the run up."""
         if not self.outputs:
             return
         self.pace.add(compute, data, seconds)
@@ -90,7 +90,7 @@ class Recorder:
             self.screen.say(message)
 
     def has_evaluated(self, step: int) -> bool:
-        """Whether there are records of an evaluation after this step; the same on all ranks."""
+        """Tell whether there are records of an evaluation after this step; the same on all ranks."""
         found = [self.metrics.evaluated == step if self.outputs else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
@@ -260,12 +260,13 @@ class Loop:
             yield batch
 
     def _learning_rate(self) -> float:
-        """Of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
+        """Return the learning rate of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
     def _agree(self) -> tuple[bool, list[float], tuple[list[float], list[float]]]:
-        """Whether any rank was asked to stop; each TTT layer's |sum of updates| / |W_down|, the largest of the step;
-        what each rank's probe and its reading of data took (s)."""
+        """Return what all ranks agree on: whether any was asked to stop; each TTT layer's |sum of updates| / |W_down|,
+        the largest of the step; the seconds of each rank's probe and of its reading of data.
+        """
         report = torch.zeros(1 + len(self.layers), device=self.device)
         report[0] = self.stop.received is not None
         for layer, module in unwrap(self.stepper.model).ttt_modules.items():

@@ -1,4 +1,4 @@
-"""Which ranks hold up the others.
+"""Straggler detection: which ranks hold up the others.
 
 Step times cannot say it: all ranks wait for the slowest, so all take as long. Two things can, for they wait for nobody:
 a piece of arithmetic that is the same everywhere, timed in every step, which a GPU that is throttled or shared takes
@@ -45,7 +45,7 @@ class Probe:
             self.events[1].record()
 
     def seconds(self) -> float:
-        """What the last run took; on a GPU the run before, for the last may not be over."""
+        """Return the seconds of the last run; on a GPU of the run before, because the last may not be over."""
         if self.on_gpu:
             return self.before[0].elapsed_time(self.before[1]) / 1e3 if self.before else 0.0
         return self.taken
@@ -75,7 +75,7 @@ class Pace:
         self.steps: deque[tuple[list[float], list[float], float]] = deque(maxlen=WINDOW)
 
     def add(self, compute: list[float], data: list[float], step_seconds: float) -> None:
-        """What each rank's probe and its reading took in a step (s), and the whole step."""
+        """Note the seconds of each rank's probe and reading in a step, and of the whole step."""
         self.steps.append((compute, data, step_seconds))
 
     def spread(self) -> float:

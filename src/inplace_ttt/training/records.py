@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl, the terminal, W&B. Only rank 0 writes."""
+"""Records of a run: metrics.jsonl, the terminal, W&B. Only rank 0 writes."""
 
 import json
 import os

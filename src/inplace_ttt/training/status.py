@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder alone: what a terminal shows, and a picture of it."""
+"""The status of a run, read from its folder alone: what a terminal shows, and a picture of it."""
 
 import itertools
 import statistics

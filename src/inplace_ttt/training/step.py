@@ -76,7 +76,7 @@ class Stepper:
         return Totals(*sums.tolist())
 
     def _shapes(self) -> dict:
-        """What pipeline stages send each other: Megatron divides the length by the ranks that split it."""
+        """Return the shape that pipeline stages send: Megatron divides the length by the ranks that split it."""
         data, rows = self.config.data, self.config.train.micro_batch_size
         shapes = dict(seq_length=data.seq_length, micro_batch_size=rows)
         if data.reset_at_documents:  # samples lie one after the other in one row
@@ -100,7 +100,7 @@ def _forward_step(batches: Iterator[MicroBatch], model):
 
 
 def _sums(mask: Tensor, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What Megatron wants of a loss: the sum over tokens, how many there were, and what to report.
+    """Return what Megatron asks of a loss: the sum over tokens, their number, and what to report.
 
     Tokens that do not count are left out by selection, not by a product: their loss may be anything.
     """

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from inplace_ttt.ttt.backends import Backend
 from inplace_ttt.ttt.clipping import UpdateClip, sum_over, weight_norm
+from inplace_ttt.ttt.order import Task, backward_order, forward_order
 from inplace_ttt.ttt.plan import CALLER, Plan, ScanStage, merge_adjacent
 from inplace_ttt.ttt.products import add_outer_sum, squared_norms_of_spans, state_dtype
 from inplace_ttt.ttt.rule import ScanStep, UpdateRule
@@ -155,13 +156,19 @@ class FastWeightLinear(torch.autograd.Function):
         )  # fmt: skip
         kept: list[list] = [[] for _ in plan.prefix]
         kept_inner = []
-        for number, stage in enumerate(plan.prefix):
-            scan.open(number)
-            targets.prepare(stage)
-            for batch, rows, window in scan.windows(number):
-                window.apply(z[:, batch], out[:, batch, rows], transpose=True)
-                if call.keep:
-                    kept[number].append((batch, rows, window))
+        scan.open(0)
+        for task, number in forward_order(plan):
+            if task is Task.TARGETS:
+                targets.prepare(plan.prefix[number])
+            elif task is Task.SCAN:
+                if number:
+                    scan.open(number)
+                windows = scan.windows(number)
+            else:
+                for batch, rows, window in windows:
+                    window.apply(z[:, batch], out[:, batch, rows], transpose=True)
+                    if call.keep:
+                        kept[number].append((batch, rows, window))
         scan.finish()
         if cache is not None:
             cache.incoming = carries.incoming
@@ -246,16 +253,23 @@ def _gradients(
     suffix = Scan(
         plan.suffix, None, g, z, call.suffix_step, carries, backend, pool, total=total, max_window_bytes=limit
     )
-    # Other ranks wait for the carry of the rank that starts the scan: it leaves its other stage for later. The others
-    # have time for all of it while they wait.
-    starts = plan.suffix[0].source in (None, CALLER)
-    stages = len(plan.prefix)
-    for number in range(stages):
-        suffix.open(number)
-        for of_prefix in [stages - 1 - number] if starts else range(stages) if number == 0 else []:
-            add_through_weights(of_prefix)
-        for batch, rows, window in suffix.windows(number):
-            rule.add_gradients(window, v[:, batch, rows], z[:, batch], dv[:, batch, rows], dz[:, batch], call.eta)
+    stages, windows = len(plan.prefix), {}
+    holds_windows = kept is not None and suffix.scans_at_once
+    suffix.open(0)
+    for task, number in backward_order(plan, holds_windows):
+        if task is Task.OUTPUTS:
+            add_through_weights(stages - 1 - number)
+        elif task is Task.SCAN:
+            if number:
+                suffix.open(number)
+            windows[number] = suffix.held_windows(number) if holds_windows else suffix.windows(number)
+        else:
+            for batch, rows, window in windows[number]:
+                if task is not Task.INPUT_GRADIENTS:
+                    rule.target_gradients(window, z[:, batch], dv[:, batch, rows], call.eta)
+                if task is not Task.TARGET_GRADIENTS:
+                    rule.add_input_gradients(window, v[:, batch, rows], dz[:, batch], call.eta)
+    pool.release()
     suffix.finish()
     limit = None if kept_inner is None else _weight_bytes(kept_inner)
     windows = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
@@ -266,7 +280,8 @@ def _gradients(
     if kept_inner is not None:
         kept_inner.clear()
     for batch, window in call.inner_windows(None, g, z, call.suffix_step, pool, total=total, max_window_bytes=limit):
-        rule.add_gradients(window, v[:, batch], z[:, batch], dv[:, batch], dz[:, batch], call.eta)
+        rule.target_gradients(window, z[:, batch], dv[:, batch], call.eta)
+        rule.add_input_gradients(window, v[:, batch], dz[:, batch], call.eta)
     for batch, window in call.single_chunk_windows(weight, b):
         window.apply(g[:, batch], dz[:, batch], transpose=False)
         if rule.suffix_is_weight_gradient:

@@ -19,7 +19,7 @@ from inplace_ttt.ttt.target import ChunkTargets, chunk_ids
 
 
 class LayerState(NamedTuple):
-    """What a text has written to a layer, and the tokens of its unfinished chunk."""
+    """Hold what a text has written to a layer, and the tokens of its unfinished chunk."""
 
     updates: Tensor  # (b, d, f), the sum of the updates of complete chunks; fp32, or fp64 for fp64 weights
     inputs: Tensor  # (t, b, d), the MLP's inputs of the unfinished chunk, t < chunk_size

@@ -1,4 +1,4 @@
-"""How the tokens of a micro batch lie: which documents, and which slices of the sequence this rank holds."""
+"""The layout of a micro batch: its documents, and the slices of the sequence that a rank holds."""
 
 from dataclasses import dataclass, replace
 

@@ -35,7 +35,7 @@ class Segment:
 
     @property
     def crosses(self) -> bool:
-        """Whether the document continues beyond the stage, on either side."""
+        """Tell whether the document continues beyond the stage, on either side."""
         return self.receives or self.sends
 
     def reversed(self) -> "Segment":

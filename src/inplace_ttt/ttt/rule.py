@@ -43,16 +43,25 @@ class UpdateRule:
         """
         add_outer_sum(suffix, g, z)
 
-    def add_gradients(self, window: Window, v: Tensor, z: Tensor, dv: Tensor, dz: Tensor, eta: float) -> None:
-        """Write the gradients of what chunks wrote to dv, and add them to dz.
+    def target_gradients(self, window: Window, z: Tensor, dv: Tensor, eta: float) -> None:
+        """Write the gradients of the chunks' targets to dv.
 
         Args:
             window: chunks with dL/dS behind each of them, (chunks, rows, f).
-            v, dv: (s, rows).
-            z, dz: (s, f).
+            z: (s, f).
+            dv: (s, rows).
+        """
+        window.apply(z, dv, transpose=True, alpha=eta)
+
+    def add_input_gradients(self, window: Window, v: Tensor, dz: Tensor, eta: float) -> None:
+        """Add to dz what the chunks' updates add to the gradients of their inputs.
+
+        Args:
+            window: chunks with dL/dS behind each of them, (chunks, rows, f).
+            v: (s, rows).
+            dz: (s, f).
         """
         window.apply(v, dz, transpose=False, alpha=eta, add=True)
-        window.apply(z, dv, transpose=True, alpha=eta)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class SavedCarries:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How carries travel between the ranks of a group."""
+    """Exchange carries between the ranks of a group."""
 
     group: dist.ProcessGroup | None  # None: there is one rank
     comm_dtype: torch.dtype
@@ -242,7 +242,7 @@ class SideStreams:
 class Scan:
     """One scan, prefix or suffix, over the documents that cross the edges of a rank's stages.
 
-    ``open`` the stages in order, and use the ``windows`` of each before the next is opened; then ``finish``.
+    ``open`` the stages in order and take the windows of each, by ``windows`` or ``held_windows``; then ``finish``.
     """
 
     def __init__(
@@ -282,15 +282,27 @@ class Scan:
         """Prepare to receive the carry of a stage."""
         self.carries.open(stage)
 
+    @property
+    def scans_at_once(self) -> bool:
+        """Tell whether all blocks of a stage are scanned before any of its windows is used."""
+        return len(self._groups) == 1
+
     def windows(self, stage: int) -> Iterator[tuple[int, slice, Window]]:
-        """Yield (batch row, rows of the state, chunks with their weights), weights valid until the next window."""
+        """Scan a stage, and yield (batch row, rows of the state, chunks with their weights) as they are ready: weights
+        are valid until the next window."""
         for batch in range(self.a.shape[1]):
             for blocks in self._groups:
+                self.pool.release()
                 yield from self._scan_group(stage, batch, blocks)
             if not self._groups:
                 for block in range(len(self.carries.blocks)):
                     yield from self._scan_block(stage, batch, block)
                 self.carries.flush()
+
+    def held_windows(self, stage: int) -> list[tuple[int, slice, Window]]:
+        """Scan a stage that ``scans_at_once``, and return its windows: weights are valid until the pool is released."""
+        (blocks,) = self._groups
+        return [window for batch in range(self.a.shape[1]) for window in self._scan_group(stage, batch, blocks)]
 
     def finish(self) -> None:
         """Wait for the sends."""
@@ -313,7 +325,6 @@ class Scan:
         all_blocks = self.carries.blocks
         rows = slice(all_blocks[blocks[0]].start, all_blocks[blocks[-1]].stop)
         segments = self.stages[stage].segments
-        self.pool.release()
         height, f = rows.stop - rows.start, self.z.shape[2]
         weights = [self.pool.take((len(segment.chunks), height, f), self.z) for segment in segments]
         streams = SideStreams(self.z.device)

@@ -57,7 +57,7 @@ def _conv_backward_kernel(
     width,
     d,
     TAPS: tl.constexpr,
-    STRETCH: tl.constexpr,  # tokens a program walks over, a multiple of BLOCK_T
+    STRETCH: tl.constexpr,  # tokens of one CTA, a multiple of BLOCK_T
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):

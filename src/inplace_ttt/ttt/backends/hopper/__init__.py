@@ -1,1 +1,1 @@
-"""Triton kernels for Hopper; each has a twin in plain torch, which runs everywhere and says what it computes."""
+"""Triton kernels for Hopper; the reference implementation in plain torch runs everywhere and says what they compute."""

@@ -36,7 +36,7 @@ class Schedule:
 
     @property
     def reverse(self) -> bool:
-        """Whether the scan goes from the last chunk to the first."""
+        """Tell whether the scan goes from the last chunk to the first."""
         return len(self.chunks) > 1 and self.chunks[1] < self.chunks[0]
 
     def windows(self, most: int) -> Iterator[range]:
