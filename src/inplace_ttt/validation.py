@@ -116,6 +116,11 @@ def _choices(config: Config) -> None:
                 "train.recompute_modules=[layernorm] needs Transformer Engine, which is not here: "
                 "use core_attn, mlp or both"
             )
+    edges = config.train.eval_positions
+    if edges is not None and (len(edges) < 2 or sorted(set(edges)) != edges):
+        raise UserError(
+            f"train.eval_positions={edges} are not edges of ranges: use two or more that rise, such as [0,1024,4096]"
+        )
 
 
 def _parallel(config: Config, world_size: int) -> None:

@@ -52,7 +52,12 @@ def test_run_leaves_everything_behind(unbroken):
     steps = [record for record in records if not record.get("eval")]
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     assert {"loss", "grad_norm", "lr", "tokens", "update_ratio/layer_0", "update_ratio/layer_1"} <= set(steps[0])
-    assert [record["step"] for record in records if record.get("eval")] == [6, 12]
+    evaluations = [record for record in records if record.get("eval")]
+    assert [record["step"] for record in evaluations] == [6, 12]
+    for record in evaluations:  # questions begin in the second half of a sample
+        assert [(one["from"], one["to"]) for one in record["position"]] == [(n, n + 32) for n in range(128, 256, 32)]
+        assert record["loss"] == pytest.approx(sum(one["loss"] for one in record["position"]) / 4)
+        assert record["loss_without_fast_weights"] != record["loss"]
     assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (unbroken / "config.yaml").is_file()
     assert sorted(path.name for path in (unbroken / "checkpoints").iterdir()) == ["step_00000009", "step_00000012"]
@@ -299,7 +304,14 @@ def test_wandb_offline_is_the_default_without_a_key(tmp_path, monkeypatch):
     code, text = run_ranks(1, run_main, *TRAIN, "log.wandb=auto", "train.steps=3", f"run.dir={run}")[0]
     assert code == 0, text
     (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
-    for name in (b"train/loss", b"update_ratio/layer_1", b"update_norm_p50/layer_1", b"update_norm_log10/layer_1"):
+    for name in (
+        b"train/loss",
+        b"update_ratio/layer_1",
+        b"update_norm_p50/layer_1",
+        b"update_norm_log10/layer_1",
+        b"eval/loss_without_fast_weights",
+        b"eval_loss/position_128_160",
+    ):
         assert name in log.read_bytes()
 
 

@@ -166,6 +166,9 @@ class Train:
     )
     eval_interval: Count = 0  # steps; 0: only at the end
     eval_samples: Annotated[int, Ge(0), Le(10**7)] = 8  # 0: no evaluation
+    # edges of the ranges of positions in the document for which the held-out loss is noted; null: eight equal ranges
+    eval_positions: list[Count] | None = None
+    eval_without_fast_weights: bool = True  # evaluate a second time with fast weights switched off
 
 
 @dataclass

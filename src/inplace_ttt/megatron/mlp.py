@@ -66,6 +66,7 @@ class TTTMLP(MLP):
         # Number of layers, times micro batches of the pipeline, whose saved chunk weights are alive at once where the
         # MLP is not recomputed
         self.kept_layers = 1
+        self.is_plain = False  # True: forwards leave the fast weights out, as a control in evaluation
         # Squared norm of a document's state, the largest since it was last read; over tensor-parallel shards
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
         # While it is set, forwards count the norms of chunks' updates (see ttt/histogram.py)
@@ -79,6 +80,8 @@ class TTTMLP(MLP):
         batch_context: BatchContext,
     ) -> tuple[Tensor, None]:
         """Return the output, in the layout of hidden_states, and Megatron's bias, which there is none of."""
+        if self.is_plain:
+            return super().forward(hidden_states)
         layout = batch_context.layout
         z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
+from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.exits import LASTING
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import agree, device
@@ -294,15 +295,36 @@ class Loop:
         batches = list(
             self._micro_batches(_Padded(self.sets.validation, count), numbers_of_rank(0, share * size, size, rank))
         )
+        edges = self.config.train.eval_positions
+        ranges = PositionRanges(tuple(edges)) if edges else PositionRanges.equal(self.config.data.seq_length)
+        totals = self._totals_of(step, batches, ranges)
+        if totals is None:
+            return True
+        record = dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy)
+        record["position"] = ranges.records(totals.by_position)
+        said = f"step {step}: held-out loss {totals.mean_loss:.4f}, accuracy {totals.accuracy:.1%}"
+        if self.layers and self.config.train.eval_without_fast_weights:
+            plain = self._totals_of(step, batches, ranges, fast_weights=False)
+            if plain is None:
+                return True
+            record["loss_without_fast_weights"] = plain.mean_loss
+            for one, without in zip(record["position"], ranges.records(plain.by_position), strict=True):
+                one["loss_without_fast_weights"] = without["loss"]
+            said += f"; {plain.mean_loss:.4f} without fast weights"
+        self.recorder.write(record)
+        self.recorder.say(said)
+        return False
+
+    def _totals_of(self, step: int, batches: list[MicroBatch], ranges: PositionRanges, **options) -> Totals | None:
+        """Return the totals of an evaluation, or None if any rank was asked to stop meanwhile."""
         totals = Totals()
         for first in range(0, len(batches), EVAL_GROUP):
             group = batches[first : first + EVAL_GROUP]
-            totals += self.stepper.evaluate(self._marked(group, f"the evaluation after step {step}"), len(group))
+            marked = self._marked(group, f"the evaluation after step {step}")
+            totals += self.stepper.evaluate(marked, len(group), ranges, **options)
             if self._any_asked_to_stop():
-                return True
-        self.recorder.write(dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy))
-        self.recorder.say(f"step {step}: held-out loss {totals.mean_loss:.4f}, accuracy {totals.accuracy:.1%}")
-        return False
+                return None
+        return totals
 
     def _any_asked_to_stop(self) -> bool:
         asked = torch.tensor([float(self.stop.received is not None)], device=self.device)

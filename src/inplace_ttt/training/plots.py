@@ -5,6 +5,7 @@ from pathlib import Path
 
 from inplace_ttt.training.records import read_metrics
 
+WITHOUT, WITHOUT_LABEL = "loss_without_fast_weights", "held out, fast weights off"
 INK, GRID = "#333333", "#dddddd"
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700")
 
@@ -19,6 +20,17 @@ def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
     figure, ax = plt.subplots(figsize=(8, 4.8), dpi=150)
     style(ax, title, xlabel, ylabel, subtitle)
     return figure, ax
+
+
+def panels(count: int):
+    """Return a figure with some panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, found = plt.subplots(1, count, figsize=(8 if count == 1 else 5.5 * count, 4.8), dpi=150, squeeze=False)
+    return figure, list(found[0])
 
 
 def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
@@ -59,23 +71,62 @@ def label_last(ax, x: list[float], y: list[float], color: str, above: bool = Tru
 
 
 def plot_loss(metrics: Path, picture: Path, name: str) -> None:
-    """Training loss of each step with the mean of the last ones, and held-out loss, against millions of tokens."""
+    """Draw the loss of each step with the mean of the last ones and the held-out loss, against millions of tokens, and
+    beside them the last held-out loss by position."""
     records = read_metrics(metrics)
     steps = [r for r in records if not r.get("eval")]
     if not steps:
         return
     at = {r["step"]: r.get("tokens", 0) / 1e6 for r in steps}
     x, loss = list(at.values()), [r["loss"] for r in steps]
-    figure, ax = axes(name, "tokens (millions)", "loss (nats per token)")
+    evaluations = [r for r in records if r.get("eval") and r["step"] in at]
+    by_position = _ranges(evaluations[-1]) if evaluations else []
+    figure, (ax, *rest) = panels(1 + bool(by_position))
+    style(ax, name, "tokens (millions)", "loss (nats per token)")
     ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
     mean, window = running_mean(loss, window_of(loss)), window_of(loss)
     name = f"training, mean of the last {window} steps" if window > 1 else "training"
     ax.plot(x, mean, color=COLORS[0], linewidth=2, label=name)
     label_last(ax, x, mean, COLORS[0])
-    held_out = [(at[r["step"]], r["loss"]) for r in records if r.get("eval") and r["step"] in at]
+    held_out = [(at[r["step"]], r["loss"]) for r in evaluations]
     if held_out:
+        without = [
+            (at[r["step"]], r[WITHOUT]) for r in evaluations if WITHOUT in r
+        ]  # drawn first: where both are alike, the run's own is seen
+        if without:
+            ax.plot(
+                *zip(*without, strict=True), "o:", color=COLORS[4], linewidth=1.5, markersize=4, label=WITHOUT_LABEL
+            )
         ax.plot(*zip(*held_out, strict=True), "o-", color=COLORS[1], linewidth=1.5, markersize=5, label="held out")
         label_last(ax, *map(list, zip(*held_out, strict=True)), COLORS[1], above=held_out[-1][1] > mean[-1])
     ax.margins(x=0.08)
     ax.legend(frameon=False)
+    for panel in rest:
+        style(
+            panel,
+            f"after step {evaluations[-1]['step']}",
+            "position in the document (tokens)",
+            "held-out loss (nats per token)",
+        )
+        draw_positions(panel, by_position, "loss", "held out", COLORS[1], "-")
+        if any(WITHOUT in one for one in by_position):
+            draw_positions(panel, by_position, WITHOUT, WITHOUT_LABEL, COLORS[4], ":")
+        panel.legend(frameon=False)
     save(figure, picture)
+
+
+def _ranges(record: dict) -> list[dict]:
+    """Return the ranges of an evaluation; none where its line was written by something else."""
+    found = record.get("position")
+    whole = isinstance(found, list) and all(
+        isinstance(one, dict) and {"from", "to", "loss"} <= set(one) for one in found
+    )
+    return found if whole else []
+
+
+def draw_positions(ax, ranges: list[dict], key: str, label: str, color: str, line: str) -> None:
+    """Draw a loss by position: a step for each range of ``PositionRanges.records``."""
+    for number, one in enumerate(ranges):
+        ax.plot(
+            [one["from"], one["to"]], [one[key]] * 2, line, color=color, linewidth=2, label=None if number else label
+        )

@@ -155,8 +155,11 @@ class WandB:
     def write(self, record: dict) -> None:
         if self.run is not None:
             prefix = "eval/" if record.get("eval") else "train/"
-            rest = {key: value for key, value in record.items() if key not in ("eval", "update_histogram")}
-            numbers = {key if "/" in key else prefix + key: value for key, value in rest.items()}
+            apart = ("eval", "update_histogram", "position")
+            numbers = {key if "/" in key else prefix + key: value for key, value in record.items() if key not in apart}
+            for one in record.get("position", []):
+                name = f"position_{one['from']}_{one['to']}"
+                numbers |= {f"eval_{key}/{name}": one[key] for key in one if key.startswith("loss")}
             self._carefully(
                 lambda: self.run.log(numbers | _histograms(record.get("update_histogram", {})), step=record["step"])
             )

@@ -1,5 +1,6 @@
 """One training step and one evaluation over Megatron's pipeline schedule, and what they measure."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from inplace_ttt.config import Config
 from inplace_ttt.data.batch import MicroBatch
+from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.megatron.model import TTTGPTModel
 
 
@@ -23,9 +25,16 @@ class Totals:
     loss: float = 0.0
     tokens: float = 0.0
     correct: float = 0.0  # predicted right; counted in evaluation only
+    by_position: tuple[tuple[float, float], ...] = ()  # (loss, tokens) of each range, if any was asked for
 
     def __add__(self, other: "Totals") -> "Totals":
-        return Totals(self.loss + other.loss, self.tokens + other.tokens, self.correct + other.correct)
+        pairs = itertools.zip_longest(self.by_position, other.by_position, fillvalue=(0.0, 0.0))
+        return Totals(
+            self.loss + other.loss,
+            self.tokens + other.tokens,
+            self.correct + other.correct,
+            tuple((loss + more_loss, tokens + more_tokens) for (loss, tokens), (more_loss, more_tokens) in pairs),
+        )
 
     @property
     def mean_loss(self) -> float:
@@ -49,31 +58,52 @@ class Stepper:
         self.model.zero_grad_buffer()
         return self._forward(batches, count, forward_only=False)
 
-    def evaluate(self, batches: Iterator[MicroBatch], count: int) -> Totals:
-        """Loss and right predictions, without gradients."""
+    def evaluate(
+        self,
+        batches: Iterator[MicroBatch],
+        count: int,
+        ranges: PositionRanges | None = None,
+        *,
+        fast_weights: bool = True,
+    ) -> Totals:
+        """Return loss and right predictions, without gradients.
+
+        Args:
+            ranges: of positions whose loss is summed apart.
+            fast_weights: False switches them off, so that TTT layers are plain MLPs.
+        """
+        modules = unwrap(self.model).ttt_modules.values()
         self.model.eval()
+        for module in modules:
+            module.is_plain = not fast_weights
         with torch.no_grad():
-            totals = self._forward(batches, count, forward_only=True)
+            totals = self._forward(batches, count, forward_only=True, ranges=ranges)
+        for module in modules:
+            module.is_plain = False
         self.model.train()
         return totals
 
-    def _forward(self, batches: Iterator[MicroBatch], count: int, forward_only: bool) -> Totals:
+    def _forward(
+        self, batches: Iterator[MicroBatch], count: int, forward_only: bool, ranges: PositionRanges | None = None
+    ) -> Totals:
         reports = self.run(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, ranges=ranges),
             data_iterator=batches,
             model=[self.model],
             num_microbatches=count,
             forward_only=forward_only,
             **self._shapes(),
         )
-        sums = torch.zeros(3, dtype=torch.float64, device=next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        sums = torch.zeros(3 + 2 * (len(ranges) if ranges else 0), dtype=torch.float64, device=device)
         for report in reports:
             sums += report["sums"]
         # only the last pipeline stage has reports: it tells the others
         dist.all_reduce(sums, group=self.groups.dp_cp)
         if self.groups.pp.size() > 1:
             dist.broadcast(sums, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
-        return Totals(*sums.tolist())
+        loss, tokens, correct, *by_position = sums.tolist()
+        return Totals(loss, tokens, correct, tuple(itertools.batched(by_position, 2)))
 
     def _shapes(self) -> dict:
         """Return the shape that pipeline stages send: Megatron divides the length by the ranks that split it."""
@@ -93,13 +123,15 @@ def unwrap(model) -> TTTGPTModel:
     return model
 
 
-def _forward_step(batches: Iterator[MicroBatch], model):
+def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: PositionRanges | None):
     batch = next(batches)
     out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
-    return out, partial(_sums, batch.loss_mask)
+    return out, partial(_sums, batch.loss_mask, batch.position_ids, ranges)
 
 
-def _sums(mask: Tensor, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _sums(
+    mask: Tensor, positions: Tensor, ranges: PositionRanges | None, out: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return what Megatron asks of a loss: the sum over tokens, their number, and what to report.
 
     Tokens that do not count are left out by selection, not by a product: their loss may be anything.
@@ -109,7 +141,10 @@ def _sums(mask: Tensor, out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     total = torch.where(counts, losses, 0.0).sum()
     tokens = counts.sum()
     right = torch.where(counts, correct, 0.0).sum()
-    return total, tokens.int(), {"sums": torch.stack([total.detach().double(), tokens.double(), right.double()])}
+    sums = torch.stack([total.detach().double(), tokens.double(), right.double()])
+    if ranges is not None:
+        sums = torch.cat([sums, ranges.sums(positions, losses.detach(), counts).flatten()])
+    return total, tokens.int(), {"sums": sums}
 
 
 def _twice_as_wide(receive, send):

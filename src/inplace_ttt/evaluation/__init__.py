@@ -1,0 +1,1 @@
+"""Evaluation: loss by position, and the benchmarks of long contexts."""
