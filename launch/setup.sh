@@ -43,7 +43,7 @@ fi
 
 log=$venv/setup.log
 echo "setup: installing into $venv (a few minutes the first time; the log is $log)"
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' >"$log" 2>&1; then
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]' >"$log" 2>&1; then
   if grep -qi 'no space left' "$log"; then
     fail "the disk is full: make room and run again"
   elif grep -qiE 'connection|timed out|resolution|unreachable|proxy|SSL' "$log"; then

@@ -1,0 +1,106 @@
+"""Samples of a task that fit a length: the haystack is as large as prompt and answer together allow."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation.ruler.task import Draft, Task
+
+# A sample that is too long is made again with a haystack that is one step smaller. From FINE_FROM tokens on its size is
+# chosen anew until the sample fills FULL of the length: documents differ in length, and steps of some tasks are large.
+FINE_FROM, FULL = 16384, 0.975
+LEAST = 5  # parts of a haystack: needles lie between them
+ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with its answers."""
+
+    task: str
+    index: int
+    prompt: str  # rendered, with the answer's prefix at its end
+    answers: tuple[str, ...]
+    tokens: int  # of the prompt
+    new_tokens: int
+    any_answer: bool
+
+    @property
+    def digest(self) -> str:
+        """Return a hash of the prompt."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()[:16]
+
+
+class Fitter:
+    """Make samples of one task, length and tokenizer.
+
+    Args:
+        render: turns a draft into the prompt, by the chat template or without.
+        count_tokens: of a prompt.
+    """
+
+    def __init__(
+        self, task: Task, length: int, seed: int, render: Callable[[Draft], str], count_tokens: Callable[[str], int]
+    ):
+        self.task, self.length, self.seed = task, length, seed
+        self.render, self.count_tokens = render, count_tokens
+        self.room = length - task.new_tokens
+        self.size = self._largest_size()
+
+    def _largest_size(self) -> int:
+        """Find by bisection the largest haystack whose first sample fits, as NVIDIA's generator does."""
+        low = self.task.step(self.length)
+        if self._make(0, low).tokens > self.room:
+            raise self._too_short(0, low)
+        high = 2 * low
+        while self._make(0, high).tokens <= self.room:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._make(0, middle).tokens <= self.room:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _make(self, index: int, size: int) -> Sample:
+        task = self.task
+        draft = task.draft(Random(f"{self.seed} {task.name} {self.length} {index}"), size, index, self.length)
+        prompt = self.render(draft)
+        return Sample(
+            task.name, index, prompt, draft.answers, self.count_tokens(prompt), task.new_tokens, task.any_answer
+        )
+
+    def _too_short(self, index: int, size: int) -> UserError:
+        needed = self._make(index, size).tokens + self.task.new_tokens
+        return UserError(
+            f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens: use a longer "
+            f"one, or leave the task out of --tasks"
+        )
+
+    def sample(self, index: int) -> Sample:
+        """Return sample ``index``, which does not depend on how many there are."""
+        size, step, best = self.size, self.task.step(self.length), None
+        for _ in range(ATTEMPTS):
+            sample = self._make(index, size)
+            if sample.tokens <= self.room:
+                if best is None or sample.tokens > best.tokens:
+                    best = sample
+                if self.length < FINE_FROM or sample.tokens >= FULL * self.room:
+                    return best
+            if self.length >= FINE_FROM:
+                size = max(step, int(size * (1 + FULL) / 2 * self.room / sample.tokens))
+            elif size - step >= LEAST:
+                size -= step
+            else:
+                break
+        if best is None:
+            raise self._too_short(index, size)
+        return best
+
+    def samples(self, count: int) -> Iterator[Sample]:
+        """Yield the first samples."""
+        for index in range(count):
+            yield self.sample(index)

