@@ -1,0 +1,53 @@
+"""Intervals against what is known: binomial scores, groups of unlike size, two models on the same samples."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from inplace_ttt.evaluation.statistics import difference_interval, mean_interval
+
+
+@pytest.mark.parametrize(("right", "count"), [(250, 500), (80, 100), (490, 500)])
+def test_a_binomial_share(right, count):
+    interval = mean_interval([[1.0] * right + [0.0] * (count - right)])
+    share = right / count
+    half = 1.96 * math.sqrt(share * (1 - share) / count)
+    assert interval.mean == share and interval.samples == count
+    assert interval.low == pytest.approx(share - half, abs=0.15 * half)
+    assert interval.high == pytest.approx(share + half, abs=0.15 * half)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(200):
+        interval = mean_interval([[float(rng.random() < 0.7) for _ in range(100)]])
+        covered += interval.low <= 0.7 <= interval.high
+    assert 180 <= covered <= 199  # 95% of 200; the bootstrap is a little narrow
+
+
+def test_tasks_weigh_alike():
+    interval = mean_interval([[1.0] * 10, [0.0] * 1000])
+    assert interval.mean == interval.low == interval.high == 0.5 and interval.samples == 1010
+
+
+def test_pairing_finds_a_small_difference():
+    rng = np.random.default_rng(0)
+    hard = rng.random(500)  # most of the variance is the samples'
+    first = (hard < 0.7).astype(float)
+    second = first.copy()
+    second[np.flatnonzero(first == 0)[:10]] = 1.0
+    paired = difference_interval([first], [second])
+    assert paired.mean == pytest.approx(0.02) and paired.excludes_zero
+    apart = mean_interval([first]), mean_interval([second])
+    assert apart[0].high > apart[1].low  # intervals of their own overlap
+    assert not difference_interval([first], [first]).excludes_zero
+    with pytest.raises(ValueError, match="the same samples"):
+        difference_interval([[1.0]], [[1.0, 0.0]])
+
+
+def test_nothing_has_no_mean():
+    with pytest.raises(ValueError, match="at least one sample"):
+        mean_interval([[1.0], []])
