@@ -111,7 +111,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     for name, size in memory.always.items():
         table.add_row(name, f"{size / GIB:.1f}")
     for name, size in memory.in_turn.items():
-        table.add_row(f"{name}, the larger of two", f"{size / GIB:.1f}")
+        table.add_row(f"{name} (only the larger of these two counts)", f"{size / GIB:.1f}")
     table.add_row("torch's peak", f"{memory.allocated / GIB:.1f}", style="bold")
     table.add_row("with what it cannot use, and what is outside torch", f"{memory.needed / GIB:.1f}")
     table.add_row(f"{gpu.name} has", f"{gpu.memory / GIB:.1f}")

@@ -91,6 +91,14 @@ def write_yaml(path: Path, content: dict) -> None:
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
+def own_umask(path: Path) -> None:
+    """Give a folder or file the mode that the user's umask asks for: ``tempfile`` and safetensors make them for one
+    user alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def user_path(text: str) -> Path:
     """Return the path that a user means: ``~`` is the home folder."""
     return Path(os.path.expanduser(text))

@@ -1,7 +1,9 @@
 """The exported model, in transformers alone, computes what the trained model computes, however it is read."""
 
 import json
+import os
 import random
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +220,22 @@ def test_what_cannot_work_is_refused(model):
         model.generate(texts(1, 5), cache_implementation="static")
     with pytest.raises(NotImplementedError, match="cannot unread"):
         exported.FastWeightCache(config=model.config).crop(3)
+
+
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):
+    """So that colleagues can read what one exports, imports or saves."""
+    model = build("qwen3")
+    model.save_pretrained(tmp_path / "theirs")
+    before = os.umask(0o027)
+    try:
+        import_checkpoint(tmp_path / "theirs", tmp_path / "imported")
+        export_checkpoint(tmp_path / "imported", tmp_path / "out")
+        model.read(texts(1, 40)).save(tmp_path / "book.safetensors")
+    finally:
+        os.umask(before)
+    written = [path for folder in ("imported", "out") for path in (tmp_path / folder).rglob("*")]
+    for path in [*written, tmp_path / "book.safetensors"]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
 def test_the_folder_needs_torch_and_transformers_alone(tmp_path):

@@ -97,7 +97,7 @@ def test_command_shows_the_run(run):
     done = command(str(run))
     assert done.returncode == 0, done.stderr
     for said in (
-        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s a step", "update norm, layer 0", "0.1000",
+        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s a step", "update ratio, layer 0", "0.1000",
         "1 restart cost 1:4", "in 2 steps that were done twice", "rank 3 (node2) holds up the others",
         "4 ranks on node1, node2",
     ):  # fmt: skip

@@ -59,58 +59,61 @@ class RopeScaling:
 
 @dataclass
 class Model:
-    num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING
-    hidden_size: Annotated[Width, IDENTITY] = MISSING
-    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING
-    num_attention_heads: Annotated[Width, IDENTITY] = MISSING
+    num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING  # transformer layers
+    hidden_size: Annotated[Width, IDENTITY] = MISSING  # d
+    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # f, the inner size of the gated MLP
+    num_attention_heads: Annotated[Width, IDENTITY] = MISSING  # query heads
     num_query_groups: Annotated[Width, IDENTITY] = MISSING  # key-value heads
     kv_channels: Annotated[int, Ge(2), Le(2**16), IDENTITY] = MISSING  # size of a head
     vocab_size: Annotated[int, Ge(1), Le(2**27), IDENTITY] | None = None  # null: the tokenizer's
-    qk_layernorm: Annotated[bool, IDENTITY] = True
-    layernorm_epsilon: Annotated[Positive, Lt(1), IDENTITY] = 1e-6
-    rotary_base: Annotated[float, Gt(1), AllowInfNan(False), IDENTITY] = 1_000_000.0
+    qk_layernorm: Annotated[bool, IDENTITY] = True  # RMSNorm of queries and keys, as Qwen3 has
+    layernorm_epsilon: Annotated[Positive, Lt(1), IDENTITY] = 1e-6  # of all RMSNorms
+    rotary_base: Annotated[float, Gt(1), AllowInfNan(False), IDENTITY] = 1_000_000.0  # theta of RoPE
     rope_scaling: Annotated[RopeScaling, IDENTITY] = field(default_factory=RopeScaling)
     max_position_embeddings: Annotated[Size, IDENTITY] | None = None  # null: data.seq_length
-    tie_word_embeddings: Annotated[bool, IDENTITY] = True
+    tie_word_embeddings: Annotated[bool, IDENTITY] = True  # the output layer is the embedding
     # tokens a query attends to, itself included; null: all before it
     sliding_window: Annotated[Size, IDENTITY] | None = None
-    init_method_std: Annotated[Positive, IDENTITY] = 0.02
+    init_method_std: Annotated[Positive, IDENTITY] = 0.02  # of new weights
     embedding_init_method_std: Annotated[Positive, IDENTITY] | None = None  # null: init_method_std
+    # auto: Transformer Engine where CUDA and the package are there, else plain torch
     transformer_impl: Annotated[str, OneOf("auto", "local", "transformer_engine"), LAYOUT] = "auto"
 
 
 @dataclass
 class TTT:
-    enabled: Annotated[bool, IDENTITY] = True
+    enabled: Annotated[bool, IDENTITY] = True  # false: plain MLPs
     layers: Annotated[Any, IDENTITY] = "every 6th"  # "every Nth" from layer 0 on, "all", or a list of numbers from 0
     chunk_size: Annotated[Size, IDENTITY] = 1024  # tokens
-    eta: Annotated[Real, IDENTITY] = 1.0
+    eta: Annotated[Real, IDENTITY] = 1.0  # learning rate of the updates
+    # what targets are made of: the MLP's input or the embedding output
     target: Annotated[str, OneOf(*TARGETS), IDENTITY] = "hidden_states"
-    conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5
-    project: Annotated[bool, IDENTITY] = True
-    proj_init_std: Positive = 0.02
+    conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the convolution that makes targets
+    project: Annotated[bool, IDENTITY] = True  # the projection P behind the convolution
+    proj_init_std: Positive = 0.02  # of P's diagonal, when it is new
     # how chunk states pass between context-parallel ranks; ring_messages: without mapped memory
     prefix: Annotated[str, OneOf("ring", "ring_messages"), LAYOUT] = "ring"
     comm_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"  # of the chunk states between context-parallel ranks
-    # for the backward, rather than make them twice; null: where memory is free
+    # keep chunk weights for the backward rather than recompute them; null: where memory is free
     keep_chunk_weights: Annotated[bool, LAYOUT] | None = None
     lr_multiplier: NotNegative = 1.0  # learning rate of the new parameters over optim.lr
     clip_separately: bool = False  # clip the new parameters' gradients by their own norm
-    clip: Positive | None = None  # largest norm of one chunk's update over that of W_down, in training; null: none
-    # every so many steps, count the norms of chunks' updates for each layer (update_histogram); 0: never
+    # largest norm of one chunk's update over that of W_down, here, in evaluation and in the export; null: no clipping
+    clip: Positive | None = None
+    # at steps divisible by it, a histogram of the norms of chunks' updates before clipping (update_histogram); 0: never
     histogram_interval: Count = 10
     max_update_ratio: Positive | None = 1.0  # stop when |sum of updates| / |W_down| exceeds it; null: never
 
 
 @dataclass
 class Parallel:
-    tensor_model_parallel_size: Annotated[Ranks, LAYOUT] = 1
-    pipeline_model_parallel_size: Annotated[Ranks, LAYOUT] = 1
-    context_parallel_size: Annotated[Ranks, LAYOUT] = 1
-    sequence_parallel: Annotated[bool, LAYOUT] = False
+    tensor_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that split each layer
+    pipeline_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # stages of layers
+    context_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that split each sequence
+    sequence_parallel: Annotated[bool, LAYOUT] = False  # norms and dropout split over tensor-parallel ranks by tokens
     use_distributed_optimizer: Annotated[bool, IDENTITY] = True  # its states are saved in a form of their own
-    overlap_grad_reduce: Annotated[bool, LAYOUT] = False
-    overlap_param_gather: Annotated[bool, LAYOUT] = False
+    overlap_grad_reduce: Annotated[bool, LAYOUT] = False  # reduce gradients while the backward runs
+    overlap_param_gather: Annotated[bool, LAYOUT] = False  # gather parameters while the forward runs
     # a collective that takes longer ends the job
     timeout_minutes: Annotated[Positive, Le(7 * 24 * 60), LAYOUT] = 10.0
 
@@ -139,25 +142,25 @@ class Data:
 
 @dataclass
 class Optim:
-    lr: NotNegative = MISSING
+    lr: NotNegative = MISSING  # largest learning rate, after the warm-up
     min_lr_ratio: Fraction = 0.1  # of lr, at the end of the decay
     warmup_fraction: Fraction = 0.02  # of train.steps
     decay_fraction: Fraction = 1.0  # of train.steps after which min_lr is reached
-    weight_decay: NotNegative = 0.1
+    weight_decay: NotNegative = 0.1  # of weight matrices
     adam_beta1: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.9
     adam_beta2: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.95
     adam_eps: Positive = 1e-8
-    clip_grad: NotNegative = 1.0
+    clip_grad: NotNegative = 1.0  # largest norm of all gradients; 0: no clipping
 
 
 @dataclass
 class Train:
-    steps: Size = MISSING
+    steps: Size = MISSING  # of the optimizer, in the whole run
     global_batch_size: Annotated[int, Ge(1), Le(10**7), IDENTITY] = MISSING  # sequences of data.seq_length tokens
-    micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1
-    seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234
+    micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1  # sequences of one forward on a data-parallel rank
+    seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234  # of initial weights and of the order of samples
     precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # auto: bf16 with CUDA, fp32 without
-    recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"
+    recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"  # activations in the backward
     # of full; false: queries, keys, values and output are kept instead
     recompute_core_attn: Annotated[bool, LAYOUT] = True
     # of selective

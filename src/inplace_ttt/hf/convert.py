@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from inplace_ttt.config import Config, Model, UserError, config_from_values
-from inplace_ttt.files import read_json, write_json
+from inplace_ttt.files import own_umask, read_json, write_json
 from inplace_ttt.hf.companions import (
     CONFIG,
     FOLDER,
@@ -214,6 +214,7 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
                 total += part.nbytes
             advance(whole.nbytes, everything)
         save_file(tensors, folder / name, metadata={"format": "pt"})
+        own_umask(folder / name)
         dtype = next(iter(tensors.values())).dtype
     if len(shards) > 1:
         index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(places.items())))

@@ -17,6 +17,7 @@ is the largest norm of one chunk's update over that of ``W_down``; a larger one 
 Where the package ``inplace_ttt`` is installed, full chunks go through its operation, which has kernels for Hopper GPUs.
 """
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +86,9 @@ class FastWeights:
                     for key, parts in zip(("z", "u"), zip(*row.pending, strict=True), strict=True):
                         tensors[name + key] = torch.cat(parts).contiguous()
         save_file(tensors, path)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(path, 0o666 & ~mask)  # safetensors writes for one user alone
 
     @classmethod
     def load(cls, path: str) -> "FastWeights":

@@ -26,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from inplace_ttt.config import UserError
-from inplace_ttt.files import read_json, write_json
+from inplace_ttt.files import own_umask, read_json, write_json
 from inplace_ttt.megatron import reading
 from inplace_ttt.megatron.manifest import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
 from inplace_ttt.megatron.optimizer import keep_values
@@ -49,13 +49,6 @@ class Progress:
 def folder_name(step: int) -> str:
     """Return the name of the checkpoint after ``step``."""
     return f"step_{step:08d}"
-
-
-def own_umask(folder: Path) -> None:
-    """Give a folder the mode that the user's umask asks for; ``tempfile`` makes folders for one user alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
 
 
 def remove_abandoned(folder: Path) -> list[Path]:

@@ -246,13 +246,14 @@ class Loop:
         self.recorder.write(record)
         self.recorder.ranks(step, *pace, seconds)
         limit = self.config.ttt.max_update_ratio
-        for layer, ratio in zip(self.layers, ratios, strict=True):
-            if limit is not None and not ratio <= limit:
-                self._give_up(
-                    f"at step {step} the fast weights of layer {layer} grow to {ratio:.2f} times the norm of its "
-                    f"down-projection, over ttt.max_update_ratio={limit}: go on with a lower optim.lr or "
-                    f"ttt.lr_multiplier, or begin another run with a lower ttt.eta"
-                )
+        over = [(ratio, layer) for ratio, layer in zip(ratios, self.layers, strict=True) if not ratio <= (limit or 0.0)]
+        if limit is not None and over:
+            ratio, layer = max(over)
+            self._give_up(
+                f"at step {step} the fast weights of layer {layer} grow to {ratio:.2f} times the norm of its "
+                f"down-projection, over ttt.max_update_ratio={limit}: resume with a lower optim.lr or "
+                f"ttt.lr_multiplier, or with ttt.clip, or begin another run with a lower ttt.eta"
+            )
         return stopped
 
     def _marked(self, batches: list[MicroBatch], of: str) -> Iterator[MicroBatch]:

@@ -149,6 +149,8 @@ def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
         step = checkpointer.resume(folder.resume_from).step
         scheduler.step(increment=step)
         notes.append(f"going on from step {step} ('{folder.resume_from}')")
+        if step >= config.train.steps:
+            notes.append(f"train.steps={config.train.steps} are done: raise it to train on")
     elif config.checkpoint.load is not None:
         new, stored = checkpointer.load_weights(user_path(config.checkpoint.load))
         notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))

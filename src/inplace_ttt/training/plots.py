@@ -77,15 +77,17 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
     steps = [r for r in records if not r.get("eval")]
     if not steps:
         return
-    at = {r["step"]: r.get("tokens", 0) / 1e6 for r in steps}
+    unit, unit_name = (1e3, "thousands") if steps[-1].get("tokens", 0) < 1e6 else (1e6, "millions")
+    at = {r["step"]: r.get("tokens", 0) / unit for r in steps}
     x, loss = list(at.values()), [r["loss"] for r in steps]
     evaluations = [r for r in records if r.get("eval") and r["step"] in at]
     by_position = _ranges(evaluations[-1]) if evaluations else []
     figure, (ax, *rest) = panels(1 + bool(by_position))
-    style(ax, name, "tokens (millions)", "loss (nats per token)")
-    ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
+    style(ax, name, f"tokens ({unit_name})", "loss (nats per token)")
     mean, window = running_mean(loss, window_of(loss)), window_of(loss)
-    name = f"training, mean of the last {window} steps" if window > 1 else "training"
+    if window > 1:
+        ax.plot(x, loss, color=COLORS[0], alpha=0.3, linewidth=1, label="training, each step")
+    name = f"training, mean of the last {window} steps" if window > 1 else "training, each step"
     ax.plot(x, mean, color=COLORS[0], linewidth=2, label=name)
     label_last(ax, x, mean, COLORS[0])
     held_out = [(at[r["step"]], r["loss"]) for r in evaluations]

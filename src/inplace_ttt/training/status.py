@@ -136,7 +136,7 @@ def screen(status: Status, width: int) -> Group:
         curves.add_row("loss", sparkline([one["loss"] for one in status.steps], room), _range(status.steps, "loss"))
         curves.add_row("tokens/s", sparkline([one["tokens_per_second"] for one in status.steps], room), "")
         for name, values in status.ratios.items():
-            curves.add_row(f"update norm, {name.replace('_', ' ')}", sparkline(values, room), f"{values[-1]:.4f}")
+            curves.add_row(f"update ratio, {name.replace('_', ' ')}", sparkline(values, room), f"{values[-1]:.4f}")
         parts.append(Panel(curves, title="from the first step to the last", title_align="left"))
     parts.append(Panel(_events(status, lost), title="restarts and ranks", title_align="left"))
     return Group(*parts)
@@ -173,7 +173,7 @@ def _events(status: Status, lost: Lost) -> Text:
             when = time.strftime("%F %T", time.localtime(event["time"]))
             text.append(f"  {when}  started after step {event['step']}\n", style="dim")
     else:
-        text.append("no restarts\n")
+        text.append("no restarts after crashes\n")
     if status.slow:
         for one in status.slow[:4]:
             text.append(f"{one.get('says', '') if isinstance(one, dict) else one}\n", style="red")
@@ -184,7 +184,7 @@ def _events(status: Status, lost: Lost) -> Text:
 
 
 def picture(status: Status, path: Path) -> None:
-    """Draw loss, speed, learning rate and gradient norm, update norms with the guard's limit, memory, and time lost."""
+    """Draw loss, speed, learning rate and gradient norm, update ratios with the guard's limit, memory, time lost."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,9 +227,11 @@ def picture(status: Status, path: Path) -> None:
         ax.margins(y=0.3)  # room for the legend
         ax.set_ylim(bottom=0)
     _time(spent, status)
-    for start in (event for event in status.timeline if event["event"] == "start" and event["step"]):
+    restarts = [event for event in status.timeline if event["event"] == "start" and event["step"]]
+    for start in restarts:
         for ax in (loss, speed, ratios, gradient, memory):
-            ax.axvline(start["step"], color="#999999", linestyle=":", linewidth=1)
+            label = "restart" if start is restarts[0] else None
+            ax.axvline(start["step"], color="#999999", linestyle=":", linewidth=1, label=label)
     for ax in (loss, speed, ratios, gradient, memory):
         lines = [line for axes in ([ax, rate] if ax is gradient else [ax]) for line in axes.get_lines()]
         named = [line for line in lines if not line.get_label().startswith("_")]
