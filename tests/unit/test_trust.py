@@ -70,6 +70,39 @@ def test_names_that_run_are_not_resolved(name, checkpoint):
         reading.read_metadata(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [b"pathlib\nPosixPath", b"torch.distributed.checkpoint.metadata\nMetadata", b"torch.serialization\n_get_layout"],
+)
+def test_attributes_of_classes_are_not_set(name, checkpoint):
+    """A pickle can give a class that it may name another method, for the rest of the process."""
+    whole = (checkpoint / ".metadata").read_bytes()
+    setter = b"c" + name + b"\nN}(X\x07\x00\x00\x00is_filecpathlib\nPosixPath\nu\x86b0"
+    (checkpoint / ".metadata").write_bytes(b"\x80\x04" + setter + whole[2:])
+    with pytest.raises(UserError, match=r"gives attributes to a '(type|function)', which no checkpoint needs"):
+        reading.read_metadata(checkpoint)
+    assert not isinstance(type(checkpoint).is_file, type)
+
+
+def test_weights_of_another_kind_are_refused(checkpoint):
+    metadata = reading.read_metadata(checkpoint)
+    metadata.state_dict_metadata["a.weight"].properties.dtype = torch.int32  # of the same size
+    with (checkpoint / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+    with pytest.raises(UserError, match=r"weight 'a\.weight' is torch\.int32"):
+        TensorReader(checkpoint).read("a.weight")
+
+
+@pytest.mark.parametrize("how", ["zeros", "a pickle"])
+def test_a_shard_that_holds_no_tensor_is_named(how, checkpoint, tmp_path):
+    for shard in checkpoint.glob("*.distcp"):
+        content = b"" if how == "zeros" else pickle.dumps(Payload(tmp_path / "ran"))
+        shard.write_bytes(content.ljust(shard.stat().st_size, b"\0"))
+    with pytest.raises(UserError, match=r"\.distcp' holds something that is no tensor, or is damaged") as caught:
+        TensorReader(checkpoint).read("a.weight")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
 def test_code_in_an_object_does_not_run(checkpoint, tmp_path):
     content = io.BytesIO()
     torch.save([{"a": 1, "b": Payload(tmp_path / "ran")}], content)

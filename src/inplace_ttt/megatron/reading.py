@@ -14,19 +14,30 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.megatron.runtime import agree
 
 COMMON_STATE = "common_state/shard_0_1"  # where Megatron keeps what is no tensor
+OPTIMIZER = "optimizer."  # how the names of its states begin
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIMIT = 256 * 2**20  # bytes of metadata, or of an object
 _DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DESCRIPTIONS = {
@@ -52,12 +63,40 @@ _DESCRIPTIONS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves the names of an allow-list alone."""
+_WITH_ATTRIBUTES = {
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _StorageInfo,
+}
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be checked
+    """Resolve the names of an allow-list alone, and give attributes to descriptions alone.
+
+    A pickle may also set attributes of any object that it has, such as the methods of an allowed class.
+    """
+
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file, place: str, allowed: set[tuple[str, str]]):
         super().__init__(file)
         self.place, self.allowed = place, allowed
+
+    def load_build(self):
+        described = type(self.stack[-2])
+        if described not in _WITH_ATTRIBUTES:
+            raise UserError(
+                f"{self.place} gives attributes to a '{described.__name__}', which no checkpoint needs and which could "
+                f"change this program: it is not read; use a checkpoint from a source that you trust"
+            )
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.allowed:
@@ -142,8 +181,16 @@ class Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan, planner):
-        with _tensors_alone():
-            return super().read_data(plan, planner)
+        files = {self.storage_data[item.storage_index].relative_path for item in plan.items}
+        try:
+            with _tensors_alone():
+                return super().read_data(plan, planner)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            # torch's own words propose to read without its protection
+            raise UserError(
+                f"'{Path(self.path) / min(files)}'{' (or another file beside it)' if len(files) > 1 else ''} holds "
+                f"something that is no tensor, or is damaged: restore it, or use another checkpoint"
+            ) from error
 
 
 class Planner(strategy.MCoreLoadPlanner):
@@ -194,8 +241,11 @@ def _check(metadata: Metadata) -> None:
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
             raise ValueError("it describes something that is no tensor")
         if isinstance(entry, TensorStorageMetadata):
-            if not isinstance(entry.properties.dtype, torch.dtype):
+            dtype = entry.properties.dtype
+            if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"'{name}' has no dtype")
+            if not name.startswith(OPTIMIZER) and dtype not in WEIGHT_DTYPES:
+                raise ValueError(f"weight '{name}' is {dtype}, which no model of ours has")
             held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
             if any(size < 0 for size in entry.size) or held != math.prod(entry.size):
                 raise ValueError(f"the parts of '{name}' do not make it up")

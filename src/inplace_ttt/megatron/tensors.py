@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from inplace_ttt.megatron.reading import COMMON_STATE, Reader, read_metadata, readable
-
-OPTIMIZER = "optimizer."
+from inplace_ttt.megatron.reading import COMMON_STATE, OPTIMIZER, Reader, read_metadata, readable
 
 
 @contextlib.contextmanager
