@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from inplace_ttt.command import run_command
+from inplace_ttt.files import user_path
 
 
 def main() -> int:
@@ -28,10 +29,10 @@ def export(arguments: argparse.Namespace) -> None:
     from inplace_ttt.hf.convert import export_checkpoint
     from inplace_ttt.hf.progress import bytes_bar
 
-    console, output = Console(stderr=True), arguments.output.expanduser()
+    console, output = Console(stderr=True), user_path(arguments.output)
     with bytes_bar(console, "exporting") as advance:
         export_checkpoint(
-            arguments.checkpoint.expanduser(), output, arguments.base, advance, tokenizer=not arguments.no_tokenizer
+            user_path(arguments.checkpoint), output, arguments.base, advance, tokenizer=not arguments.no_tokenizer
         )
     has_tokenizer = any((output / name).is_file() for name in TOKENIZER)
     console.print(

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError, one_line
+from inplace_ttt.files import user_path
 
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -31,7 +32,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from inplace_ttt.hf.convert import import_checkpoint
     from inplace_ttt.hf.progress import bytes_bar
 
-    console, output = Console(stderr=True), arguments.output.expanduser()
+    console, output = Console(stderr=True), user_path(arguments.output)
     with tempfile.TemporaryDirectory() as unpacked:
         source = local_folder(arguments.source, Path(unpacked))
         with bytes_bar(console, "importing") as advance:
@@ -50,15 +51,16 @@ def local_folder(name: str, unpacked: Path) -> Path:
     if name.endswith(".gguf"):
         from inplace_ttt.hf.gguf import unpack
 
-        unpack(Path(name).expanduser(), unpacked)
+        unpack(user_path(name), unpacked)
         return unpacked
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     from inplace_ttt.hub import hub_is_reached, is_hub_name
 
     if not name or not is_hub_name(name):
-        raise UserError(f"folder '{name}' does not exist")
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"'{name}' {what}: name a folder with config.json and safetensors, or a model on the hub")
     from huggingface_hub import snapshot_download
 
     reached = hub_is_reached()

@@ -31,9 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     for override in arguments.overrides:
         count, x, name = override.removeprefix("parallel=").partition("x")
         if override.startswith("parallel=") and x and count.isdigit():
-            arguments.gpus = arguments.gpus or int(count)
-            arguments.gpu = arguments.gpu or name.upper()
-    arguments.gpu = arguments.gpu or "H100"
+            arguments.gpus = int(count) if arguments.gpus is None else arguments.gpus
+            arguments.gpu = name.upper() if arguments.gpu is None else arguments.gpu
+    arguments.gpu = "H100" if arguments.gpu is None else arguments.gpu
     return arguments
 
 
@@ -45,13 +45,13 @@ def main() -> int:
     from inplace_ttt.validation import validate
 
     try:
-        if arguments.gpus is not None and arguments.gpus < 1:
-            raise UserError(f"--gpus {arguments.gpus}: use 1 or more")
+        if arguments.gpus is not None and not 1 <= arguments.gpus <= 2**20:
+            raise UserError(f"--gpus {arguments.gpus}: use 1 to {2**20:,}")
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
         config = to_config(compose_config(arguments.overrides, ROOT / "recipes"))
         assumed = assume(config)
-        arguments.gpus = arguments.gpus or usable(config)
+        arguments.gpus = usable(config) if arguments.gpus is None else arguments.gpus
         validate(config, arguments.gpus)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError
+from inplace_ttt.files import user_path
 
 MOST_ENTRIES = 2**20
 
@@ -83,13 +84,20 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-megabytes {arguments.max_megabytes}: use a number above 0")
     if not Path(arguments.output).name or arguments.output.endswith("/"):
         raise UserError(f"--output '{arguments.output}' is a folder: name a prefix in it, such as data/mine")
+    if not arguments.text_key:
+        raise UserError("--text-key '' is empty: name the key or column that holds the text")
+    for option, value in (("--dataset-config", arguments.dataset_config), ("--split", arguments.split)):
+        if not arguments.dataset and value not in (None, "train"):
+            raise UserError(f"{option} {value} is for --dataset NAME, which is not given: leave it out")
+    if Path(arguments.output).name in ("..", ".") or len(os.fsencode(Path(arguments.output).name)) > 200:
+        raise UserError(f"--output '{arguments.output}' is no prefix of files: use one such as data/mine")
     if arguments.overwrite and arguments.if_missing:
         raise UserError("--overwrite and --if-missing contradict each other: give one of them")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     check(arguments)
-    output = Path(arguments.output).expanduser()
+    output = user_path(arguments.output)
     if arguments.if_missing and all(Path(f"{output}.{end}").is_file() for end in ("bin", "idx", "json")):
         console.print(f"{output} is there", markup=False)
         return
@@ -115,6 +123,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     else:
         settings = {}
         files = documents.find_files(arguments.inputs, report, output)
+        prepare.check_inputs(str(output), files)
         for file in files if arguments.format is None else ():
             documents.format_of(file)  # raises for what it does not know
         if not any(f.suffix in (".zst", ".gz", ".parquet") for f in files):

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError
+from inplace_ttt.files import user_path
 from inplace_ttt.training.plots import COLORS, axes, save
 from inplace_ttt.training.records import read_metrics
 
@@ -33,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/proof"), help="where it is written (runs/proof)")
     arguments = parser.parse_args()
-    return run_command(lambda: prove(arguments.folder.expanduser()))
+    return run_command(lambda: prove(user_path(arguments.folder)))
 
 
 def prove(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""How a run stands: loss, speed, update norms, restarts, slow ranks.
+"""Show the status of a run: loss, speed, update ratios, restarts, stragglers.
 
 python launch/status.py runs/tiny_ttt                  # a live view in a terminal; Ctrl-C leaves it
 python launch/status.py runs/tiny_ttt --png            # and as a picture, runs/tiny_ttt/status.png
@@ -44,6 +44,8 @@ def main() -> int:
         status = Status.read(arguments.run_dir)
         if arguments.png is not None:
             path = Path(arguments.png) if arguments.png else arguments.run_dir / "status.png"
+            if path.suffix.lower() != ".png" or path.is_dir():
+                raise UserError(f"--png {path} is no name for a picture: use one that ends in .png")
             picture(status, path)
             print(f"written: {path}")
         else:

@@ -12,6 +12,7 @@ next one start.)
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -48,8 +49,9 @@ def main() -> int:
     from inplace_ttt.config import UserError
     from inplace_ttt.files import user_path
 
-    runs = [arguments.overrides, *(shlex.split(keys) for keys in arguments.then)]
     try:
+        check_options(arguments)
+        runs = [arguments.overrides, *(split(keys) for keys in arguments.then)]
         if arguments.nodes < 1 or arguments.gpus_per_node < 1:
             raise UserError(
                 f"--nodes {arguments.nodes} --gpus-per-node {arguments.gpus_per_node}: use 1 or more of each"
@@ -74,6 +76,32 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that Slurm would not take, or that say nothing."""
+    from inplace_ttt.config import UserError
+
+    time = arguments.time
+    if time is not None and not re.fullmatch(r"UNLIMITED|\d+|(\d+-)?\d+:[0-5]?\d(:[0-5]?\d)?|\d+-\d+", time):
+        raise UserError(f"--time '{time}' is no limit: use hours:minutes:seconds such as 24:00:00, or days-hours")
+    for name in ("partition", "account", "container", "mounts"):
+        value = getattr(arguments, name)
+        if value is not None and (not value.strip() or not value.isprintable() or " " in value):
+            raise UserError(f"--{name} '{value}' cannot be used: give one word, or leave it out")
+    for option in arguments.sbatch:
+        if not option.startswith("-") or not option.isprintable():
+            raise UserError(f"--sbatch {option!r} is no option of sbatch: use one such as --sbatch=--qos=high")
+
+
+def split(keys: str) -> list[str]:
+    """Return the words of --then. Raise UserError for quotes that do not close."""
+    from inplace_ttt.config import UserError
+
+    try:
+        return shlex.split(keys)
+    except ValueError as error:
+        raise UserError(f"--then {keys!r} is not understood ({error}): close its quotes") from error
 
 
 def check(overrides: list[str], arguments: argparse.Namespace, first: bool):

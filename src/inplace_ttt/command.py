@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from inplace_ttt.config import UserError
-from inplace_ttt.exits import LASTING
+from inplace_ttt.exits import LASTING, USERS
 
 
 def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -23,7 +23,7 @@ def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> i
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, *USERS):
             return _say(f"error: {error}", 2)
         return _say(f"error: {error}", 3 if error.errno in LASTING else 4)
 

@@ -14,6 +14,8 @@ from inplace_ttt.torchrun import MARK
 
 # What a user must mend before a run can go on; other failures of a file system may pass
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# What names something that no file can be: only the user can change that
+USERS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESPIPE, errno.ENXIO}
 
 
 def fail(message: str, code: int) -> int:

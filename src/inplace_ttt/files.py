@@ -5,6 +5,7 @@ A file may come from a stranger's run or from a full disk. Whatever is wrong wit
 
 import json
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -99,9 +100,13 @@ def own_umask(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def user_path(text: str) -> Path:
-    """Return the path that a user means: ``~`` is the home folder."""
-    return Path(os.path.expanduser(text))
+def user_path(text: str | Path) -> Path:
+    """Return the path that a user means: ``~`` is the home folder. Raises UserError for the home of nobody."""
+    path = os.path.expanduser(text)
+    if (path.startswith("~") and os.sep in path) or re.fullmatch(r"~[a-z_][a-z0-9_-]*", path):
+        name = path.split(os.sep, 1)[0]
+        raise UserError(f"'{text}': {name} is nobody's home folder here; a folder of that name is written ./{name}")
+    return Path(path)
 
 
 def _text(path: Path, limit: int) -> str:

@@ -88,5 +88,7 @@ class Lock:
 
 def lock_beside(output: Path, what: str) -> Lock:
     """Lock what is written to ``output`` by a file beside it; its folder is made if need be."""
+    if not output.name or output.name == "..":
+        raise UserError(f"'{output}' is no name for what is to be written: name a new folder, such as out/model")
     output.parent.mkdir(parents=True, exist_ok=True)
     return Lock(output.with_name(f".{output.name}.lock"), what)

@@ -127,6 +127,31 @@ def test_the_file_equals_the_operation(variant, monkeypatch):
         torch.testing.assert_close(value, reference, rtol=1e-9, atol=1e-11)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("count", [5, 20])
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_saved_fast_weights_take_the_dtype_of_the_model(count, saved, loaded, model, tmp_path):
+    """Also those of less than a chunk."""
+    book, question = texts(1, count, 1), texts(1, 30, 2)
+    model.to(saved).read(book).save(tmp_path / "book.safetensors")
+    model.to(loaded)
+    cache = exported.FastWeightCache(
+        config=model.config, fast_weights=model.load_fast_weights(tmp_path / "book.safetensors")
+    )
+    try:
+        assert model(question, past_key_values=cache, use_cache=True).logits.isfinite().all()
+    finally:
+        model.to(torch.float32)
+
+
+@torch.no_grad()
+def test_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(texts(1, 60)).logits
+    exact = model(texts(1, 60)).logits
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+
+
 def test_clipping_tells_in_the_logits():
     model, text = build("clipped"), texts(1, 100)
     with torch.no_grad():

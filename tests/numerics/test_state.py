@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.ttt import FastWeightState, LayoutError, fast_weight_linear, naive
+from inplace_ttt.ttt import CarryCache, FastWeightState, LayoutError, fast_weight_linear, naive
 from inplace_ttt.ttt.layer import LayerState, continue_layer
 from inplace_ttt.ttt.plan import make_plan
-from numerics.cases import largest, operands, relative_error
+from numerics.cases import largest, operands, relative_error, with_gradients
 from parallel.test_scan_over_ranks import zigzag
 from ranks import run_ranks
 
@@ -301,3 +301,51 @@ def test_a_layer_read_in_parts_equals_the_whole(seed, target):
         strict=True,
     ):
         assert relative_error(value, reference) < 1e-11
+
+
+@pytest.mark.parametrize("tokens", [2, 12], ids=["update itself", "Gram matrices"])
+def test_gradients_are_finite_where_clipping_leaves_nothing(tokens):
+    """Of a weight that is zero, and of updates whose norm overflows in a chunk that nothing reads."""
+    z, v, weight, g = operands(0, 3 * tokens, 2, 30, 30) if tokens > 2 else operands(0, 6, 2, 1, 1)
+    options = dict(eta=0.5, chunk_size=tokens, clip=0.1)
+    found = with_gradients(fast_weight_linear, z, v, weight * 0, g, **options)
+    expected = with_gradients(naive.fast_weight_linear, z, v, weight * 0, g, **options)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-12)
+    huge = 1e160 if tokens == 2 else 1e100  # products of two targets must be finite in Gram matrices
+    v[2 * tokens :] *= huge
+    for value in with_gradients(fast_weight_linear, z, v, weight, g, **options):
+        assert value.isfinite().all()
+    z, v, weight, g = (tensor.float() for tensor in (z, v / huge, weight * 1e-25, g))
+    assert all(value.isfinite().all() for value in with_gradients(fast_weight_linear, z, v, weight, g, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(eta=float("nan")), "eta=nan is not a finite number"),
+        (dict(eta=None), "eta=None"),
+        (dict(clip=float("inf")), "clip=inf"),
+        (dict(clip=True), "clip=True"),
+        (dict(clip="x"), "clip='x'"),
+        (dict(chunk_size=2.5), r"chunk_size=2\.5 is not a whole number"),
+        (dict(cu_seqlens=[0, 12]), "cu_seqlens is a list"),
+        (dict(cu_seqlens=torch.tensor([0.0, 12.0])), "cu_seqlens is a Tensor"),
+        (dict(cu_seqlens=torch.tensor([0])), "cu_seqlens spans 0 to 0"),
+        (dict(initial_state=(1, 2, 3)), "initial_state is a tuple"),
+        (dict(prefix=None), "prefix=None"),
+        (dict(plan=make_plan(12, 3, (0, 5, 12))), "plan is for documents that end at"),
+        (dict(plan=make_plan(12, 3), cu_seqlens=torch.tensor([0, 5, 12])), "cu_seqlens says"),
+    ],
+)
+def test_arguments_that_cannot_be(change, said):
+    z, v, weight, _ = operands(0, 12, 1, 4, 5)
+    with pytest.raises((ValueError, LayoutError), match=said):
+        fast_weight_linear(z, v, weight, **(dict(eta=0.5, chunk_size=3) | change))
+
+
+def test_a_cache_of_carries_and_a_state_exclude_each_other():
+    z, v, weight, _ = operands(0, 12, 1, 4, 5)
+    _, state = fast_weight_linear(z[:5], v[:5], weight, eta=0.5, chunk_size=3, output_final_state=True)
+    with pytest.raises(ValueError, match="carry_cache cannot be combined"):
+        fast_weight_linear(z, v, weight, eta=0.5, chunk_size=3, initial_state=state, carry_cache=CarryCache())

@@ -102,7 +102,7 @@ def test_what_does_not_fit_gets_a_layout_that_does():
     ("arguments", "said"),
     [
         (["recipe=qwen3_4b_ttt", "--gpu", "B300"], "H100, H200, A100"),
-        (["recipe=qwen3_4b_ttt", "--gpus", "0"], "use 1 or more"),
+        (["recipe=qwen3_4b_ttt", "--gpus", "0"], "use 1 to"),
         (["recipe=qwen3_4b_ttt", "--gpus", "7"], "use 133"),
         (["recipe=qwen3_4b_tt"], "did you mean recipe=qwen3_4b_ttt?"),
     ],

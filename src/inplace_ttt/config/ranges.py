@@ -122,6 +122,10 @@ def _bounds(cls: type, place: tuple) -> tuple[dict[type, float], bool]:
 def _describe(value, bounds: dict[type, float]) -> str:
     least, above = bounds.get(Ge), bounds.get(Gt)
     most, below = bounds.get(Le), bounds.get(Lt)
+    if least is not None and 0 < least < 1e-20:  # keeps out what fp32 does not hold
+        if isinstance(value, int | float) and 0 < value < least:
+            return f"{least} or more"
+        least, above = None, 0
     upper = most if below is None else below
     if upper is not None and (upper <= LARGE or (least is None and above is None)):
         end = f"{most:,}" if below is None else f"below {below:,}"

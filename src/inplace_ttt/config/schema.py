@@ -37,9 +37,11 @@ Count = Annotated[int, Ge(0), Le(10**9)]
 Size = Annotated[int, Ge(1), Le(10**9)]
 Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer
 Ranks = Annotated[int, Ge(1), Le(2**20)]
-Real = Annotated[float, AllowInfNan(False)]
-Positive = Annotated[float, Gt(0), AllowInfNan(False)]
-NotNegative = Annotated[float, Ge(0), AllowInfNan(False)]
+# Bounds keep out what fp32 does not hold, and so what would only show as NaN in the first step
+Real = Annotated[float, Ge(-1e6), Le(1e6), AllowInfNan(False)]
+Positive = Annotated[float, Ge(1e-30), Le(1e9), AllowInfNan(False)]
+NotNegative = Annotated[float, Ge(0), Le(1e6), AllowInfNan(False)]
+Deviation = Annotated[float, Ge(1e-30), Le(1e3), AllowInfNan(False)]  # of random weights
 Fraction = Annotated[float, Ge(0), Le(1), AllowInfNan(False)]
 
 
@@ -74,8 +76,8 @@ class Model:
     tie_word_embeddings: Annotated[bool, IDENTITY] = True  # the output layer is the embedding
     # tokens a query attends to, itself included; null: all before it
     sliding_window: Annotated[Size, IDENTITY] | None = None
-    init_method_std: Annotated[Positive, IDENTITY] = 0.02  # of new weights
-    embedding_init_method_std: Annotated[Positive, IDENTITY] | None = None  # null: init_method_std
+    init_method_std: Annotated[Deviation, IDENTITY] = 0.02  # of new weights
+    embedding_init_method_std: Annotated[Deviation, IDENTITY] | None = None  # null: init_method_std
     # auto: Transformer Engine where CUDA and the package are there, else plain torch
     transformer_impl: Annotated[str, OneOf("auto", "local", "transformer_engine"), LAYOUT] = "auto"
 
@@ -90,7 +92,7 @@ class TTT:
     target: Annotated[str, OneOf(*TARGETS), IDENTITY] = "hidden_states"
     conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the convolution that makes targets
     project: Annotated[bool, IDENTITY] = True  # the projection P behind the convolution
-    proj_init_std: Positive = 0.02  # of P's diagonal, when it is new
+    proj_init_std: Deviation = 0.02  # of P's diagonal, when it is new
     # how chunk states pass between context-parallel ranks; ring_messages: without mapped memory
     prefix: Annotated[str, OneOf("ring", "ring_messages"), LAYOUT] = "ring"
     comm_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"  # of the chunk states between context-parallel ranks
@@ -115,7 +117,7 @@ class Parallel:
     overlap_grad_reduce: Annotated[bool, LAYOUT] = False  # reduce gradients while the backward runs
     overlap_param_gather: Annotated[bool, LAYOUT] = False  # gather parameters while the forward runs
     # a collective that takes longer ends the job
-    timeout_minutes: Annotated[Positive, Le(7 * 24 * 60), LAYOUT] = 10.0
+    timeout_minutes: Annotated[float, Ge(0.1), Le(7 * 24 * 60), AllowInfNan(False), LAYOUT] = 10.0
 
 
 @dataclass

@@ -15,7 +15,7 @@ from inplace_ttt.data.identity import check_tokens, identity
 from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_indexed, split_documents
 from inplace_ttt.data.prepare import read_description
 from inplace_ttt.data.recall import KeyValueRecall, recall_vocab_size
-from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.megatron.indexed import IndexedDataset
 from inplace_ttt.signals import unheard
 
@@ -124,7 +124,7 @@ def _vocab_size(config: Config, described: dict) -> int:
                     f"data.tokenizer='{config.data.tokenizer}' is not what '{path}' was made with: prepare the data "
                     f"with it, or use '{path}.tokenizer'"
                 )
-        needed = len(tokenizer)
+        needed = entries_of(tokenizer)
     elif sizes:
         if len({one.tokenizer_fingerprint for one in sizes.values()}) > 1:
             raise UserError(

@@ -19,6 +19,7 @@ from pathlib import Path
 import zstandard
 
 from inplace_ttt.config import UserError, one_line
+from inplace_ttt.files import user_path
 
 # Whole files that are one document each
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex", ".html")
@@ -89,7 +90,7 @@ def find_files(inputs: list[str], report: Report | None = None, output: Path | N
     """
     files, report = [], report or Report()
     for name in inputs:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.is_dir():
             found = []
             for one in sorted(p for p in path.rglob("*") if p.is_file() and not _belongs_to(p, output)):
@@ -106,7 +107,8 @@ def find_files(inputs: list[str], report: Report | None = None, output: Path | N
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"input '{name}' does not exist: give files or folders")
+            what = "is neither a file nor a folder" if path.exists() else "does not exist"
+            raise UserError(f"input '{name}' {what}: give files or folders")
     return files
 
 
@@ -148,7 +150,7 @@ def read_hub_dataset(
     from inplace_ttt.hub import hub_is_reached
 
     report = report or Report(strict=True)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if not folder.exists() and not hub_is_reached():
         raise UserError(f"dataset '{name}' is no folder, and the hub is out of reach: give files, or mend the network")
     name = str(folder) if folder.exists() else name
@@ -291,6 +293,9 @@ def _read_parquet(path: Path, text_key: str, report: Report) -> Iterator[str]:
         schema = table.schema_arrow
     except (pa.ArrowException, OSError, ValueError) as error:
         report.leave_out(f"file '{path}'", f"is not a readable Parquet file ({one_line(error)}); remove or replace it")
+        return
+    if schema.names.count(text_key) > 1:
+        report.leave_out(f"'{path}'", f"has {schema.names.count(text_key)} columns '{text_key}': give them other names")
         return
     if text_key not in schema.names:
         report.leave_out(f"'{path}'", f"has no column '{text_key}'; --text-key takes one of {schema.names}")

@@ -123,6 +123,8 @@ def open_indexed(prefix: str) -> IndexedDataset:
                 f"data.sources names '{prefix}', but '{prefix}.{ending}' does not exist: make it with "
                 f"launch/prepare_data.py --output {prefix}"
             )
+    if not os.path.getsize(f"{prefix}.bin"):  # which cannot be mapped into memory
+        raise UserError(f"'{prefix}.bin' is empty: it is cut off; prepare it again")
     try:
         fault = _header_fault(f"{prefix}.idx")
         if fault is None:

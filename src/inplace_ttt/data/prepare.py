@@ -18,13 +18,13 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
 
 PART_BYTES = 4_000_000  # of text
-MARK = ".inplace_ttt_parts"  # in a folder of parts that is ours
+MARK = ".inplace_ttt_parts"  # in a folder of parts, or of a tokenizer, that is ours
 ENDINGS = ("bin", "idx", "json")
 
 
@@ -61,7 +61,8 @@ def read_description(prefix: str) -> Description | None:
     try:
         found = Description(**known)
     except TypeError as error:
-        raise UserError(f"'{path}' is damaged ({error}): run prepare_data.py again") from error
+        lacking = [field.name for field in fields(Description) if field.name not in known]
+        raise UserError(f"'{path}' is damaged (it does not say {lacking[0]}): run prepare_data.py again") from error
     if type(found.vocab_size) is not int or found.vocab_size < 1 or not isinstance(found.tokenizer_fingerprint, str):
         raise UserError(f"'{path}' is damaged (it does not say the vocabulary): run prepare_data.py again")
     return found
@@ -88,12 +89,10 @@ def prepare(
     _check_options(tokenizer, options)
     parts = Path(f"{prefix}.parts")
     with lock_beside(Path(prefix), f"--output {prefix}"):
-        there = [f"{prefix}.{ending}" for ending in ENDINGS if Path(f"{prefix}.{ending}").exists()]
-        if there and not overwrite:
-            raise UserError(f"'{there[0]}' is there already: --overwrite makes it anew, --if-missing leaves it")
+        _check_output(prefix, overwrite)
         settings = {**settings, "tokenizer": fingerprint(tokenizer), "part_bytes": PART_BYTES, **asdict(options)}
         _open_parts(parts, settings)
-        _save_tokenizer(tokenizer, Path(f"{prefix}.tokenizer"), parts)
+        _save_tokenizer(tokenizer, parts)
 
         counts, names = [0, 0], []
         context = multiprocessing.get_context("forkserver")
@@ -107,11 +106,38 @@ def prepare(
             shutil.rmtree(parts)
             raise UserError("the input holds no text: nothing was written")
         description = Description(
-            *counts, len(tokenizer), tokenizer.eos_token_id, fingerprint(tokenizer), **asdict(options)
+            *counts, entries_of(tokenizer), tokenizer.eos_token_id, fingerprint(tokenizer), **asdict(options)
         )
         _join(prefix, [parts / name for name in names], description)
         shutil.rmtree(parts)
         return description
+
+
+def check_inputs(prefix: str, inputs: Iterable[Path]) -> None:
+    """Raise UserError for an input that the output would replace."""
+    written = [Path(f"{prefix}.{ending}").resolve() for ending in (*ENDINGS, "checked", "tokenizer", "parts")]
+    for path in inputs:
+        here = path.resolve()
+        if any(here == one or one in here.parents for one in written):
+            raise UserError(f"--output {prefix} would replace its own input '{path}': name another output")
+
+
+def _check_output(prefix: str, overwrite: bool) -> None:
+    """Raise UserError where something is there that is not to be overwritten, or that this program has not made."""
+    there = [f"{prefix}.{ending}" for ending in ENDINGS if os.path.lexists(f"{prefix}.{ending}")]
+    if there and not overwrite:
+        raise UserError(f"'{there[0]}' is there already: --overwrite makes it anew, --if-missing leaves it")
+    description, checked, folder = (Path(f"{prefix}.{ending}") for ending in ("json", "checked", "tokenizer"))
+    if description.exists():
+        try:
+            read_description(prefix)
+        except UserError as error:
+            raise UserError(f"'{description}' was not made by this program: move it away") from error
+    ours = description.exists() or (folder / MARK).is_file()
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or not ours):
+        raise UserError(f"'{folder}' would be replaced, and was not made by this program: move it away")
+    if checked.exists() and not description.exists():
+        raise UserError(f"'{checked}' was not made by this program: move it away")
 
 
 def _check_options(tokenizer: PreTrainedTokenizerBase, options: Options) -> None:
@@ -145,11 +171,10 @@ def _open_parts(parts: Path, settings: dict) -> None:
         write_json(record, settings)
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, parts: Path) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, parts: Path) -> None:
     """Keep the tokenizer with the parts, for workers; it is given its name with the rest."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"'{folder}' is no folder of this program: move it away")
     tokenizer.save_pretrained(parts / "tokenizer")
+    (parts / "tokenizer" / MARK).touch()
 
 
 def _deal(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -211,7 +236,7 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int]:
     except (UserError, KeyError):
         pass
     done.unlink(missing_ok=True)
-    dtype = DType.optimal_dtype(len(_worker["tokenizer"]))
+    dtype = DType.optimal_dtype(entries_of(_worker["tokenizer"]))
     builder = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype)
     n_documents = n_tokens = 0
     for ids in _encode(texts):

@@ -64,6 +64,11 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def entries_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the rows that an embedding needs: numbers of tokens may have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+
+
 def begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer by itself puts its begin-of-text token before a text."""
     ids = tokenizer("a")["input_ids"]

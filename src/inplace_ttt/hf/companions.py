@@ -92,7 +92,10 @@ def tokenizer_of(config: Config, run: Path) -> Path | None:
         if config.data.tokenizer == name and not name.startswith((".", "/", "~")):
             return _from_hub(name)
     if named and any(_found(f"{source.path}.json", run) for source in config.data.sources[:1]):
-        raise UserError(f"the tokenizer '{named[-1]}' of run '{run}' is not there: name its folder with --base")
+        raise UserError(
+            f"the tokenizer '{named[-1]}' of run '{run}' is not there: restore it, or name another, by data.tokenizer "
+            f"in training or by --base in an export"
+        )
     return None
 
 

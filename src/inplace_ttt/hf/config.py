@@ -1,7 +1,6 @@
 """Hugging Face's config.json and our Model and TTT sections, both ways."""
 
 import logging
-import math
 from functools import partial
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
@@ -79,7 +78,9 @@ class _Keys:
         self.config, self.place = config, place
 
     def whole(self, key: str, *default: int | None) -> int | None:
-        return self._read(key, default, "a whole number above 0", lambda value: type(value) is int and value > 0)
+        return self._read(
+            key, default, "a whole number above 0", lambda value: type(value) is int and 0 < value <= 10**9
+        )
 
     def number(self, key: str, *default: float | None) -> float | None:
         return self._read(key, default, "a number above 0", lambda value: _is_number(value) and value > 0)
@@ -104,7 +105,8 @@ class _Keys:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether a value is a number that fp32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def read_model(config: dict, place: str) -> Model:
@@ -290,6 +292,12 @@ def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | N
         written |= keys
     written |= dict(architectures=[FAMILIES[family]], model_type=family, dtype=dtype)
     written |= dict(hidden_act="silu", attention_bias=False)
+    for key, only in FIXED.items():  # of the config.json that it came with
+        if written.get(key, only) not in (only, None):
+            raise UserError(
+                f"the config.json that the model came with says {key}={_shown(written[key])}, which is not what was "
+                f"trained (only {key}={only} is supported): mend it, or name another with --base"
+            )
     written |= tokens or {}
     if ttt.enabled:
         name = "InPlaceTTT" + FAMILIES[family]

@@ -174,10 +174,11 @@ class FastWeightMLP(nn.Module):
         u = reading.embedded if self.reads_embeddings else x
         rows = reading.fast_weights.rows(self.layer, x.shape[0])
         for row in rows:
-            if row.update is not None and row.weight is None:  # loaded from a file
-                row.update = row.update.to(x.device)
-                row.weight = self._sum(row.update)
+            if row.weight is None:  # nothing was written yet, or it was loaded from a file
                 row.pending = [(a.to(z), b.to(u)) for a, b in row.pending]
+                if row.update is not None:
+                    row.update = row.update.to(x.device, _sum_dtype(self.down_proj.weight))
+                    row.weight = self._sum(row.update)
         if x.shape[1] == 1 and reading.valid is None:
             return self._one_token(z, u, rows)
         out = torch.zeros_like(x)
@@ -201,7 +202,8 @@ class FastWeightMLP(nn.Module):
 
     def _read(self, row: RowState, z: Tensor, u: Tensor) -> Tensor:
         """(t, f), (t, d) -> (t, d): apply, then update, chunk by chunk."""
-        if fast_weight_linear is not None and row.count + len(z) >= self.chunk:
+        alike = z.dtype == u.dtype == self.down_proj.weight.dtype  # under autocast they are not
+        if fast_weight_linear is not None and row.count + len(z) >= self.chunk and alike:
             return self._read_by_operation(row, z, u)
         parts = []
         while len(z):
@@ -218,7 +220,7 @@ class FastWeightMLP(nn.Module):
         z, u = (torch.cat(parts) for parts in zip(*row.pending, (z, u), strict=True))
         update = row.update
         if update is None:
-            update = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            update = weight.new_zeros(weight.shape, dtype=_sum_dtype(weight))
         z, u = z[:, None], u[:, None]  # one text
         ids = torch.arange(len(z), dtype=torch.int32, device=z.device) // self.chunk
         targets = ChunkTargets(u, self.ttt_conv.weight, None if self.ttt_proj is None else self.ttt_proj.weight, ids)
@@ -258,6 +260,10 @@ class FastWeightMLP(nn.Module):
 
     def _sum(self, update: Tensor) -> Tensor:
         return (_fp32(self.down_proj.weight) + update).to(self.down_proj.weight.dtype)
+
+
+def _sum_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _fp32(tensor: Tensor) -> Tensor:

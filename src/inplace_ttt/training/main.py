@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.environment import World, check_environment
-from inplace_ttt.exits import LASTING, fail, leave
+from inplace_ttt.exits import LASTING, USERS, fail, leave
 from inplace_ttt.files import user_path
 from inplace_ttt.sizes import check_memory, total_parameters
 
@@ -97,6 +97,8 @@ def train(config: Config, world: World) -> int:
                 raise
             return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
         except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
+            if error.errno in USERS:
+                return stopped(f"run.dir='{config.run.dir}' cannot be written to ({error}): move that away", 2)
             if error.errno in LASTING:
                 return stopped(f"'{config.run.dir}' cannot be written any more: {error}", 3)
             return stopped(f"a file failed: {error}; {GO_ON}", 4)

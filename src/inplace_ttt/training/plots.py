@@ -1,6 +1,7 @@
 """The picture of a run: loss against tokens."""
 
 import itertools
+import os
 from pathlib import Path
 
 from inplace_ttt.training.records import read_metrics
@@ -10,26 +11,27 @@ INK, GRID = "#333333", "#dddddd"
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700")
 
 
-def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
-    """An empty figure in the project's style."""
+def pyplot():
+    """Return matplotlib's pyplot, drawing into files whatever backend the environment names."""
+    os.environ["MPLBACKEND"] = "Agg"  # matplotlib does not load with a backend that it does not know
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
-    figure, ax = plt.subplots(figsize=(8, 4.8), dpi=150)
+    return matplotlib.pyplot
+
+
+def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
+    """Return an empty figure in the project's style."""
+    figure, ax = pyplot().subplots(figsize=(8, 4.8), dpi=150)
     style(ax, title, xlabel, ylabel, subtitle)
     return figure, ax
 
 
 def panels(count: int):
     """Return a figure with some panels side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, found = plt.subplots(1, count, figsize=(8 if count == 1 else 5.5 * count, 4.8), dpi=150, squeeze=False)
+    figure, found = pyplot().subplots(1, count, figsize=(8 if count == 1 else 5.5 * count, 4.8), dpi=150, squeeze=False)
     return figure, list(found[0])
 
 
@@ -45,11 +47,16 @@ def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
 
 
 def save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+    """Write a picture whole or not at all."""
+    plt = pyplot()
     figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, path)  # the name itself, wherever a link of that name leads
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def window_of(values: list[float]) -> int:

@@ -54,8 +54,13 @@ def read_metrics(path: Path) -> list[dict]:
 def _is_record(record: dict) -> bool:
     """Return whether a line has the numbers that every record has."""
     needed = ("loss",) if record.get("eval") else ("loss", "grad_norm", *TIMES)
+    needed += tuple(key for key in record if key.startswith(("update_ratio/", "loss_")))
     step = record.get("step")
-    return type(step) is int and step >= 0 and all(type(record.get(key)) in (int, float) for key in needed)
+    return type(step) is int and 0 <= step < 10**12 and all(_is_number(record.get(key)) for key in needed)
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite: such a step is not recorded
 
 
 class Screen:

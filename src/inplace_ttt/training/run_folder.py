@@ -80,8 +80,9 @@ class RunFolder:
             except UserError as caught:
                 error = caught
             except OSError as caught:
+                where = "" if caught.filename is None else f"'{caught.filename}': "
                 error = UserError(
-                    f"run.dir='{self.path}' cannot be written ({caught.strerror}): "
+                    f"run.dir='{self.path}' cannot be written ({where}{caught.strerror}): "
                     f"choose a folder that can, with room for checkpoints"
                 )
         agree(error)
@@ -91,6 +92,9 @@ class RunFolder:
     def _open(self, config: Config) -> tuple[list[Path], list[str], list[str]]:
         """Return the checkpoints that are whole at a glance, the newest first, what is wrong with others, and what the
         user should hear."""
+        for folder in (self.path, *self.path.parents):
+            if (folder / "manifest.json").is_file() and (folder / ".metadata").is_file():
+                raise UserError(f"run.dir='{self.path}' lies in the checkpoint '{folder}': choose another folder")
         self._make(self.checkpoints)
         self._lock = Lock(self.path / ".lock", f"run.dir='{self.path}'")
         notes = [self._lock.warning] if self._lock.warning else []
@@ -186,7 +190,8 @@ class RunFolder:
 
 
 def _weights(sources) -> list:
-    return [one.get("weight", 1.0) if isinstance(one, dict) else None for one in sources or []]
+    listed = sources if isinstance(sources, list) else []  # a damaged file may hold anything
+    return [one.get("weight", 1.0) if isinstance(one, dict) else None for one in listed]
 
 
 def _flat(tree, prefix: str = "") -> dict:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from inplace_ttt.config import UserError
 from inplace_ttt.files import read_yaml
-from inplace_ttt.training.plots import COLORS, INK, label_last, running_mean, save, style, window_of
+from inplace_ttt.training.plots import COLORS, INK, label_last, pyplot, running_mean, save, style, window_of
 from inplace_ttt.training.records import duration, read_metrics
 from inplace_ttt.training.timeline import Lost, read_timeline
 
@@ -185,12 +185,7 @@ def _events(status: Status, lost: Lost) -> Text:
 
 def picture(status: Status, path: Path) -> None:
     """Draw loss, speed, learning rate and gradient norm, update ratios with the guard's limit, memory, time lost."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, places = plt.subplots(2, 3, figsize=(16, 8), dpi=120)
+    figure, places = pyplot().subplots(2, 3, figsize=(16, 8), dpi=120)
     (loss, speed, ratios), (gradient, memory, spent) = places
     x, steps = [one["step"] for one in status.steps], status.steps
     style(loss, "Loss", "step", "nats per token")

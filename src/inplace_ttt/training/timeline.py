@@ -50,10 +50,15 @@ class Timeline:
             self.write("end", time=round(time.time(), 1), why=why)
 
     def write(self, event: str, **values) -> None:
-        with self.path.open("ab+") as file:
+        with open(self.path, "ab+", opener=_own_file) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             cut_off = file.read(1) not in (b"", b"\n")  # by a full disk, or a machine that lost its power
             file.write(b"\n" * cut_off + json.dumps(dict(event=event, **values)).encode() + b"\n")
+
+
+def _own_file(path: str, flags: int) -> int:
+    """Open a file of the run's folder; a link there may lead to a file of the user's that is none of the run's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read_timeline(folder: Path) -> list[dict]:

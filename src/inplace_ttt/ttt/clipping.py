@@ -30,8 +30,8 @@ def sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
 
 def weight_norm(weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Return the Frobenius norm of a weight (d, f) whose columns may be split over a group, as a scalar tensor."""
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=state_dtype(weight.dtype))
-    return sum_over(tp_group, norm.square()).sqrt()
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)  # its square in fp32 underflows early
+    return sum_over(tp_group, norm.square()).sqrt().to(state_dtype(weight.dtype))
 
 
 def scale_rows(x: Tensor, factors: Tensor) -> None:
@@ -66,6 +66,11 @@ class _ClippedChunks:
     grams: tuple[Tensor, Tensor] | None  # (n, t, t) of v and of z, from the forward to the first backward
     factor: Tensor | None = None  # (n,), c, once the squared norms are those over all ranks
 
+    @property
+    def divisor(self) -> Tensor:
+        """Return c, and 1 where c is 0: the weight is zero or the norm infinite, and nothing has a gradient."""
+        return torch.where(self.factor > 0, self.factor, 1.0)
+
 
 class UpdateClip:
     """Clip the updates of a call, and differentiate that."""
@@ -89,7 +94,7 @@ class UpdateClip:
             v: (s, b, d).
             z: (s, b, f).
         """
-        if not spans:
+        if not spans or not z.shape[1]:
             return
         parts = [
             self._chunks(v, z, batch, group, for_backward)
@@ -116,6 +121,8 @@ class UpdateClip:
 
     def squared_norms(self, b: int) -> Tensor:
         """Return (b, chunks), |S|^2 of all chunks that were clipped so far, in token order."""
+        if not b:
+            return self.limit.new_zeros(0, sum(len(part.spans) for part in self.parts))
         rows = [[part.squared for part in self.parts if part.batch == batch] for batch in range(b)]
         return torch.stack([torch.cat(row) for row in rows])
 
@@ -134,9 +141,10 @@ class UpdateClip:
         sums = torch.cat(
             [stack_spans(dots[:, part.batch : part.batch + 1], part.spans).sum((1, 2)) for part in self.parts]
         )
-        sums = sum_over(self.tp_group, sums / torch.cat([part.factor for part in self.parts]))
+        sums = sum_over(self.tp_group, sums / torch.cat([part.divisor for part in self.parts]))
         for part, h in zip(self.parts, sums.split([len(part.spans) for part in self.parts]), strict=True):
-            share = torch.where(part.factor < 1, h / part.squared, 0.0)  # of S z_t and S^T v_t, over c
+            rescaled = (part.factor > 0) & (part.factor < 1)
+            share = torch.where(rescaled, h / part.squared, 0.0)  # of S z_t and S^T v_t, over c
             self._subtract(part, share, *(stack_spans(t[:, part.batch], part.spans) for t in (dv, dz, v, z)))
 
     def _subtract(self, part: _ClippedChunks, share: Tensor, dv: Tensor, dz: Tensor, v: Tensor, z: Tensor) -> None:
@@ -144,14 +152,14 @@ class UpdateClip:
         if part.uses_grams:
             of_v = share * part.factor
             if part.grams is None:  # another backward of the same graph
-                part.grams, of_v = (gram(v), gram(z)), share / part.factor
+                part.grams, of_v = (gram(v), gram(z)), share / part.divisor
             (gram_v, gram_z), part.grams = part.grams, None
             dz.baddbmm_(_scaled(gram_v, of_v), z, alpha=-1)
             dv.baddbmm_(_scaled(gram_z, share), v, alpha=-1)
             return
         for number in range(len(part.spans)):
             s = outer_sum(v[number], z[number]) * share[number]  # c share S
-            dz[number].addmm_(v[number], (s / part.factor[number]).to(z.dtype), alpha=-1)
+            dz[number].addmm_(v[number], (s / part.divisor[number]).to(z.dtype), alpha=-1)
             dv[number].addmm_(z[number], s.t().to(v.dtype), alpha=-1)
 
 

@@ -1,5 +1,6 @@
 """The fast-weight linear map: the one entry for training, reading, evaluation and prefill."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from inplace_ttt.ttt.autograd import Call, CarryCache, FastWeightLinear
 from inplace_ttt.ttt.backends import choose_backend
-from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, make_plan
+from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, check_documents, make_plan
 from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.rule import PAPER, UpdateRule
 from inplace_ttt.ttt.scan import Exchange
@@ -97,7 +98,7 @@ def fast_weight_linear(
         carry_cache: filled with the incoming carries; filled by an earlier call with the same operands, it takes the
             place of the exchange. So recompute does not communicate again.
         return_update_norms: also return the squared Frobenius norm of the state at the end of each document that ends
-            on this rank, (b * documents,), outside the graph.
+            on this rank, (b * documents,), outside the graph; with ``output_final_state`` the last document has none.
         return_update_ratios: also return, for each local chunk whose update a later chunk uses, the norm of the update
             over that of weight, before clipping, (b, chunks), outside the graph.
 
@@ -109,11 +110,13 @@ def fast_weight_linear(
         ValueError: shapes, dtypes or options do not fit.
     """
     _check_operands(z, v, weight)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip}: the largest update over the weight is above 0; use None for no clipping")
+    _check_options(eta, chunk_size, cu_seqlens, initial_state, clip, prefix)
     cp_size, cp_rank = (1, 0) if cp_group is None else (cp_group.size(), cp_group.rank())
     s, d = z.shape[0], weight.shape[0]
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    bounds = tuple(sorted(set(check_documents(documents, s * cp_size)))) if s else (0,)
+    if rule is not PAPER and (clip is not None or return_update_norms or return_update_ratios):
+        raise ValueError(f"clip, update norms and ratios are of the paper's rule, not of '{rule.name}': leave them out")
     if plan is None:
         plan = make_plan(s * cp_size, chunk_size, documents, cp_size, cp_rank)
     elif (plan.local_length, plan.chunk_size, plan.cp_size, plan.cp_rank) != (s, chunk_size, cp_size, cp_rank):
@@ -121,6 +124,8 @@ def fast_weight_linear(
             f"plan is for {plan.local_length} tokens on rank {plan.cp_rank} of {plan.cp_size} and chunk_size="
             f"{plan.chunk_size}; this call has {s} tokens on rank {cp_rank} of {cp_size} and chunk_size={chunk_size}"
         )
+    elif plan.bounds != bounds:
+        raise ValueError(f"plan is for documents that end at {plan.bounds[1:]}, and cu_seqlens says {bounds[1:]}")
     first_is_empty, last_is_empty = False, False
     if documents is not None:
         first_is_empty, last_is_empty = documents[1] == 0, documents[-2] == documents[-1]
@@ -133,8 +138,10 @@ def fast_weight_linear(
             )
         if cp_rank > 0 or first_is_empty:
             initial_state = None
-    if carry_cache is not None and output_final_state:
-        raise ValueError("carry_cache cannot be combined with output_final_state: it holds incoming carries alone")
+    if carry_cache is not None and (output_final_state or initial_state is not None):
+        raise ValueError(
+            "carry_cache cannot be combined with initial_state or output_final_state: it holds incoming carries alone"
+        )
     if isinstance(prefix, str):
         if prefix not in PREFIXES:
             raise ValueError(f"prefix='{prefix}' is not known: use one of {', '.join(PREFIXES)}")
@@ -168,6 +175,26 @@ def fast_weight_linear(
     if return_update_ratios:
         found.append(result.ratios)
     return tuple(found) if len(found) > 1 else result.out
+
+
+def _check_options(eta, chunk_size, cu_seqlens, initial_state, clip, prefix) -> None:
+    """Raise ValueError for an argument of another kind."""
+
+    def is_number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if not is_number(eta):
+        raise ValueError(f"eta={eta!r} is not a finite number")
+    if clip is not None and not (is_number(clip) and clip > 0):
+        raise ValueError(f"clip={clip!r}: the largest update over the weight is above 0; use None for no clipping")
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise ValueError(f"chunk_size={chunk_size!r} is not a whole number")
+    if cu_seqlens is not None and not (isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_floating_point()):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: it is an integer tensor of document starts")
+    if initial_state is not None and not isinstance(initial_state, FastWeightState):
+        raise ValueError(f"initial_state is a {type(initial_state).__name__}, not a FastWeightState")
+    if not isinstance(prefix, str | Exchange):
+        raise ValueError(f"prefix={prefix!r} is not known: use one of {', '.join(PREFIXES)}")
 
 
 def _check_operands(z: Tensor, v: Tensor | ChunkTargets, weight: Tensor) -> None:

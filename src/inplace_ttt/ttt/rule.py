@@ -16,7 +16,7 @@ class UpdateRule:
     suffix scan carries from the end of the document to its start. Another rule overrides these methods, runs on the
     torch backend, and is given to ``fast_weight_linear`` as ``rule``. It must be linear in S and act on each row of S
     alone, because rows travel between ranks in blocks. ``naive.decayed_fast_weight_linear`` is the definition of an
-    example, which the tests implement.
+    example, which the tests implement. Clipping and the norms of updates are those of this rule alone.
     """
 
     name: ClassVar[str] = "sum"
