@@ -208,6 +208,12 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
         (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "needs model.rope_scaling.original_max_position"),
         (dict(rope_parameters=dict(rope_type="linear", factor="4x")), "factor='4x'"),
         (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta=-1.0"),
+        (dict(rope_parameters=dict(rope_type=["yarn"])), "rope_type"),
+        (dict(rms_norm_eps=10**400), "where there should be a number above 0"),
+        (dict(model_type=["qwen3"]), "where there should be a name such as qwen3"),
+        (dict(ttt_mode="yes", ttt_layers=[0]), "ttt_mode='yes', where there should be true or false"),
+        (dict(ttt_mode=True, ttt_layers=[0], ttt_lr=10**400), "where there should be a number"),
+        (dict(ttt_mode=True, ttt_layers=[0], ttt_clip=-1), "ttt_clip=-1"),
         (dict(ttt_mode=True, ttt_layers="all"), "ttt_layers='all'"),
         (dict(ttt_mode=True, ttt_layers=[0], ttt_chunk=0), "ttt_chunk=0"),
         (dict(ttt_mode=True, ttt_layers=[0], ttt_target="hidden"), "ttt_target='hidden'"),
@@ -241,6 +247,9 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
     kept = config.read_text()
     config.write_text(kept.replace('"intermediate_size": 80', '"intermediate_size": 96'))
     assert "linear_fc1.weight is (160, 48), but its configuration makes it (192, 48)" in refused()
+    config.write_text(json.dumps({**json.loads(kept), "partial_rotary_factor": 0.5}))
+    write_manifest(tmp_path / "imported")
+    assert "partial_rotary_factor=0.5" in refused()
     config.write_text(kept)
     (tmp_path / "imported/manifest.json").unlink()
     index = tmp_path / "imported/.metadata"

@@ -278,7 +278,7 @@ def test_weights_go_into_a_new_run_and_fast_weights_start_at_zero(unbroken, tmp_
 
 def test_numbers_that_are_not_finite_stop_the_run_by_name(tmp_path):
     code, text = run_ranks(
-        1, run_main, *TRAIN, "optim.lr=1e30", "optim.warmup_fraction=0", f"run.dir={tmp_path / 'run'}"
+        1, run_main, *TRAIN, "optim.lr=1e6", "optim.warmup_fraction=0", f"run.dir={tmp_path / 'run'}"
     )[0]
     assert code == 3 and "at step 2" in text and "no checkpoint was written yet" in text
     assert "is the first" in text

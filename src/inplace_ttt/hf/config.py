@@ -111,7 +111,11 @@ def _is_number(value) -> bool:
 
 def read_model(config: dict, place: str) -> Model:
     """The Model section of a config.json; raises UserError for what the model cannot be."""
-    family = str(config.get("model_type"))
+    family = config.get("model_type")
+    if not isinstance(family, str):
+        raise UserError(f"{place} says model_type={_shown(family)}, where there should be a name such as qwen3")
+    if not isinstance(config.get("ttt_mode", False), bool | None):
+        raise UserError(f"{place} says ttt_mode={config['ttt_mode']!r}, where there should be true or false")
     if config.get("ttt_mode"):  # ours, or another code's name for the same model
         family = next((known for known in FAMILIES if known in family), family)
     if family not in FAMILIES:
@@ -205,6 +209,10 @@ def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.pop("type", None)  # as older versions wrote it
     rope.setdefault("rope_type", "default" if kind is None else kind)
+    if not isinstance(rope["rope_type"], str):
+        raise UserError(
+            f"{place} says rope_type={_shown(rope['rope_type'])}, where there should be a name such as yarn"
+        )
     theta = rope.pop("rope_theta", config.get("rope_theta"))
     if rope.get("partial_rotary_factor", 1.0) == 1.0:
         rope.pop("partial_rotary_factor", None)

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from inplace_ttt.config import UserError, one_line
+from inplace_ttt.files import read_json
 from inplace_ttt.megatron.runtime import agree
 
 COMMON_STATE = "common_state/shard_0_1"  # where Megatron keeps what is no tensor
@@ -164,6 +165,11 @@ def load(state: dict, folder: Path) -> dict:
     """Load a Megatron state dict from a checkpoint. Every rank calls it; raises UserError for what cannot be read."""
     error = None
     try:
+        described = read_json(folder / "metadata.json", "use another checkpoint")
+        if described.get("sharded_backend") != "torch_dist":
+            raise UserError(
+                f"'{folder / 'metadata.json'}' is not of Megatron's torch_dist format: use another checkpoint"
+            )
         read_common_state(folder)
     except UserError as caught:
         error = caught

@@ -17,6 +17,13 @@ KEYS = schema_keys()
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
 _PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # of data.sources
 
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list such as [a,b]",
+}
+
 ConfigStore.instance().store(name="schema", node=Config)
 # for parallel layouts that follow the length of the samples
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=True)
@@ -54,7 +61,8 @@ def to_config(composed: DictConfig) -> Config:
             raise UserError(f"{missing[0]} has no value: choose a recipe (recipe=tiny_ttt) or set {missing[0]}=...")
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from error
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{first_line(error)}") from error
     except (ValueError, TypeError, RecursionError, ZeroDivisionError) as error:  # an interpolation's arithmetic
         raise UserError(f"the configuration cannot be resolved: {first_line(error)}") from error
 
@@ -142,7 +150,9 @@ def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
         try:
             _compose(recipe if override in recipe else [*recipe, override], recipes)
         except (HydraException, OmegaConfBaseException, ValueError, OverflowError, TypeError, RecursionError) as alone:
-            return f"{_shown(override)} cannot be used: {_cause(alone)}"
+            kind = KEYS[_plain(override.partition("=")[0])].type if _plain(override.partition("=")[0]) in KEYS else None
+            use = f": use {KINDS[kind]}" if kind in KINDS else ""
+            return f"{_shown(override)} cannot be used ({_cause(alone)}){use}"
     return _cause(error)
 
 

@@ -201,6 +201,8 @@ def _notes_of_data(config: Config, sets) -> list[str]:
     for source, epochs in zip(config.data.sources, sets.epochs, strict=False):
         if epochs > 1.0:
             notes.append(f"'{source.path}' is read {epochs:.1f} times in {config.train.steps} steps")
+    if config.data.kind == "recall" and (config.data.sources or config.data.tokenizer):
+        notes.append("data.kind=recall makes its own data: data.sources and data.tokenizer are not read")
     if sets.validation is None:
         why = "train.eval_samples=0" if not config.train.eval_samples else "no document is held out of some source"
         notes.append(f"no held-out loss: {why}")
