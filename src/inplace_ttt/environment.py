@@ -54,6 +54,9 @@ def check_environment() -> None:
     """Raise UserError where the system, or a variable that names a network, would fail the run later."""
     _allow_files()
     _check_shared_memory()
+    level = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
+    if level.upper() not in ("", "OFF", "INFO", "DETAIL"):
+        raise UserError(f"TORCH_DISTRIBUTED_DEBUG={level} is not known to torch: use OFF, INFO or DETAIL")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         _check_interfaces(name)
 

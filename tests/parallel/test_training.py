@@ -255,6 +255,8 @@ def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(how, unbrok
 def test_another_model_is_not_continued(unbroken):
     code, text = run_ranks(1, run_main, *TRAIN, "ttt.eta=0.5", f"run.dir={unbroken}")[0]
     assert code == 2 and "ttt.eta=0.5" in text and "begun with 1.0" in text
+    code, text = run_ranks(1, run_main, *TRAIN, "data.recall_alphabet=30", f"run.dir={unbroken}")[0]
+    assert code == 2 and "data.recall_alphabet=30" in text  # not the vocabulary, which follows from it
 
 
 @pytest.mark.parametrize("content", ["{[", "- a"])

@@ -81,6 +81,14 @@ def test_interfaces(variables):
     check_environment()
 
 
+def test_a_level_of_torchs_messages_that_is_not_known(monkeypatch):
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "garbage")
+    with pytest.raises(UserError, match="TORCH_DISTRIBUTED_DEBUG=garbage is not known to torch"):
+        check_environment()
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "info")
+    check_environment()
+
+
 def test_too_few_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
     with pytest.raises(UserError, match="ulimit -n 64"):

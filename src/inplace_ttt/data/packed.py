@@ -131,7 +131,7 @@ def open_indexed(prefix: str) -> IndexedDataset:
             indexed = IndexedDataset(prefix)
             fault = _index_fault(indexed)
     except Exception as error:
-        fault = first_line(error)
+        fault = first_line(error) if str(error) else "its parts contradict each other"
     if fault:
         raise UserError(f"'{prefix}.idx' is not a whole Megatron index ({fault}); prepare the data again")
     index, size = indexed.index, os.path.getsize(f"{prefix}.bin")

@@ -147,7 +147,8 @@ class RunFolder:
         known = _flat(before)
         was, here = _flat(asdict(Config())) | known, _flat(json.loads(json.dumps(asdict(config))))
         changes = []
-        for key, value in here.items():
+        # the vocabulary last: it may follow from other keys, which are the ones to be named
+        for key, value in sorted(here.items(), key=lambda item: item[0] == "model.vocab_size"):
             if was[key] == value or KEYS[key].on_resume is OnResume.LAYOUT:
                 continue
             if key not in known and was[key] in (MISSING, None):
