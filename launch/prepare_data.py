@@ -123,7 +123,6 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     else:
         settings = {}
         files = documents.find_files(arguments.inputs, report, output)
-        prepare.check_inputs(str(output), files)
         for file in files if arguments.format is None else ():
             documents.format_of(file)  # raises for what it does not know
         if not any(f.suffix in (".zst", ".gz", ".parquet") for f in files):

@@ -155,7 +155,7 @@ def test_bf16_follows_fp32(variant):
 
 
 def test_variants_differ():
-    """What layouts are compared in tells in the losses."""
+    """Check that each variant changes the losses."""
     first = [on_one_gpu()[name, *EXACT][0] for name in ("packed", "one document", "input_embed", "clipped")]
     assert len(set(first)) == len(first)
 
@@ -170,7 +170,7 @@ def test_layouts_equal_one_gpu(name, variant):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_exported_model_calls_the_kernels(clip, monkeypatch):
-    """Where they run; its own file computes the same to bf16's rounding."""
+    """Compare with what its own file computes, to the rounding of bf16."""
     from inplace_ttt.hf import modeling_inplace_ttt as exported
 
     torch.manual_seed(0)

@@ -305,7 +305,7 @@ def test_a_layer_read_in_parts_equals_the_whole(seed, target):
 
 @pytest.mark.parametrize("tokens", [2, 12], ids=["update itself", "Gram matrices"])
 def test_gradients_are_finite_where_clipping_leaves_nothing(tokens):
-    """Of a weight that is zero, and of updates whose norm overflows in a chunk that nothing reads."""
+    """Check a weight that is zero, and an update whose norm overflows in a chunk that nothing reads."""
     z, v, weight, g = operands(0, 3 * tokens, 2, 30, 30) if tokens > 2 else operands(0, 6, 2, 1, 1)
     options = dict(eta=0.5, chunk_size=tokens, clip=0.1)
     found = with_gradients(fast_weight_linear, z, v, weight * 0, g, **options)

@@ -97,7 +97,7 @@ def test_equals_one_process(variant, size, layout):
 
 
 def test_clipping_tells_in_the_losses():
-    """What the clipped layouts are compared with is another training than the unclipped one."""
+    """Check that clipping changes the training that layouts are compared with."""
     clipped, unclipped = one_process("clipped"), one_process("packed")
     assert clipped[0][0] != unclipped[0][0]
     assert clipped[0][1] != unclipped[0][1]

@@ -55,9 +55,10 @@ def test_files_beside_the_output_are_left_alone(tokenizer, tmp_path):
     (tmp_path / "other.checked").write_text("precious")
     with pytest.raises(UserError, match=r"other\.checked' was not made by this program"):
         make(tmp_path / "other", tokenizer)
-    files = find_files([str(tmp_path / "notes.json")], Report(), tmp_path / "notes")
-    with pytest.raises(UserError, match="would replace its own input"):
-        prepare.check_inputs(str(tmp_path / "notes"), files)
+    (tmp_path / "link.json").symlink_to(tmp_path / "notes.json")
+    for name in ("notes.json", "link.json"):
+        with pytest.raises(UserError, match="would replace its own input"):
+            find_files([str(tmp_path / name)], Report(), tmp_path / "notes")
     assert (tmp_path / "notes.json").read_text() == '["my text"]'
 
 

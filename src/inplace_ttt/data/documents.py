@@ -86,7 +86,7 @@ def find_files(inputs: list[str], report: Report | None = None, output: Path | N
     """Return the files that inputs name, folders searched for known endings; sorted within each folder.
 
     Hidden files of a folder, and what belongs to ``output``, are left out. Raises UserError for an input that is not
-    there, and for a file of an ending that is not known.
+    there or that ``output`` would replace, and for a file of an ending that is not known.
     """
     files, report = [], report or Report()
     for name in inputs:
@@ -105,6 +105,8 @@ def find_files(inputs: list[str], report: Report | None = None, output: Path | N
                 )
             files += found
         elif path.is_file():
+            if _belongs_to(path, output):
+                raise UserError(f"--output {output} would replace its own input '{path}': name another output")
             files.append(path)
         else:
             what = "is neither a file nor a folder" if path.exists() else "does not exist"
@@ -203,11 +205,12 @@ def python_packages(max_bytes: int) -> Iterator[str]:
 
 
 def _belongs_to(path: Path, output: Path | None) -> bool:
-    return output is not None and any(
-        str(one.absolute()) == f"{output.absolute()}.{end}"
-        for one in (path, *path.parents)
-        for end in ("bin", "idx", "json", "tokenizer", "parts", "checked")
-    )
+    """Tell whether a file is one that prepare_data writes for this output, or lies in a folder of it."""
+    if output is None:
+        return False
+    written = {Path(f"{output}.{end}").resolve() for end in ("bin", "idx", "json", "tokenizer", "parts", "checked")}
+    here = path.resolve()
+    return not written.isdisjoint((here, *here.parents))
 
 
 def _kind(path: Path) -> str:

@@ -113,15 +113,6 @@ def prepare(
         return description
 
 
-def check_inputs(prefix: str, inputs: Iterable[Path]) -> None:
-    """Raise UserError for an input that the output would replace."""
-    written = [Path(f"{prefix}.{ending}").resolve() for ending in (*ENDINGS, "checked", "tokenizer", "parts")]
-    for path in inputs:
-        here = path.resolve()
-        if any(here == one or one in here.parents for one in written):
-            raise UserError(f"--output {prefix} would replace its own input '{path}': name another output")
-
-
 def _check_output(prefix: str, overwrite: bool) -> None:
     """Raise UserError where something is there that is not to be overwritten, or that this program has not made."""
     there = [f"{prefix}.{ending}" for ending in ENDINGS if os.path.lexists(f"{prefix}.{ending}")]

@@ -19,12 +19,13 @@ from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.convert import export_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 
+WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # files that tell models apart
 CLASSES = {kind.__name__: kind for kind in (exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM)}
 
 
 @dataclass(frozen=True)
 class FastWeightMode:
-    """How the fast weights of a model are used in an evaluation: as it says itself, not at all, or clipped."""
+    """Choose how an evaluation uses fast weights: as the model says itself, not at all, or clipped."""
 
     on: bool = True
     clip: float | None = None  # None: as the model's configuration says
@@ -107,8 +108,6 @@ def open_model(path: Path, mode: FastWeightMode, work: Path, device: torch.devic
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = kind.from_pretrained(folder, config=settings, dtype=dtype, local_files_only=True)
-    except UserError:
-        raise
     except Exception as error:  # transformers raises anything
         raise UserError(f"'{folder}' cannot be loaded by transformers ({one_line(error)})") from error
     return Model(path.name, network.to(device).eval(), load_tokenizer(str(folder)))
@@ -119,6 +118,3 @@ def model_digest(path: Path, mode: FastWeightMode) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in WEIGHTS)
     facts = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     return hashlib.sha256(json.dumps([str(path.resolve()), str(mode), facts]).encode()).hexdigest()[:16]
-
-
-WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")

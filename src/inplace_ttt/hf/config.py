@@ -120,9 +120,7 @@ def read_model(config: dict, place: str) -> Model:
         family = next((known for known in FAMILIES if known in family), family)
     if family not in FAMILIES:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
-    for key, only in FIXED.items():
-        if config.get(key, only) not in (only, None):
-            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: only {key}={only} is")
+    _check_fixed(config, place)
     keys = _Keys(config, place)
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     scaling, theta = _read_rope(config, place)
@@ -174,6 +172,13 @@ def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedC
         if value is not None and value != defaults[key]:
             raise UserError(f"{place}: {key}={_shown(value)} is not supported: only {key}={defaults[key]} is")
     return resolved
+
+
+def _check_fixed(config: dict, place: str) -> None:
+    """Raise UserError for a key that changes the model in a way that is not supported."""
+    for key, only in FIXED.items():
+        if config.get(key, only) not in (only, None):
+            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: only {key}={only} is")
 
 
 def _shown(value) -> str:
@@ -300,12 +305,7 @@ def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | N
         written |= keys
     written |= dict(architectures=[FAMILIES[family]], model_type=family, dtype=dtype)
     written |= dict(hidden_act="silu", attention_bias=False)
-    for key, only in FIXED.items():  # of the config.json that it came with
-        if written.get(key, only) not in (only, None):
-            raise UserError(
-                f"the config.json that the model came with says {key}={_shown(written[key])}, which is not what was "
-                f"trained (only {key}={only} is supported): mend it, or name another with --base"
-            )
+    _check_fixed(written, "the config.json that the model came with (--base names another)")
     written |= tokens or {}
     if ttt.enabled:
         name = "InPlaceTTT" + FAMILIES[family]

@@ -268,7 +268,7 @@ def _sum_dtype(weight: Tensor) -> torch.dtype:
 
 def _fp32(tensor: Tensor) -> Tensor:
     """fp64 stays as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(_sum_dtype(tensor))
 
 
 class FastWeightsMixin:

@@ -20,17 +20,10 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import metadata as descriptions
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.files import read_json
@@ -41,14 +34,10 @@ OPTIMIZER = "optimizer."  # how the names of its states begin
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIMIT = 256 * 2**20  # bytes of metadata, or of an object
 _DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_DESCRIPTIONS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),  # where the checkpoint was written
-    ("pathlib._local", "PosixPath"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+_DESCRIBING = {  # the classes whose objects have attributes
+    _StorageInfo,
     *(
-        ("torch.distributed.checkpoint.metadata", name)
+        getattr(descriptions, name)
         for name in (
             "BytesStorageMetadata",
             "ChunkStorageMetadata",
@@ -57,22 +46,17 @@ _DESCRIPTIONS = {
             "StorageMeta",
             "TensorProperties",
             "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
         )
     ),
-    *(("torch", name) for name in _DTYPES),
 }
-
-
-_WITH_ATTRIBUTES = {
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-    _StorageInfo,
+_DESCRIPTIONS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),  # where the checkpoint was written
+    ("pathlib._local", "PosixPath"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    *((one.__module__, one.__qualname__) for one in _DESCRIBING),
+    *(("torch", name) for name in _DTYPES),
 }
 
 
@@ -90,7 +74,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be ch
 
     def load_build(self):
         described = type(self.stack[-2])
-        if described not in _WITH_ATTRIBUTES:
+        if described not in _DESCRIBING:
             raise UserError(
                 f"{self.place} gives attributes to a '{described.__name__}', which no checkpoint needs and which could "
                 f"change this program: it is not read; use a checkpoint from a source that you trust"

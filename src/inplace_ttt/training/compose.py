@@ -150,8 +150,8 @@ def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
         try:
             _compose(recipe if override in recipe else [*recipe, override], recipes)
         except (HydraException, OmegaConfBaseException, ValueError, OverflowError, TypeError, RecursionError) as alone:
-            kind = KEYS[_plain(override.partition("=")[0])].type if _plain(override.partition("=")[0]) in KEYS else None
-            use = f": use {KINDS[kind]}" if kind in KINDS else ""
+            key = KEYS.get(_plain(override.partition("=")[0]))
+            use = f": use {KINDS[key.type]}" if key is not None and key.type in KINDS else ""
             return f"{_shown(override)} cannot be used ({_cause(alone)}){use}"
     return _cause(error)
 

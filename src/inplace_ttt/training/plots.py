@@ -24,7 +24,7 @@ def pyplot():
 
 def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
     """Return an empty figure in the project's style."""
-    figure, ax = pyplot().subplots(figsize=(8, 4.8), dpi=150)
+    figure, (ax,) = panels(1)
     style(ax, title, xlabel, ylabel, subtitle)
     return figure, ax
 

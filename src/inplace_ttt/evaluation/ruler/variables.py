@@ -4,6 +4,7 @@ import itertools
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 from inplace_ttt.evaluation.ruler.needles import NOISE, SHORT
@@ -31,26 +32,20 @@ class VariableTracking:
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
         """See ``Task.draft``."""
-        example = _problem(rng, self._example_size(), letters=3, places=Random(f"{self.seed} example"))
+        example = _problem(rng, self._example_size, letters=3, places=Random(f"{self.seed} example"))
         solved = example.prompt + example.answer_prefix + " " + " ".join(example.answers)
         problem = _problem(rng, size, letters=5, places=rng)
         return Draft(f"{solved}\n\n{problem.prompt}", problem.answer_prefix, problem.answers)
 
+    @cached_property
     def _example_size(self) -> int:
         """Return the largest number of noise lines whose problem fits in ``EXAMPLE_TOKENS``."""
-        key = self.count_tokens, self.seed
-        if key not in _example_sizes:
-            size = EXAMPLE_STEP
-            while True:
-                draft = _problem(Random(self.seed), size + 1, letters=3, places=Random(f"{self.seed} example"))
-                if self.count_tokens(draft.prompt + draft.answer_prefix) > EXAMPLE_TOKENS:
-                    break
-                size += 1
-            _example_sizes[key] = size
-        return _example_sizes[key]
-
-
-_example_sizes: dict = {}
+        size = EXAMPLE_STEP
+        while True:
+            draft = _problem(Random(self.seed), size + 1, letters=3, places=Random(f"{self.seed} example"))
+            if self.count_tokens(draft.prompt + draft.answer_prefix) > EXAMPLE_TOKENS:
+                return size
+            size += 1
 
 
 def _problem(rng: Random, size: int, *, letters: int, places: Random) -> Draft:
