@@ -1,4 +1,4 @@
-"""Why a run must not go on: numbers that are not finite, fast weights that run away, ranks that are gone."""
+"""Find the layer of a run whose numbers are not finite."""
 
 from collections.abc import Callable
 
@@ -6,25 +6,6 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.megatron.model import TTTGPTModel
-
-
-class TrainingStopped(Exception):
-    """The run cannot go on; the message says at which step, why, and what is saved. ``code``: its exit code."""
-
-    def __init__(self, message: str, code: int = 3):
-        super().__init__(message)
-        self.code = code
-
-
-# What gloo and NCCL say where the other side of an operation is gone or does not answer
-_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
-
-
-def lost_rank(error: BaseException) -> str | None:
-    """The line in which an error says that contact with another rank was lost; None: it says something else."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in reversed(lines) if any(word in line for word in _LOST)), None)
-
 
 NOWHERE = 1_000_000  # larger than any layer's number
 

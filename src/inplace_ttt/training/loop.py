@@ -20,11 +20,12 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.exits import LASTING
+from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import agree, device
 from inplace_ttt.signals import StopRequest
 from inplace_ttt.training import update_histograms
-from inplace_ttt.training.health import TrainingStopped, first_broken_layer, last_broken_gradient, lost_rank
+from inplace_ttt.training.health import first_broken_layer, last_broken_gradient
 from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder
@@ -362,7 +363,7 @@ class Loop:
             self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
         saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
-        raise TrainingStopped(f"{why}; {saved}", code)
+        raise JobStopped(f"{why}; {saved}", code)
 
     def _peak_memory(self) -> float:
         if self.device.type == "cuda":

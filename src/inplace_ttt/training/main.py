@@ -7,12 +7,9 @@ from omegaconf import OmegaConf
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.environment import World, check_environment
-from inplace_ttt.exits import LASTING, USERS, fail, leave
+from inplace_ttt.exits import fail
 from inplace_ttt.files import user_path
 from inplace_ttt.sizes import check_memory, total_parameters
-
-SLOW = 6.0  # times parallel.timeout_minutes: what may take that long, by the patience of the watch
-GO_ON = "the same command goes on from what was saved"
 
 HELP = """\
 torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=value ...]
@@ -51,72 +48,40 @@ def main(arguments: list[str], recipes: Path) -> int:
 
 def train(config: Config, world: World) -> int:
     """Build everything, train, save. All ranks call it with the same configuration."""
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from inplace_ttt.data.build import open_corpora
-    from inplace_ttt.megatron import runtime
-    from inplace_ttt.rendezvous import Rendezvous
-    from inplace_ttt.signals import StopRequest
-    from inplace_ttt.training.health import TrainingStopped, lost_rank
+    from inplace_ttt.job import run_job
     from inplace_ttt.training.timeline import Timeline
-    from inplace_ttt.watch import Watch
 
-    def stopped(why: str, code: int) -> int:
-        watch.leave(why)
-        if world.rank == 0:
-            Timeline(user_path(config.run.dir)).end(why)
-        return fail(f"stopped: {why}", code)
-
-    def hang(why: str) -> None:  # called beside a training that stands still
-        leave(stopped(f"{why}; {GO_ON}", 4))
-
-    rendezvous = None
-    if world.size > 1 and not dist.is_initialized():
-        rendezvous = Rendezvous(world, config.parallel.timeout_minutes)
-    limit = 60 * config.parallel.timeout_minutes
-    with StopRequest() as stop, Watch.join(world, limit, hang, rendezvous) as watch:
-        try:
-            watch.mark("opening the data", SLOW)
-            corpora = open_corpora(config)
-            config.model.vocab_size = corpora.vocab_size
-            check_memory(config, world)
-            watch.mark("joining the other ranks", SLOW)
-            groups = runtime.start(config.parallel, config.train.seed, world, rendezvous)
-            watch.share_secret()
-            code = _train(config, corpora, groups, stop, watch)
-            watch.mark("leaving the process groups")
-            runtime.stop()
-            watch.finish()
-            return code
-        except TrainingStopped as why:
-            return stopped(str(why), why.code)
-        except (RuntimeError, CheckpointException) as error:
-            said = lost_rank(error)
-            if said is None:
-                raise
-            return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
-        except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
-            if error.errno in USERS:
-                return stopped(f"run.dir='{config.run.dir}' cannot be written to ({error}): move that away", 2)
-            if error.errno in LASTING:
-                return stopped(f"'{config.run.dir}' cannot be written any more: {error}", 3)
-            return stopped(f"a file failed: {error}; {GO_ON}", 4)
+    return run_job(
+        lambda job: _train(config, job),
+        world,
+        config.parallel.timeout_minutes,
+        output=f"run.dir='{config.run.dir}'",
+        note_end=lambda why: Timeline(user_path(config.run.dir)).end(why),
+    )
 
 
-def _train(config: Config, corpora, groups, stop, watch) -> int:
+def _train(config: Config, job) -> int:
+    from inplace_ttt.data.build import open_corpora
+    from inplace_ttt.job import SLOW
     from inplace_ttt.training.run_folder import RunFolder
 
+    watch = job.watch
+    watch.mark("opening the data", SLOW)
+    corpora = open_corpora(config)
+    config.model.vocab_size = corpora.vocab_size
+    check_memory(config, job.world)
+    groups = job.start(config.parallel, config.train.seed)
     watch.mark("opening the run's folder", SLOW)
     folder = RunFolder(config, corpora.identity)
     try:
-        return _train_in(folder, config, corpora, groups, stop, watch)
+        return _train_in(folder, config, corpora, groups, job.stop, watch)
     finally:
         folder.close()
 
 
 def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
     from inplace_ttt.data.build import build_sets
+    from inplace_ttt.job import SLOW
     from inplace_ttt.megatron.checkpoint import Checkpointer
     from inplace_ttt.megatron.initialize import initialize
     from inplace_ttt.megatron.model import build_model

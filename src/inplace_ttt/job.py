@@ -1,0 +1,106 @@
+"""Run a job of one or many ranks: join them, watch them, and say in one sentence why they end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from inplace_ttt.config import Parallel
+from inplace_ttt.environment import World
+from inplace_ttt.exits import LASTING, USERS, fail, leave
+from inplace_ttt.rendezvous import Rendezvous
+from inplace_ttt.signals import StopRequest
+from inplace_ttt.watch import Watch
+
+SLOW = 6.0  # times the time-out: what may take that long, by the patience of the watch
+GO_ON = "the same command goes on from what was saved"
+
+
+# What gloo and NCCL say where the other side of an operation is gone or does not answer
+_LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Return the line in which an error says that contact with another rank was lost; None: it says something else."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in reversed(lines) if any(word in line for word in _LOST)), None)
+
+
+class JobStopped(Exception):
+    """Ends a job on every rank, with a sentence for the user and an exit code."""
+
+    def __init__(self, why: str, code: int = 3):
+        super().__init__(why)
+        self.code = code
+
+
+@dataclass
+class Job:
+    """Hold what the ranks of a job share before there are process groups."""
+
+    world: World
+    watch: Watch
+    stop: StopRequest
+    rendezvous: Rendezvous | None  # None: one rank alone
+
+    def start(self, parallel: Parallel, seed: int):
+        """Form the process groups and return them. Every rank calls it."""
+        from inplace_ttt.megatron import runtime
+
+        self.watch.mark("joining the other ranks", SLOW)
+        groups = runtime.start(parallel, seed, self.world, self.rendezvous)
+        self.watch.share_secret()
+        return groups
+
+
+def run_job(
+    action: Callable[[Job], int],
+    world: World,
+    timeout_minutes: float,
+    *,
+    output: str,
+    note_end: Callable[[str], None] = lambda why: None,
+) -> int:
+    """Run ``action`` on this rank and return its exit code: what it returns, 2 where the user must change something,
+    3 stopped itself, 4 something failed that may pass (another rank, a file system).
+
+    Args:
+        timeout_minutes: after which a rank that stands still ends the job.
+        output: how the user names the folder that is written to, such as run.dir='runs/a'.
+        note_end: called on the first rank with the reason of an early end.
+    """
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from inplace_ttt.megatron import runtime
+
+    def stopped(why: str, code: int) -> int:
+        watch.leave(why)
+        if world.rank == 0:
+            note_end(why)
+        return fail(f"stopped: {why}", code)
+
+    def hang(why: str) -> None:  # called beside a rank that stands still
+        leave(stopped(f"{why}; {GO_ON}", 4))
+
+    rendezvous = None
+    if world.size > 1 and not dist.is_initialized():
+        rendezvous = Rendezvous(world, timeout_minutes)
+    with StopRequest() as stop, Watch.join(world, 60 * timeout_minutes, hang, rendezvous) as watch:
+        try:
+            code = action(Job(world, watch, stop, rendezvous))
+            watch.mark("leaving the process groups")
+            runtime.stop()
+            watch.finish()
+            return code
+        except JobStopped as why:
+            return stopped(str(why), why.code)
+        except (RuntimeError, CheckpointException) as error:
+            said = lost_rank(error)
+            if said is None:
+                raise
+            return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
+        except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
+            if error.errno in USERS:
+                return stopped(f"{output} cannot be written to ({error}): move that away", 2)
+            if error.errno in LASTING:
+                return stopped(f"{output} cannot be written any more: {error}", 3)
+            return stopped(f"a file failed: {error}; {GO_ON}", 4)
