@@ -50,6 +50,14 @@ class Job:
         self.watch.share_secret()
         return groups
 
+    def smallest(self, number: int) -> int:
+        """Return the smallest of the ranks' numbers. Every rank calls it."""
+        import torch.distributed as dist
+
+        numbers = [number] * self.world.size
+        dist.all_gather_object(numbers, number)
+        return min(numbers)
+
 
 def run_job(
     action: Callable[[Job], int],

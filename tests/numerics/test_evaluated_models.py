@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
-from inplace_ttt.evaluation.models import FastWeightMode, model_digest, open_model
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.evaluation.models import Named, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from numerics.test_exported_model import build, texts
 
@@ -42,7 +43,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @torch.no_grad()
 def logits(path, mode, work):
-    model = open_model(path, mode, work, CPU, torch.float32)
+    named = Named.find(path)
+    (mode,) = named.modes([mode])
+    model = open_model(named.export(work), path.name, mode, CPU, torch.float32)
     assert model.name == path.name and model.tokenizer("words").input_ids
     return model.network(texts(1, 60)).logits
 
@@ -84,15 +87,16 @@ def test_modes_that_are_none(word):
 
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
-        open_model(tmp_path / "nowhere", ON, tmp_path, CPU, torch.float32)
+        Named.find(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
-        open_model(tmp_path / "empty", ON, tmp_path, CPU, torch.float32)
+        Named.find(tmp_path / "empty")
     (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="cannot be loaded by transformers"):
-        open_model(tmp_path / "empty", ON, tmp_path, CPU, torch.float32)
+        open_model(Named.find(tmp_path / "empty").export(tmp_path), "empty", ON, CPU, torch.float32)
 
 
 def test_digests_tell_models_apart(folders):
-    digests = {model_digest(folders[name], mode) for name in ("exported", "plain") for mode in (ON, OFF)}
-    assert len(digests) == 4 and model_digest(folders["plain"], ON) in digests
+    names, modes, dtypes = ("exported", "checkpoint"), (ON, OFF), (torch.float32, torch.bfloat16)
+    digests = [Named.find(folders[name]).digest(m, d) for name in names for m in modes for d in dtypes]
+    assert len(set(digests)) == 8 and Named.find(folders["exported"]).digest(ON, torch.float32) in digests

@@ -28,15 +28,16 @@ def prompts(count, seed=0):
 
 def test_batches_hold_every_prompt_once_and_fit():
     asked = prompts(60)
-    found = list(batches(asked, 200))
-    assert sorted(prompt.number for batch in found for prompt in batch) == list(range(60))
+    sizes = [(len(prompt.tokens), prompt.new_tokens) for prompt in asked]
+    found = [[sizes[number] for number in batch] for batch in batches(sizes, 200)]
+    assert sorted(number for batch in batches(sizes, 200) for number in batch) == list(range(60))
     for batch in found:
-        assert len(batch) == 1 or len(batch) * max(len(prompt.tokens) for prompt in batch) <= 200
-        assert len({prompt.new_tokens for prompt in batch}) == 1
-    assert len(found) < 40
-    lengths = [max(len(prompt.tokens) for prompt in batch) for batch in found]
+        assert len(batch) == 1 or len(batch) * max(tokens + new for tokens, new in batch) <= 200
+        assert len({new for _, new in batch}) == 1
+    assert len(found) < 50
+    lengths = [max(tokens for tokens, _ in batch) for batch in found]
     assert lengths == sorted(lengths, reverse=True)
-    assert [len(batch) for batch in batches(asked, 1)] == [1] * 60
+    assert [len(batch) for batch in batches(sizes, 1)] == [1] * 60
 
 
 def test_answers_of_a_batch_equal_each_alone(model):

@@ -14,7 +14,7 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.identity import check_tokens, identity
 from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_indexed, split_documents
 from inplace_ttt.data.prepare import read_description
-from inplace_ttt.data.recall import KeyValueRecall, recall_vocab_size
+from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.megatron.indexed import IndexedDataset
 from inplace_ttt.signals import unheard
@@ -79,7 +79,7 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
         recall = (data.seq_length, data.recall_pairs, data.recall_alphabet)
         return Sets(
             KeyValueRecall(*recall, seed=train.seed),
-            KeyValueRecall(*recall, seed=train.seed + 1_000_003),
+            KeyValueRecall(*recall, seed=train.seed + HELD_OUT_SEED),
             corpora.vocab_size,
         )
     aligned = config.ttt.enabled or packing == 1  # without fast weights there are no chunks

@@ -11,6 +11,7 @@ from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import Sample
 
 NOISE = 56  # tokens that mean nothing
+HELD_OUT_SEED = 1_000_003  # is added to the run's seed for samples that are held out
 
 
 def recall_vocab_size(alphabet: int) -> int:

@@ -1,12 +1,26 @@
-"""Greedy answers to prompts, in batches of prompts of like length."""
+"""Greedy answers to prompts: each prompt is read alone, without padding, and the answers are written together.
 
+Reading is most of the work, and a kernel for attention without a mask does it fastest. Writing reads all keys and
+values for each token, so many prompts share the weights of the model; they are of like length, and padded on the left.
+"""
+
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.models import Model
+from inplace_ttt.hf import modeling_inplace_ttt as exported
+
+GROUPED = "inplace_ttt_grouped"  # the name of our attention in transformers
+LOOK = 8  # tokens between two looks whether all answers have ended
 
 
 @dataclass(frozen=True)
@@ -18,36 +32,243 @@ class Prompt:
     new_tokens: int
 
 
-def batches(prompts: Sequence[Prompt], most_tokens: int) -> list[list[Prompt]]:
-    """Return batches of at most ``most_tokens`` tokens with padding (of one prompt at least), the longest first: what
-    does not fit in memory fails at once."""
-    found: list[list[Prompt]] = []
-    for prompt in sorted(prompts, key=lambda one: (one.new_tokens, -len(one.tokens), one.number)):
+def batches(sizes: Sequence[tuple[int, int]], most_tokens: int) -> list[list[int]]:
+    """Return batches of at most ``most_tokens`` tokens with padding and answers (of one prompt at least), the longest
+    first: what does not fit in memory fails at once.
+
+    Args:
+        sizes: (tokens, new tokens) of each prompt. A batch holds the numbers of prompts with as many new tokens.
+    """
+    found: list[list[int]] = []
+    width = 0
+    for number in sorted(range(len(sizes)), key=lambda one: (sizes[one][1], -sizes[one][0], one)):
+        tokens, new = sizes[number]
         last = found[-1] if found else []
-        alike = bool(last) and last[0].new_tokens == prompt.new_tokens
-        if alike and len(last[0].tokens) * (len(last) + 1) <= most_tokens:
-            last.append(prompt)
+        if last and sizes[last[0]][1] == new and width * (len(last) + 1) <= most_tokens:
+            last.append(number)
         else:
-            found.append([prompt])
-    return sorted(found, key=lambda batch: -len(batch[0].tokens))
+            found.append([number])
+            width = tokens + new
+    return sorted(found, key=lambda batch: -sizes[batch[0]][0])
+
+
+def tokens_that_fit(network: PreTrainedModel) -> int:
+    """Return how many tokens of prompts and answers fit in this device's memory beside the model, by the size of keys
+    and values."""
+    config = network.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = torch.finfo(network.dtype).bits // 8
+    each = 2 * config.num_hidden_layers * heads * head * size
+    if network.device.type != "cuda":
+        return 2**13
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(0.6 * free / each)
+
+
+@dataclass
+class Speed:
+    """Add up what a rank has read and written, and the seconds of each."""
+
+    read: int = 0  # tokens of prompts
+    reading: float = 0.0
+    written: int = 0  # tokens of answers
+    writing: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read / max(self.reading, 1e-9):,.0f} tokens a second read in {self.reading:.0f} s, "
+            f"{self.written / max(self.writing, 1e-9):,.0f} written in {self.writing:.0f} s"
+        )
 
 
 @torch.no_grad()
-def answer(model: Model, batch: Sequence[Prompt]) -> list[str]:
-    """Return the greedy continuation of each prompt, without special tokens. All have the same ``new_tokens``."""
+def answer(model: Model, batch: Sequence[Prompt], speed: Speed | None = None) -> list[str]:
+    """Return the greedy continuation of each prompt, without special tokens. All have the same ``new_tokens``.
+
+    A batch that does not fit in memory is answered in halves. Raises UserError where one prompt does not fit.
+    """
+    try:
+        return _answer(model, batch, speed or Speed())
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise UserError(
+                f"'{model.name}' has no room for a prompt of {len(batch[0].tokens)} tokens on one GPU: use shorter "
+                f"--lengths, or a GPU with more memory"
+            ) from error
+    torch.cuda.empty_cache()  # outside of the handler, which holds on to what it ran in
+    half = len(batch) // 2
+    return answer(model, batch[:half], speed) + answer(model, batch[half:], speed)
+
+
+def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
     network, tokenizer = model.network, model.tokenizer
-    width = max(len(prompt.tokens) for prompt in batch)
     ends = network.generation_config.eos_token_id
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    ids = torch.full((len(batch), width), padding)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, prompt in enumerate(batch):
-        ids[row, width - len(prompt.tokens) :] = torch.tensor(prompt.tokens)
-        mask[row, width - len(prompt.tokens) :] = 1
+    ends = {one for one in (ends if isinstance(ends, list) else [ends]) if one is not None}
+    if not _can_share(network):
+        return [_alone(model, prompt, ends) for prompt in batch]
+    new_tokens, rows = batch[0].new_tokens, len(batch)
+    width = max(len(prompt.tokens) for prompt in batch)
+    cache, first, started = None, [], time.perf_counter()
+    _use_attention(network)
+    for number, prompt in enumerate(batch):
+        own = _empty_cache(network)
+        ids = torch.tensor([prompt.tokens], device=network.device)
+        out = network(ids, past_key_values=own, use_cache=True, logits_to_keep=1)
+        first.append(out.logits[0, -1].argmax())
+        if cache is None:
+            cache = SharedCache(own, rows, width, new_tokens)
+        cache.put(number, own)
+        del own, out
+    token = torch.stack(first)
+    token.tolist()  # waits for the device
+    read = time.perf_counter()
+    texts = _write(network, cache.finished(network), batch, width, token, ends)
+    speed.read += sum(len(prompt.tokens) for prompt in batch)
+    speed.reading += read - started
+    speed.written += sum(map(len, texts))
+    speed.writing += time.perf_counter() - read
+    return tokenizer.batch_decode(texts, skip_special_tokens=True)
+
+
+def _write(
+    network: PreTrainedModel, cache: DynamicCache, batch: Sequence[Prompt], width: int, token: Tensor, ends: set[int]
+) -> list[list[int]]:
+    """Return the tokens of each answer up to its end; ``token`` (rows,) holds the first ones."""
+    device, new_tokens = token.device, batch[0].new_tokens
+    lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=device)
+    mask = (torch.arange(width + new_tokens, device=device) >= (width - lengths)[:, None]).long()
+    stops = torch.tensor(sorted(ends), device=device)
+    written, ended = [token], torch.isin(token, stops)
+    padded = bool((lengths < width).any())
+    for count in range(1, new_tokens):
+        if count % LOOK == 0 and bool(ended.all()):
+            break
+        out = network(
+            token[:, None],
+            attention_mask=mask[:, : width + count] if padded else None,
+            position_ids=(lengths + count - 1)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        token = out.logits[:, -1].argmax(dim=-1)
+        ended |= torch.isin(token, stops)
+        written.append(token)
+    answers = torch.stack(written, dim=1).tolist()
+    return [_until(one, ends) for one in answers]
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    stop = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def _alone(model: Model, prompt: Prompt, ends: set[int]) -> str:
+    """Answer by transformers' own generation: models whose caches are of a kind of their own."""
+    network, tokenizer = model.network, model.tokenizer
     # not the folder's own generation config, which may sample
     greedy = GenerationConfig(
-        max_new_tokens=batch[0].new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=padding
+        max_new_tokens=prompt.new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
     )
-    device = network.device
-    out = network.generate(ids.to(device), attention_mask=mask.to(device), generation_config=greedy)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    ids = torch.tensor([prompt.tokens], device=network.device)
+    out = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+    return tokenizer.decode(_until(out[0, ids.shape[1] :].tolist(), ends), skip_special_tokens=True)
+
+
+class SharedCache:
+    """Keys, values and fast weights of several prompts, each read alone, laid side by side with room for answers."""
+
+    def __init__(self, like: DynamicCache, rows: int, width: int, room: int):
+        """Args:
+        like: the cache of one prompt, for shapes.
+        width: tokens of the longest prompt.
+        room: tokens of an answer.
+        """
+        self.width = width
+        self.layers = [Layer(layer, rows, width, room) for layer in like.layers]
+        self.fast_weights: list[exported.FastWeights] = []
+
+    def put(self, number: int, cache: DynamicCache) -> None:
+        """Copy what a prompt has left. Prompts come in order."""
+        for layer, own in zip(self.layers, cache.layers, strict=True):
+            layer.put(number, own)
+        if isinstance(cache, exported.FastWeightCache):
+            self.fast_weights.append(cache.fast_weights)
+
+    def finished(self, network: PreTrainedModel) -> DynamicCache:
+        """Return the cache for a forward of all rows."""
+        cache = _empty_cache(network)
+        cache.layers = self.layers
+        if self.fast_weights:
+            for layer in self.fast_weights[0].layers:
+                cache.fast_weights.layers[layer] = [own.layers[layer][0] for own in self.fast_weights]
+        return cache
+
+
+class Layer(DynamicLayer):
+    """Keys and values of one layer in memory that has room for the answers: nothing is copied when they grow."""
+
+    def __init__(self, like: DynamicLayer, rows: int, width: int, room: int):
+        super().__init__()
+        _, heads, _, size = like.keys.shape
+        self.width, self.filled = width, width
+        self.all_keys = like.keys.new_zeros(rows, heads, width + room, size)
+        self.all_values = like.values.new_zeros(rows, heads, width + room, like.values.shape[-1])
+        self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
+        self._look()
+
+    def put(self, number: int, own: DynamicLayer) -> None:
+        start = self.width - own.keys.shape[-2]
+        self.all_keys[number, :, start : self.width] = own.keys[0]
+        self.all_values[number, :, start : self.width] = own.values[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        end = self.filled + key_states.shape[-2]
+        self.all_keys[:, :, self.filled : end] = key_states
+        self.all_values[:, :, self.filled : end] = value_states
+        self.filled = end
+        self._look()
+        return self.keys, self.values
+
+    def _look(self) -> None:
+        self.keys, self.values = self.all_keys[:, :, : self.filled], self.all_values[:, :, : self.filled]
+
+
+def _empty_cache(network: PreTrainedModel) -> DynamicCache:
+    fast = bool(getattr(network, "fast_mlps", None))
+    return exported.FastWeightCache(config=network.config) if fast else DynamicCache(config=network.config)
+
+
+def _can_share(network: PreTrainedModel) -> bool:
+    """Tell whether all layers keep keys and values of the whole text: others keep a window of it, or something else."""
+    return all(type(layer) is DynamicLayer for layer in _empty_cache(network).layers)
+
+
+def _use_attention(network: PreTrainedModel) -> None:
+    """Let a model attend by ``grouped_attention``, if it attends by torch's own."""
+    if network.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        network.set_attn_implementation(GROUPED)
+
+
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """Attend as transformers' ``sdpa``, but read the keys and values of grouped heads once for a single token.
+
+    Args:
+        query: (rows, heads, tokens, size).
+        key, value: (rows, key-value heads, length, size).
+    """
+    plain = options.get("position_bias") is None and not options.get("dropout")
+    groups = getattr(module, "num_key_value_groups", 1)
+    if query.shape[2] > 1 or groups == 1 or attention_mask is None or attention_mask.dtype != torch.bool or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows, heads, _, size = query.shape
+    scale = options.get("scaling") or size**-0.5
+    scores = torch.matmul(query.view(rows, heads // groups, groups, size) * scale, key.transpose(2, 3)).float()
+    scores = scores.masked_fill(~attention_mask, float("-inf"))  # (rows, 1, 1, length)
+    out = torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)
+    return out.reshape(rows, heads, 1, value.shape[-1]).transpose(1, 2), None

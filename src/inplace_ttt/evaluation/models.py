@@ -3,51 +3,29 @@
 Code in a folder never runs: exported models run by this package's own classes.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.data.tokenizer import load_tokenizer
+from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.files import read_json
 from inplace_ttt.hf import modeling_inplace_ttt as exported
-from inplace_ttt.hf.convert import export_checkpoint
+from inplace_ttt.hf.convert import Described, describe_checkpoint, export_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 
+EXPORTED = "exported"  # the folder, in that of the results, with runs as folders in Hugging Face's format
 WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # files that tell models apart
 CLASSES = {kind.__name__: kind for kind in (exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM)}
-
-
-@dataclass(frozen=True)
-class FastWeightMode:
-    """Choose how an evaluation uses fast weights: as the model says itself, not at all, or clipped."""
-
-    on: bool = True
-    clip: float | None = None  # None: as the model's configuration says
-
-    @classmethod
-    def parse(cls, word: str) -> "FastWeightMode":
-        """Read ``on``, ``off`` or ``clip=0.002``. Raise UserError for anything else."""
-        if word in ("on", "off"):
-            return cls(on=word == "on")
-        number = word.removeprefix("clip=")
-        try:
-            clip = float(number)
-        except ValueError:
-            clip = 0.0
-        if number == word or not 0 < clip < float("inf"):
-            raise UserError(f"--fast-weights {word} is not understood: use on, off or clip=NUMBER, such as clip=0.002")
-        return cls(clip=clip)
-
-    def __str__(self) -> str:
-        if not self.on:
-            return "off"
-        return "on" if self.clip is None else f"clip={self.clip:g}"
 
 
 @dataclass(frozen=True)
@@ -59,45 +37,152 @@ class Model:
     tokenizer: PreTrainedTokenizerBase
 
 
-def huggingface_folder(path: Path, work: Path) -> Path:
-    """Return a folder in Hugging Face's format: the path itself, or its export, which is made in ``work`` once.
+@dataclass(frozen=True)
+class Named:
+    """A model as the user names it: a run, a checkpoint, or a folder in Hugging Face's format."""
 
-    Raises UserError where the path holds no model.
-    """
-    if not path.is_dir():
-        raise UserError(f"'{path}' is no folder: name a run, a checkpoint or a folder in Hugging Face's format")
-    if (path / "config.json").is_file():
-        return path
-    checkpoint = checkpoint_in(path)
-    if not (checkpoint / "run.json").is_file():
-        raise UserError(
-            f"'{path}' holds no model: name a run, a checkpoint or a folder in Hugging Face's format (config.json)"
-        )
-    manifest = checkpoint / "manifest.json"
-    content = manifest.read_bytes() if manifest.is_file() else b""
-    digest = hashlib.sha256(str(checkpoint.resolve()).encode() + content).hexdigest()[:12]
-    folder = work / f"{checkpoint.name}_{digest}"
-    if not (folder / "config.json").is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(checkpoint, folder, None)
-    return folder
+    path: Path
+    checkpoint: Described | None  # None: a folder in Hugging Face's format
+    has_fast_weights: bool
+
+    @classmethod
+    def find(cls, path: Path) -> "Named":
+        """Look at what a path holds. Raises UserError where it holds no model."""
+        if not path.is_dir():
+            raise UserError(f"'{path}' is no folder: name a run, a checkpoint or a folder in Hugging Face's format")
+        if (path / "config.json").is_file():
+            config = read_json(path / "config.json", "download it again")
+            return cls(path, None, _class_of(config) is not None and bool(config.get("ttt_mode")))
+        if not (checkpoint_in(path) / "run.json").is_file():
+            raise UserError(
+                f"'{path}' holds no model: name a run, a checkpoint or a folder in Hugging Face's format (config.json)"
+            )
+        described = describe_checkpoint(path)
+        return cls(path, described, described.config.ttt.enabled)
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder with the weights."""
+        return self.path if self.checkpoint is None else self.checkpoint.folder
+
+    def modes(self, asked: Sequence[FastWeightMode]) -> list[FastWeightMode]:
+        """Return the modes that a model without fast weights, which has one alone, or with them is evaluated in.
+
+        Raises UserError where there is nothing to clip.
+        """
+        if self.has_fast_weights:
+            return list(asked)
+        clipped = [mode for mode in asked if mode.clip is not None]
+        if clipped:
+            raise UserError(
+                f"--fast-weights {clipped[0]}: '{self.path}' has no fast weights to clip: use on or off, or leave the "
+                f"model out"
+            )
+        return [FastWeightMode()]
+
+    def digest(self, mode: FastWeightMode, dtype: torch.dtype) -> str:
+        """Return a digest by which results know whether they are of this model, by its files' names, sizes, times."""
+        folder = self.folder
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in WEIGHTS)
+        facts = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        content = json.dumps([str(folder.resolve()), str(mode), str(dtype), facts])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer. Raises UserError where the model has none."""
+        folder = self.path if self.checkpoint is None else self.checkpoint.tokenizer()
+        if folder is None:
+            raise UserError(f"'{self.path}' has no tokenizer: its run was trained without one")
+        return load_tokenizer(str(folder))
+
+    def fingerprint(self) -> str | None:
+        """Return the tokenizer's fingerprint; None for a run without one."""
+        try:
+            return fingerprint(self.tokenizer())
+        except UserError:
+            if self.checkpoint is None:
+                raise
+            return None
+
+    def vocabulary(self) -> int:
+        """Return how many tokens the model knows."""
+        if self.checkpoint is not None:
+            return self.checkpoint.config.model.vocab_size or 0
+        found = read_json(self.path / "config.json").get("vocab_size")
+        return found if type(found) is int else 0
+
+    def longest(self) -> int:
+        """Return the tokens that the model was trained to read, as far as its configuration says it."""
+        if self.checkpoint is not None:
+            config = self.checkpoint.config
+            return max(config.data.seq_length, config.model.max_position_embeddings or 0)
+        found = read_json(self.path / "config.json").get("max_position_embeddings")
+        return found if type(found) is int and found > 0 else 0
+
+    def export(self, work: Path) -> Path:
+        """Return a folder in Hugging Face's format: the path itself, or its export, which is made in ``work`` once."""
+        if self.checkpoint is None:
+            return self.path
+        folder = self.exported_to(work)
+        if not (folder / "config.json").is_file():
+            work.mkdir(parents=True, exist_ok=True)
+            export_checkpoint(self.checkpoint.folder, folder, None)
+        return folder
+
+    def exported_to(self, work: Path) -> Path:
+        """Return where ``export`` puts the model."""
+        if self.checkpoint is None:
+            return self.path
+        manifest = self.folder / "manifest.json"
+        content = manifest.read_bytes() if manifest.is_file() else b""
+        digest = hashlib.sha256(str(self.folder.resolve()).encode() + content).hexdigest()[:12]
+        return work / f"{self.folder.name}_{digest}"
 
 
-def open_model(path: Path, mode: FastWeightMode, work: Path, device: torch.device, dtype: torch.dtype) -> Model:
-    """Load a model for evaluation. Raise UserError where that cannot be.
-
-    Args:
-        work: where a run or checkpoint is exported to.
-    """
-    folder = huggingface_folder(path, work)
-    config = read_json(folder / "config.json", "download it again")
-    architecture = (config.get("architectures") or [None])[0]
-    is_fast = architecture in CLASSES and config.get("ttt_mode")
-    if mode.clip is not None and not is_fast:
-        raise UserError(f"--fast-weights {mode}: '{path}' has no fast weights to clip: use on or off")
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing a bar on each rank, and from listing tensors: ``_check_tensors`` looks at them."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        if architecture in CLASSES:
-            kind = CLASSES[architecture]
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _check_tensors(folder: Path, found: dict, expects_more: bool) -> None:
+    """Raise UserError where weights are missing, which transformers would make up, or fast weights are left over.
+
+    ``expects_more``: fast weights are switched off.
+    """
+    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
+        if names:
+            name = min(map(str, names))
+            more = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
+            raise UserError(f"'{folder}' {what} {name}{more} of its config.json's model: download or export it again")
+    left = [name for name in found["unexpected_keys"] if ".ttt_" in name]
+    if left and not expects_more:
+        raise UserError(
+            f"'{folder}' has fast weights ({min(left)}) that its config.json says nothing of (architectures, "
+            f"ttt_mode): export it again"
+        )
+
+
+def _class_of(config: dict) -> type | None:
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return CLASSES.get(first) if isinstance(first, str) else None
+
+
+def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> Model:
+    """Load a model in Hugging Face's format. Raise UserError where that cannot be."""
+    config = read_json(folder / "config.json", "download it again")
+    kind = _class_of(config)
+    try:
+        if kind is not None:
             settings = kind.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
             if not mode.on:
                 settings.ttt_mode = False
@@ -105,16 +190,17 @@ def open_model(path: Path, mode: FastWeightMode, work: Path, device: torch.devic
                 settings.ttt_clip = mode.clip
         else:
             kind, settings = AutoModelForCausalLM, AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            network = kind.from_pretrained(folder, config=settings, dtype=dtype, local_files_only=True)
+            network, found = kind.from_pretrained(
+                folder, config=settings, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        _check_tensors(folder, found, expects_more=not mode.on)
+        network = network.to(device).eval()
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"'{folder}' does not fit in one GPU's memory") from error
     except Exception as error:  # transformers raises anything
         raise UserError(f"'{folder}' cannot be loaded by transformers ({one_line(error)})") from error
-    return Model(path.name, network.to(device).eval(), load_tokenizer(str(folder)))
-
-
-def model_digest(path: Path, mode: FastWeightMode) -> str:
-    """Return a digest by which results know whether they are of this model, by its files' names, sizes and times."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in WEIGHTS)
-    facts = [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return hashlib.sha256(json.dumps([str(path.resolve()), str(mode), facts]).encode()).hexdigest()[:16]
+    return Model(name, network, load_tokenizer(str(folder)))

@@ -56,3 +56,37 @@ def difference_interval(
     if [len(group) for group in first] != [len(group) for group in second]:
         raise ValueError("two models are compared on the same samples of the same tasks")
     return mean_interval([np.subtract(b, a) for a, b in zip(first, second, strict=True)], level)
+
+
+def ratio_interval(sums: Sequence[float], weights: Sequence[float], level: float = LEVEL) -> Interval:
+    """Return sum(sums) / sum(weights), such as the loss per token of documents, with a bootstrap interval over them.
+
+    Args:
+        sums: of each document, such as its loss; of two models, the difference.
+        weights: of each document, such as its tokens.
+    """
+    top, bottom = np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    keep = bottom > 0
+    top, bottom = top[keep], bottom[keep]
+    if not top.size:
+        raise ValueError("a ratio needs at least one sample")
+    drawn = np.random.default_rng(SEED).integers(top.size, size=(RESAMPLES, top.size))
+    ratios = top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(top.sum() / bottom.sum()), float(low), float(high), int(top.size))
+
+
+def unpaired_interval(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], level: float = LEVEL
+) -> Interval:
+    """Return mean(second) - mean(first) of groups where the two models answered different samples."""
+    generator, means = np.random.default_rng(SEED), []
+    for groups in (first, second):
+        total = np.zeros(RESAMPLES)
+        for group in groups:
+            array = np.asarray(group, dtype=np.float64)
+            total += array[generator.integers(array.size, size=(RESAMPLES, array.size))].mean(axis=1)
+        means.append(total / len(groups))
+    low, high = np.quantile(means[1] - means[0], [(1 - level) / 2, (1 + level) / 2])
+    mean = np.mean([np.mean(group) for group in second]) - np.mean([np.mean(group) for group in first])
+    return Interval(float(mean), float(low), float(high), sum(map(len, first)) + sum(map(len, second)))

@@ -154,7 +154,8 @@ def export_checkpoint(
     ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
     ``tokenizer``: whether one comes along. Raises UserError for anything of the model that cannot be written.
     """
-    folder, config, known = _describe(checkpoint)
+    described = describe_checkpoint(checkpoint)
+    folder, config = described.folder, described.config
     if base is not None and not base.is_dir():
         raise UserError(f"--base '{base}' is no folder")
     fault = corruption(folder)
@@ -171,8 +172,8 @@ def export_checkpoint(
             raise UserError(
                 f"checkpoint '{folder}': {row.ours} is {there}, but its configuration makes it {tuple(made.shape)}"
             )
-    words = base or known.tokenizer() if tokenizer else None
-    came_with = base or known.base()
+    words = base or described.tokenizer() if tokenizer else None
+    came_with = base or described.base()
     base_config, generation = read_base(came_with, CONFIG), read_base(came_with, GENERATION)
     tokens = token_ids(words, base_config, generation, strict=words != came_with)
     write_config(config, "float32", base_config, tokens)  # raises before anything is written
@@ -223,15 +224,18 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
 
 
 @dataclass(frozen=True)
-class _Known:
-    """Find the companions of a checkpoint when they are needed."""
+class Described:
+    """Hold what is known of a checkpoint; its companions are found when they are asked for."""
 
-    base: Callable[[], Path | None]
+    folder: Path  # with the weights
+    config: Config
+    run: Path | None  # the folder of its run; None: it was imported
+    base: Callable[[], Path | None]  # the folder of the config.json that it came with
     tokenizer: Callable[[], Path | None]
 
 
-def _describe(checkpoint: Path) -> tuple[Path, Config, _Known]:
-    """(folder with the weights, configuration, its companions) of whatever the user named."""
+def describe_checkpoint(checkpoint: Path) -> Described:
+    """Describe whatever the user named. Raises UserError where it is no run and no checkpoint."""
     if not checkpoint.is_dir():
         raise UserError(f"'{checkpoint}' is no folder: name a run, a checkpoint of a run or an imported checkpoint")
     kept = checkpoint / FOLDER
@@ -239,7 +243,7 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, _Known]:
         hf_config = read_json(kept / CONFIG)
         place = f"'{kept / CONFIG}'"
         sections = dict(model=asdict(read_model(hf_config, place)), ttt=asdict(read_ttt(hf_config, place)))
-        return checkpoint, config_from_values(sections, place), _Known(lambda: kept, lambda: kept)
+        return Described(checkpoint, config_from_values(sections, place), None, lambda: kept, lambda: kept)
     folder = checkpoint_in(checkpoint)
     run = folder.resolve().parent.parent
     if not (run / "config.yaml").is_file():
@@ -248,7 +252,7 @@ def _describe(checkpoint: Path) -> tuple[Path, Config, _Known]:
             f"'{run / 'config.yaml'}'"
         )
     config = read_run_config(run)
-    return folder, config, _Known(lambda: base_of(config, run), lambda: tokenizer_of(config, run))
+    return Described(folder, config, run, lambda: base_of(config, run), lambda: tokenizer_of(config, run))
 
 
 def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

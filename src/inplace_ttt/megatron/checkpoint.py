@@ -117,7 +117,10 @@ class Checkpointer:
         async_save: bool,
         corrupt: Iterable[Path] = (),
     ):
-        """Keep a run's checkpoints. ``corrupt`` ones look whole and are not: they do not count, and are overwritten."""
+        """Keep a run's checkpoints.
+
+        ``optimizer``: None where weights are only loaded. ``corrupt`` checkpoints look whole and are not: they do not
+        count, and are overwritten."""
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep, self.async_save, self.corrupt = keep, async_save, set(corrupt)
         self.metadata = {
@@ -231,8 +234,9 @@ class Checkpointer:
         self.optimizer.load_state_dict(keep_values(self.optimizer, loaded["optimizer"]))
         return progress
 
-    def load_weights(self, folder: Path) -> tuple[list[str], list[str]]:
-        """Start from the weights alone of a checkpoint, or of a run's last one.
+    def load_weights(self, folder: Path, name: str | None = None) -> tuple[list[str], list[str]]:
+        """Start from the weights alone of a checkpoint, or of a run's last one. ``name``: how errors call it, instead
+        of the key ``checkpoint.load``.
 
         Return the names of this rank's new parameters that it lacks, which stay as they are, and of all fast-weight
         tensors that it has, for which this model may have no place. Raises UserError, on all ranks, naming any other
@@ -240,40 +244,40 @@ class Checkpointer:
         """
         error, found = None, ([], [])
         try:
-            found = self._load_weights(folder)
+            found = self._load_weights(folder, name)
         except UserError as caught:
             error = caught
         agree(error)
         return found
 
-    def _load_weights(self, folder: Path) -> tuple[list[str], list[str]]:
+    def _load_weights(self, folder: Path, name: str | None) -> tuple[list[str], list[str]]:
         folder = checkpoint_in(folder)
+        name = name or f"checkpoint.load='{folder}'"
         fault = corruption(folder)
         if fault:
-            raise UserError(f"checkpoint.load='{folder}' cannot be used: {fault}")
+            raise UserError(f"{name} cannot be used: {fault}")
         state = {"model": self._model_state()}
         stored = {
-            name.removeprefix("model."): entry
-            for name, entry in reading.read_metadata(folder).state_dict_metadata.items()
-            if hasattr(entry, "size") and not name.startswith("optimizer.")
+            key.removeprefix("model."): entry
+            for key, entry in reading.read_metadata(folder).state_dict_metadata.items()
+            if hasattr(entry, "size") and not key.startswith("optimizer.")
         }
         new = []
-        for name, entry in list(state["model"].items()):
+        for key, entry in list(state["model"].items()):
             if entry.key not in stored:
                 if ".ttt_" not in entry.key:
-                    raise UserError(f"checkpoint.load='{folder}' has no tensor '{entry.key}': is it of this model?")
+                    raise UserError(f"{name} has no tensor '{entry.key}': is it of this model?")
                 new.append(entry.key)
-                del state["model"][name]
+                del state["model"][key]
             elif not isinstance(entry, ShardedTensorFactory) and hasattr(entry, "global_shape"):
                 there, here = tuple(stored[entry.key].size), tuple(entry.global_shape)
                 if there != here:
-                    raise UserError(
-                        f"checkpoint.load='{folder}': '{entry.key}' is {there} there and {here} in this model"
-                    )
+                    raise UserError(f"{name}: '{entry.key}' is {there} there and {here} in this model")
         loaded = reading.load(state, folder)
         self._load_model(loaded["model"], allowed=tuple(new))
-        self.optimizer.reload_model_params()
-        return new, sorted(name for name in stored if ".ttt_" in name)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+        return new, sorted(key for key in stored if ".ttt_" in key)
 
     def _load_model(self, state: dict, allowed: tuple[str, ...] = ()) -> None:
         """Load weights; all but new parameters and Transformer Engine's extra state for fp8 must be there."""

@@ -46,10 +46,11 @@ def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
         ax.spines[side].set_visible(False)
 
 
-def save(figure, path: Path) -> None:
-    """Write a picture whole or not at all."""
+def save(figure, path: Path, tight: bool = True) -> None:
+    """Write a picture whole or not at all. ``tight``: False for figures that lay themselves out."""
     plt = pyplot()
-    figure.tight_layout()
+    if tight:
+        figure.tight_layout()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format="png")

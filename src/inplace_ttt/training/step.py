@@ -1,7 +1,8 @@
 """One training step and one evaluation over Megatron's pipeline schedule, and what they measure."""
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,21 +73,46 @@ class Stepper:
             ranges: of positions whose loss is summed apart.
             fast_weights: False switches them off, so that TTT layers are plain MLPs.
         """
-        modules = unwrap(self.model).ttt_modules.values()
+        with self._evaluating(fast_weights):
+            return self._forward(batches, count, forward_only=True, ranges=ranges)
+
+    def sums_of_each(
+        self, batches: Sequence[MicroBatch], ranges: Sequence[PositionRanges], *, fast_weights: bool = True
+    ) -> list[list[list[float]]]:
+        """Return [loss, tokens] of each range of each micro batch: of this data-parallel rank's alone, and the same on
+        all ranks that share it. Every micro batch has as many ranges."""
+        with self._evaluating(fast_weights):
+            reports = self._run(iter(batches), len(batches), iter(ranges), forward_only=True)
+        shape = len(batches), 3 + 2 * len(ranges[0])
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for row, report in enumerate(reports):
+            sums[row] = report["sums"]
+        if self.groups.cp.size() > 1:
+            dist.all_reduce(sums, group=self.groups.cp)
+        self._tell_stages(sums)
+        return [list(map(list, itertools.batched(row[3:], 2))) for row in sums.tolist()]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _evaluating(self, fast_weights: bool) -> Iterator[None]:
+        modules, was_training = unwrap(self.model).ttt_modules.values(), self.model.training
         self.model.eval()
         for module in modules:
             module.is_plain = not fast_weights
         with torch.no_grad():
-            totals = self._forward(batches, count, forward_only=True, ranges=ranges)
+            yield
         for module in modules:
             module.is_plain = False
-        self.model.train()
-        return totals
+        self.model.train(was_training)
 
-    def _forward(
-        self, batches: Iterator[MicroBatch], count: int, forward_only: bool, ranges: PositionRanges | None = None
-    ) -> Totals:
-        reports = self.run(
+    def _run(
+        self, batches: Iterator[MicroBatch], count: int, ranges: Iterator[PositionRanges | None], forward_only: bool
+    ) -> list[dict[str, Tensor]]:
+        """Return what the last pipeline stage reports of each micro batch; on others nothing."""
+        return self.run(
             forward_step_func=partial(_forward_step, ranges=ranges),
             data_iterator=batches,
             model=[self.model],
@@ -94,14 +120,21 @@ class Stepper:
             forward_only=forward_only,
             **self._shapes(),
         )
-        device = next(self.model.parameters()).device
-        sums = torch.zeros(3 + 2 * (len(ranges) if ranges else 0), dtype=torch.float64, device=device)
-        for report in reports:
-            sums += report["sums"]
-        # only the last pipeline stage has reports: it tells the others
-        dist.all_reduce(sums, group=self.groups.dp_cp)
+
+    def _tell_stages(self, sums: Tensor) -> None:
+        """Broadcast what only the last pipeline stage knows."""
         if self.groups.pp.size() > 1:
             dist.broadcast(sums, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
+
+    def _forward(
+        self, batches: Iterator[MicroBatch], count: int, forward_only: bool, ranges: PositionRanges | None = None
+    ) -> Totals:
+        reports = self._run(batches, count, itertools.repeat(ranges), forward_only)
+        sums = torch.zeros(3 + 2 * (len(ranges) if ranges else 0), dtype=torch.float64, device=self.device)
+        for report in reports:
+            sums += report["sums"]
+        dist.all_reduce(sums, group=self.groups.dp_cp)
+        self._tell_stages(sums)
         loss, tokens, correct, *by_position = sums.tolist()
         return Totals(loss, tokens, correct, tuple(itertools.batched(by_position, 2)))
 
@@ -123,10 +156,10 @@ def unwrap(model) -> TTTGPTModel:
     return model
 
 
-def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: PositionRanges | None):
+def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[PositionRanges | None]):
     batch = next(batches)
     out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
-    return out, partial(_sums, batch.loss_mask, batch.position_ids, ranges)
+    return out, partial(_sums, batch.loss_mask, batch.position_ids, next(ranges))
 
 
 def _sums(

@@ -39,15 +39,22 @@ class Fitter:
     Args:
         render: turns a draft into the prompt, by the chat template or without.
         count_tokens: of a prompt.
+        size: of the haystack, as another fitter of the same kind has found it.
     """
 
     def __init__(
-        self, task: Task, length: int, seed: int, render: Callable[[Draft], str], count_tokens: Callable[[str], int]
+        self,
+        task: Task,
+        length: int,
+        seed: int,
+        render: Callable[[Draft], str],
+        count_tokens: Callable[[str], int],
+        size: int | None = None,
     ):
         self.task, self.length, self.seed = task, length, seed
         self.render, self.count_tokens = render, count_tokens
         self.room = length - task.new_tokens
-        self.size = self._largest_size()
+        self.size = self._largest_size() if size is None else size
 
     def _largest_size(self) -> int:
         """Find by bisection the largest haystack whose first sample fits, as NVIDIA's generator does."""
@@ -76,8 +83,8 @@ class Fitter:
     def _too_short(self, index: int, size: int) -> UserError:
         needed = self._make(index, size).tokens + self.task.new_tokens
         return UserError(
-            f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens: use a longer "
-            f"one, or leave the task out of --tasks"
+            f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens: use "
+            f"a longer one, or leave the task out"
         )
 
     def sample(self, index: int) -> Sample:

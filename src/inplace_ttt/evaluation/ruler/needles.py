@@ -10,6 +10,7 @@ from inplace_ttt.evaluation.ruler.task import Draft
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = [round(100 * place / 39) for place in range(40)]  # per cent of the haystack
 ESSAY_STEP, LINE_STEP, SHORT_STEP = 500, 25, 5  # words, lines, lines below 4096 tokens
+FINE_STEP = 50  # words, where the depth is chosen
 SHORT = 4096
 
 
@@ -25,6 +26,7 @@ class Needles:
     keys: int = 1
     values: int = 1  # of each key
     queries: int = 1
+    depth: float | None = None  # per cent of the haystack before the needle; None: anywhere
 
     new_tokens = 128
     any_answer = False
@@ -32,7 +34,7 @@ class Needles:
     def step(self, length: int) -> int:
         """See ``Task.step``: words of essays, or lines."""
         if self.haystack == "essay":
-            return ESSAY_STEP
+            return ESSAY_STEP if self.depth is None else FINE_STEP
         return SHORT_STEP if length < SHORT else LINE_STEP
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
@@ -62,7 +64,8 @@ class Needles:
     def _hide(self, needles: list[str], size: int, rng: Random) -> str:
         if self.haystack == "essay":
             sentences = self.sources.essay_sentences(size)
-            places = sorted(len(sentences) * depth // 100 for depth in rng.sample(DEPTHS, len(needles)))
+            depths = rng.sample(DEPTHS, len(needles)) if self.depth is None else [self.depth]
+            places = sorted(int(len(sentences) * depth / 100) for depth in depths)
             parts, before = [], 0
             for place, needle in zip(places, needles, strict=True):
                 parts += [" ".join(sentences[before:place]), needle]
@@ -74,7 +77,8 @@ class Needles:
             lines = [
                 self._needle(self._random(self.key_kind, rng), self._random(self.value_kind, rng)) for _ in range(size)
             ]
-        for place, needle in zip(sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True):
+        places = rng.sample(range(size), len(needles)) if self.depth is None else [round(size * self.depth / 100)]
+        for place, needle in zip(sorted(places, reverse=True), needles, strict=True):
             lines.insert(place, needle)
         return "\n".join(lines)
 
@@ -87,3 +91,14 @@ class Needles:
         if kind == "uuids":
             return str(uuid.UUID(int=rng.getrandbits(128), version=4))
         return f"{rng.choice(self.sources.adjectives)}-{rng.choice(self.sources.nouns)}"
+
+
+def depth_task(haystack: str, depth: float) -> str:
+    """Return the name of the task with one needle at a depth."""
+    return f"needle_{haystack}_{depth:g}"
+
+
+def needle_at_depth(name: str, sources: Sources) -> Needles:
+    """Return the task of a name that ``depth_task`` gave: one needle, and a number as its value."""
+    _, haystack, depth = name.split("_")
+    return Needles(name, sources, haystack, depth=float(depth))

@@ -1,0 +1,43 @@
+"""Compare two evaluations: a table of both with the differences, paired where both have the same samples.
+
+python launch/compare.py runs/evaluation/base runs/evaluation/ttt
+python launch/compare.py runs/evaluation/ruler:base "runs/evaluation/ruler:ttt (fast weights off)" --output compared/
+
+Each is a folder that launch/evaluate.py has written, or FOLDER:MODEL where it holds several models.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from inplace_ttt.command import run_command
+from inplace_ttt.files import user_path, write_json
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", metavar="A")
+    parser.add_argument("second", metavar="B")
+    parser.add_argument("--output", metavar="FOLDER", help="write the numbers (JSON) and pictures there")
+    arguments = parser.parse_args()
+    return run_command(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from inplace_ttt.evaluation.compare import DIGITS, compare, record
+    from inplace_ttt.evaluation.pictures import draw
+
+    task, scores = compare(arguments.first, arguments.second)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    scores.show(console, DIGITS.get(task, 1))
+    if arguments.output:
+        folder = user_path(arguments.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "compare.json", record(task, scores))
+        pictures = draw(task, scores, folder)
+        print("written:", ", ".join(str(path) for path in (folder / "compare.json", *pictures)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

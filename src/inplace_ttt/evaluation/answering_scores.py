@@ -1,0 +1,44 @@
+"""Tables of RULER and of needles, out of samples as results keep them."""
+
+from inplace_ttt.evaluation.ruler import TASKS
+from inplace_ttt.evaluation.scores import Row, Scores
+from inplace_ttt.evaluation.statistics import Interval, difference_interval, mean_interval, unpaired_interval
+
+MEAN = "mean"
+
+
+def table(task: str, by_model: dict[str, list[dict]]) -> Scores:
+    """Return the scores (0 to 100) of samples, as results keep them, of each task and the mean of each length."""
+    found: dict[Row, dict[str, dict[str, float]]] = {}
+    for label, samples in by_model.items():
+        for sample in samples:
+            kind = sample["kind"] if task == "ruler" else sample["kind"].rsplit("_", 1)[1]
+            row = str(sample["length"]), kind
+            found.setdefault(row, {}).setdefault(label, {})[sample["sample"]] = 100 * sample["score"]
+    rows = sorted((row for row in found if len(found[row]) == len(by_model)), key=_place)
+
+    def groups(row: Row) -> list[Row]:
+        return [one for one in rows if one[0] == row[0]] if row[1] == MEAN else [row]
+
+    def interval(row: Row, label: str) -> Interval:
+        return mean_interval([list(found[one][label].values()) for one in groups(row)])
+
+    def difference(row: Row, first: str, second: str) -> Interval | None:
+        a, b = ([found[one][label] for one in groups(row)] for label in (first, second))
+        if all(x.keys() == y.keys() for x, y in zip(a, b, strict=True)):
+            return difference_interval([list(x.values()) for x in a],
+                                       [[y[key] for key in x] for x, y in zip(a, b, strict=True)])  # fmt: skip
+        return unpaired_interval([list(x.values()) for x in a], [list(y.values()) for y in b])
+
+    lengths = list(dict.fromkeys(row[0] for row in rows))
+    each = [row for length in lengths for row in [*(r for r in rows if r[0] == length), (length, MEAN)]]
+    title, names = (
+        ("RULER", ("length", "task")) if task == "ruler" else ("A needle in a haystack", ("length", "depth %"))
+    )
+    return Scores.of(title, names, "score", each, list(by_model), interval, difference)
+
+
+def _place(row: Row) -> tuple[int, float]:
+    """Return what rows are sorted by: the length, then the order of RULER's tasks, or the depth."""
+    length, kind = row
+    return int(length), float(TASKS.index(kind)) if kind in TASKS else float(kind)

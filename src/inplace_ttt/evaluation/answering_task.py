@@ -1,0 +1,186 @@
+"""RULER and the needle in a haystack: prompts, the model's answers, and their scores."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation.answering_scores import table
+from inplace_ttt.evaluation.arguments import Arguments
+from inplace_ttt.evaluation.columns import Asked
+from inplace_ttt.evaluation.generation import Prompt, Speed, answer, batches, tokens_that_fit
+from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
+from inplace_ttt.evaluation.results import Results
+from inplace_ttt.evaluation.ruler import TASKS
+from inplace_ttt.evaluation.ruler.fit import Sample
+from inplace_ttt.evaluation.ruler.metric import score
+from inplace_ttt.evaluation.ruler.needles import depth_task
+from inplace_ttt.evaluation.ruler.prompts import Order, Rendering, samples_of
+from inplace_ttt.evaluation.scores import Scores
+from inplace_ttt.evaluation.share import Meter, Share
+from inplace_ttt.job import SLOW, Job
+from inplace_ttt.megatron import runtime
+
+
+class AnsweringTask:
+    """``ruler`` and ``needle``: the same prompts answered by each model, if they have the same tokenizer."""
+
+    digits = 1
+
+    def __init__(self, arguments: Arguments, asked: list[Asked]):
+        """Check what is asked for. Raises UserError."""
+        self.arguments, self.asked, self.options = arguments, asked, arguments.options
+        self.orders = orders_of(arguments)
+        self.models = list({one.model.path: one.model for one in asked}.values())
+        for model in self.models:
+            Rendering(model.tokenizer(), self.options.template)
+        self.work = arguments.output / EXPORTED
+        self.folders = {model.path: model.exported_to(self.work) for model in self.models}
+        self.samples: dict[Path, dict[Order, list[Sample]]] = {}  # of each model
+        self.settings = dict(
+            lengths=self.options.lengths,
+            samples=self.options.samples,
+            seed=self.options.seed,
+            template=self.options.template,
+            tasks=list(dict.fromkeys(order.task for order in self.orders)),
+        )
+
+    def prepare(self, job: Job) -> None:
+        """Export the runs among the models, and make the samples, on the first rank; read them on all."""
+        job.watch.mark("making samples", 4 * SLOW)
+        runtime.on_first_rank(self._make)
+        job.watch.mark("reading samples", SLOW)
+        by_mark: dict[str, dict[Order, list[Sample]]] = {}
+        for model in self.models:
+            mark = model.fingerprint()
+            if mark not in by_mark:
+                by_mark[mark] = self._samples(self.folders[model.path], 1)
+            self.samples[model.path] = by_mark[mark]
+
+    def _make(self) -> None:
+        made = set()
+        for model in self.models:
+            model.export(self.work)
+            if model.fingerprint() in made:
+                continue
+            made.add(model.fingerprint())
+            total = sum(order.count for order in self.orders)
+            with contextlib.closing(Meter(f"samples of {self.arguments.task}", total)) as meter:
+                workers = self.options.workers or len(os.sched_getaffinity(0))
+                self._samples(self.folders[model.path], workers, meter.advance)
+
+    def _samples(self, folder: Path, workers: int, progress: Callable[[], None] = lambda: None):
+        return samples_of(self.orders, folder, self.options.ruler_data, self.options.kept, workers, progress)
+
+    def _everything(self, one: Asked) -> list[tuple[Order, Sample]]:
+        return [(order, sample) for order, made in self.samples[one.model.path].items() for sample in made]
+
+    def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
+        """Ask what is not known yet. Every rank calls it."""
+        for number, one in enumerate(self.asked):
+            everything = self._everything(one)
+            left = [
+                (order, sample)
+                for order, sample in everything
+                if (one.column.digest, task_name(order), sample.digest) not in results.known
+            ]
+            if left:
+                self._ask(one, number, left, len(everything) - len(left), results, job, device, dtype)
+
+    def _ask(self, one: Asked, number: int, left: list[tuple[Order, Sample]], done: int, results: Results, job: Job,
+             device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
+        job.watch.mark(f"loading {one.column.label}", SLOW)
+        model = open_model(self.folders[one.model.path], one.column.label, one.mode, device, dtype)
+        rendering = Rendering(model.tokenizer, self.options.template)
+        most = job.smallest(self.options.batch_tokens or tokens_that_fit(model.network))
+        groups = batches([(sample.tokens, sample.new_tokens) for _, sample in left], most)
+        costs = [float(sum(left[i][1].tokens for i in group)) for group in groups]
+        name = f"{self.arguments.task} of {one.column.label}"
+        share = Share(job, name, costs, [len(group) for group in groups], done, str(number))
+        speed = Speed()
+        for group, prompts in _ahead(share, groups, left, rendering):
+            for i, text in zip(group, answer(model, prompts, speed), strict=True):
+                results.add(_record(one, *left[i], text))
+        if job.world.rank == 0 and speed.read:
+            print(f"{name}, the first rank: {speed}", flush=True)
+        _free(model)
+
+    def scores(self, results: Results) -> list[Scores]:
+        """Return the tables: of each task and length, and their means."""
+        by_model = {
+            one.column.label: [
+                results.known[one.column.digest, task_name(order), sample.digest]
+                for order, sample in self._everything(one)
+            ]
+            for one in self.asked
+        }
+        return [table(self.arguments.task, by_model)]
+
+
+def orders_of(arguments: Arguments) -> list[Order]:
+    """Return which samples are asked for. Raises UserError for a task that there is not."""
+    options = arguments.options
+    if arguments.task == "needle":
+        tasks = [depth_task(options.haystack, depth) for depth in options.depths]
+    else:
+        tasks = options.tasks or list(TASKS)
+        for task in tasks:
+            if task not in TASKS:
+                raise UserError(f"--tasks {task} is not one of RULER's: use {', '.join(TASKS)}")
+        tasks = [task for task in TASKS if task in tasks]
+    return [
+        Order(task, length, options.samples, options.seed, options.template)
+        for length in options.lengths
+        for task in tasks
+    ]
+
+
+def task_name(order: Order) -> str:
+    """Return what results call the samples of an order."""
+    return f"{order.task} at {order.length}"
+
+
+def _record(one: Asked, order: Order, sample: Sample, text: str) -> dict:
+    return dict(
+        model=one.column.label,
+        model_digest=one.column.digest,
+        task=task_name(order),
+        sample=sample.digest,
+        index=sample.index,
+        length=order.length,
+        kind=order.task,
+        prompt_tokens=sample.tokens,
+        answer=text,
+        references=list(sample.answers),
+        score=score(text, sample.answers, sample.any_answer),
+    )
+
+
+def _ahead(share: Share, groups: list[list[int]], left: list[tuple[Order, Sample]],
+           rendering: Rendering) -> Iterator[tuple[list[int], list[Prompt]]]:  # fmt: skip
+    """Yield this rank's batches with their tokens, which a thread makes while the batch before is answered."""
+
+    def encode(group: list[int]) -> list[Prompt]:
+        return [Prompt(i, tuple(rendering.encode(left[i][1].prompt)), left[i][1].new_tokens) for i in group]
+
+    # pieces are taken from the share when they are begun, so what comes next is only likely: the following one
+    with ThreadPoolExecutor(1) as thread:
+        known: dict[int, Future] = {}
+        for piece in share:
+            ready = known.pop(piece, None)
+            prompts = encode(groups[piece]) if ready is None else ready.result()
+            for old in known.values():
+                old.cancel()
+            likely = piece + share.job.world.size
+            known = {likely: thread.submit(encode, groups[likely])} if likely < len(groups) else {}
+            yield groups[piece], prompts
+
+
+def _free(model: Model) -> None:
+    model.network.to("meta")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

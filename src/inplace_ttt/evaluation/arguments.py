@@ -1,0 +1,257 @@
+"""The command line of ``launch/evaluate.py``: every option checked before anything is loaded."""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from inplace_ttt.config import UserError, schema_keys
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.files import user_path
+
+HELP = """\
+Evaluate models: launch/evaluate.py TASK MODEL [MODEL ...] [options] [key=value ...]
+
+tasks
+  position     loss by position in long documents
+  final-block  loss on the last tokens of documents while the context before them grows
+  ruler        RULER's thirteen tasks (arXiv 2404.06654), at any length
+  needle       one needle in a haystack, by depth and length: a heat map
+  harness      lm-evaluation-harness: HellaSwag, ARC, MMLU, PIQA and others
+
+MODEL is a run's folder (its last checkpoint), a checkpoint, an exported or any other folder in Hugging Face's format.
+Several models, and the modes of --fast-weights, are compared side by side. Lists are written with commas, and numbers
+of tokens also as 4k or 128k. Under torchrun the ranks share the samples; a training checkpoint is read in its own
+layout, or that of key=value, such as parallel.context_parallel_size=8.
+
+  python launch/evaluate.py position runs/tiny_ttt --fast-weights on,off
+  torchrun --nproc-per-node 8 launch/evaluate.py ruler exported/ base/ --lengths 4k,32k,128k --samples 100
+
+`launch/evaluate.py TASK --help` shows the options of a task. A command that was stopped goes on where it was."""
+
+# Keys of the configuration that an evaluation may set: how a checkpoint is read, not what it is
+KEYS = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.timeout_minutes",
+    "model.transformer_impl",
+    "train.precision",
+    "train.eval_positions",
+    "ttt.prefix",
+    "ttt.comm_dtype",
+)
+
+
+@dataclass
+class Arguments:
+    """What was asked for; the options of the task are attributes of ``options``."""
+
+    task: str
+    models: list[Path]
+    overrides: dict[str, object]
+    modes: list[FastWeightMode]
+    output: Path
+    options: argparse.Namespace = field(repr=False)
+
+    @property
+    def timeout_minutes(self) -> float:
+        return self.overrides.get("parallel.timeout_minutes", 10.0)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def parse(words: list[str]) -> Arguments:
+    """Return what the command line asks for. Raises UserError; SystemExit after --help."""
+    parser = _Parser(
+        prog="launch/evaluate.py", usage=argparse.SUPPRESS, description=HELP, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    tasks = parser.add_subparsers(
+        dest="task", required=True, metavar="TASK", parser_class=_Parser, help=argparse.SUPPRESS
+    )
+    for name, (about, add) in TASKS.items():
+        add_options(tasks.add_parser(name, description=about, allow_abbrev=False), name, add)
+    options, rest = parser.parse_known_args(words)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        raise UserError(f"there is no option {unknown[0]} in {options.task}: --help shows what there is")
+    words = [*options.models, *rest]
+    models = [user_path(word) for word in words if not _is_key(word)]
+    overrides = dict(_override(word) for word in words if _is_key(word))
+    if not models:
+        raise UserError("no model is named: give a run, a checkpoint or a folder in Hugging Face's format")
+    modes = [FastWeightMode.parse(word) for word in options.fast_weights.split(",")]
+    output = user_path(options.output or f"runs/evaluation/{options.task}")
+    return Arguments(options.task, models, overrides, modes, output, options)
+
+
+def add_options(parser: argparse.ArgumentParser, task: str, add: Callable) -> None:
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a folder; or key=value, for training checkpoints")
+    parser.add_argument(
+        "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or several of them: on,off (on)"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help=f"folder for tables, samples, pictures (runs/evaluation/{task})"
+    )
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                        help="of models in Hugging Face's format; auto: bf16 on a GPU, else fp32")  # fmt: skip
+    add(parser)
+
+
+def _documents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--documents",
+        type=_words,
+        metavar="NAMES",
+        help="prefix of a prepared corpus, or files and folders of text (the held-out documents of the first run)",
+    )
+    parser.add_argument("--text-key", default="text", help="field of .jsonl and .parquet files that holds text (text)")
+    parser.add_argument("--samples", type=_count, default=32, help="documents (32)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the choice among a corpus's documents (0)")
+
+
+def _position(parser: argparse.ArgumentParser) -> None:
+    _documents(parser)
+    parser.add_argument("--length", type=_tokens, help="tokens read of each document (the model's training length)")
+    parser.add_argument("--min-length", type=_tokens, help="tokens that each document has at least (--length)")
+    parser.add_argument(
+        "--ranges", type=_token_list, metavar="EDGES", help="edges of the ranges of positions (eight equal ranges)"
+    )
+
+
+def _final_block(parser: argparse.ArgumentParser) -> None:
+    _documents(parser)
+    parser.add_argument(
+        "--contexts", type=_token_list, metavar="TOKENS", help="tokens before the block (doubling to the length)"
+    )
+    parser.add_argument("--block", type=_tokens, help="tokens whose loss is measured (an eighth of the length)")
+
+
+def _answers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, default=42, help="of the samples (42)")
+    parser.add_argument(
+        "--template", choices=["base", "chat"], default="base", help="chat: by the tokenizer's chat template (base)"
+    )
+    parser.add_argument(
+        "--ruler-data", type=user_path, metavar="FOLDER", help="holds RULER's .json files (an installed package)"
+    )
+    parser.add_argument(
+        "--kept", type=user_path, default=Path("data/ruler"), metavar="FOLDER", help="keeps samples (data/ruler)"
+    )
+    parser.add_argument("--workers", type=_count, help="processes that make samples (one for each core)")
+    parser.add_argument("--batch-tokens", type=_tokens, help="of prompts that are answered together (what fits)")
+
+
+def _ruler(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=_token_list, default=[4096], metavar="TOKENS", help="4k,...,256k (4k)")
+    parser.add_argument("--tasks", type=_words, metavar="NAMES", help="niah_single_1,vt,... (all thirteen)")
+    parser.add_argument("--samples", type=_count, default=500, help="of each task and length (500)")
+    _answers(parser)
+
+
+def _needle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=_token_list, default=[1024, 2048, 4096], metavar="TOKENS",
+                        help="columns of the heat map (1k,2k,4k)")  # fmt: skip
+    parser.add_argument("--depths", type=_percents, default=[0, 25, 50, 75, 100], metavar="PERCENT",
+                        help="rows: where the needle lies (0,25,50,75,100)")  # fmt: skip
+    parser.add_argument("--samples", type=_count, default=10, help="of each cell (10)")
+    parser.add_argument("--haystack", choices=["essay", "noise"], default="essay", help="essays, or one line repeated")
+    _answers(parser)
+
+
+def _harness(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tasks",
+        type=_words,
+        default=["hellaswag", "arc_easy", "arc_challenge", "mmlu", "piqa"],
+        metavar="NAMES",
+        help="of lm-evaluation-harness (hellaswag,arc_easy,arc_challenge,mmlu,piqa)",
+    )
+    parser.add_argument("--num-fewshot", type=_seed, help="examples before each question (the task's own)")
+    parser.add_argument("--limit", type=_count, help="questions of each task (all)")
+    parser.add_argument("--batch-size", type=_count, default=8, help="(8)")
+
+
+TASKS = {
+    "position": ("Measure the loss by position in long documents.", _position),
+    "final-block": ("Measure the loss on the last tokens of documents as their context grows.", _final_block),
+    "ruler": ("Score RULER's thirteen tasks (Hsieh et al., arXiv 2404.06654).", _ruler),
+    "needle": ("Hide one needle in a haystack, by depth and length.", _needle),
+    "harness": ("Run lm-evaluation-harness (pip install lm-eval).", _harness),
+}
+
+
+def _is_key(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in name and "." in name and not Path(word).exists()
+
+
+def _override(word: str) -> tuple[str, object]:
+    """Return the key and value of key=value. Raises UserError for a key that an evaluation cannot set."""
+    name, _, text = word.partition("=")
+    if name not in KEYS:
+        there = "is not one that an evaluation can set" if name in schema_keys() else "does not exist"
+        raise UserError(f"{word}: the key {name} {there}: use one of {', '.join(KEYS)}")
+    kind = schema_keys()[name].type
+    try:
+        if name == "train.eval_positions":
+            value = _token_list(text.strip("[]"))
+        elif kind is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        else:
+            value = kind(text)
+    except (ValueError, KeyError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{word}: {name} takes {kind.__name__}") from error
+    return name, value
+
+
+def _tokens(word: str) -> int:
+    """Read a number of tokens: 4096 or 4k."""
+    number, factor = (word[:-1], 1024) if word[-1:] in "kK" and word else (word, 1)
+    if not (number.isascii() and number.isdigit()) or len(number) > 9 or not 1 <= int(number) * factor <= 10**9:
+        raise argparse.ArgumentTypeError(f"'{word}' is no number of tokens: write 4096 or 4k")
+    return int(number) * factor
+
+
+def _token_list(word: str) -> list[int]:
+    found = [0 if one.strip() == "0" else _tokens(one.strip()) for one in word.split(",")]
+    if sorted(set(found)) != found:
+        raise argparse.ArgumentTypeError(f"'{word}' does not rise: write numbers such as 0,1k,4k")
+    return found
+
+
+def _percents(word: str) -> list[float]:
+    try:
+        found = [float(one) for one in word.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= one <= 100 for one in found) or sorted(set(found)) != found:
+        raise argparse.ArgumentTypeError(
+            f"'{word}' are no depths: write rising numbers from 0 to 100, such as 0,50,100"
+        )
+    return found
+
+
+def _words(word: str) -> list[str]:
+    found = [one.strip() for one in word.split(",") if one.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("it is empty")
+    return found
+
+
+def _count(word: str) -> int:
+    if not (word.isascii() and word.isdigit()) or not 1 <= int(word[:10]) <= 10**7:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a number of 1 or more")
+    return int(word)
+
+
+def _seed(word: str) -> int:
+    if not (word.isascii() and word.isdigit()) or int(word[:12]) > 2**31 - 1:
+        raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 0 on")
+    return int(word)

@@ -1,0 +1,144 @@
+"""Losses by a training checkpoint in Megatron's model, over as many ranks as its layout asks for."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.evaluation.documents import Document
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.hf.convert import describe_checkpoint
+from inplace_ttt.job import SLOW, Job
+from inplace_ttt.megatron import runtime
+from inplace_ttt.validation import precision, transformer_impl, validate
+
+
+def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
+    """Return a checkpoint's configuration for an evaluation on so many ranks. Raises UserError.
+
+    The layout is that of ``overrides`` (key: value); else the run's own where it fits the ranks; else each rank has
+    the whole model.
+    """
+    config = copy.deepcopy(describe_checkpoint(path).config)
+    parallel, data, train = config.parallel, config.data, config.train
+    if config.model.vocab_size is None:
+        raise UserError(f"'{path}' does not say model.vocab_size: its run's config.yaml lacks it")
+    if config.model.max_position_embeddings is None:
+        config.model.max_position_embeddings = data.seq_length  # what RoPE was made for
+    sizes = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")]
+    ranks = 1
+    for size in sizes:
+        ranks *= getattr(parallel, size)
+    if not any(key.startswith("parallel.") for key in overrides) and world_size % ranks:
+        for size in sizes:
+            setattr(parallel, size, 1)
+        parallel.sequence_parallel = False
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    parallel.overlap_grad_reduce = parallel.overlap_param_gather = False
+    train.micro_batch_size, train.recompute, train.recompute_core_attn = 1, "none", True
+    train.global_batch_size = max(1, world_size)  # of which nothing depends: there are no steps
+    data.reset_at_documents = True
+    data.seq_length = padded_length(config, max(config.ttt.chunk_size, 2))
+    validate(config, world_size)
+    return config
+
+
+def padded_length(config: Config, length: int) -> int:
+    """Return the least length from ``length`` on that the layout can cut into slices."""
+    cp = config.parallel.context_parallel_size
+    unit = 1 if cp == 1 else 2 * cp * (config.ttt.chunk_size if config.ttt.enabled else 1)
+    if config.parallel.sequence_parallel:
+        unit *= config.parallel.tensor_model_parallel_size
+    return -(-length // unit) * unit
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text to read, and the ranges of positions whose losses are asked for."""
+
+    document: Document
+    ranges: PositionRanges
+
+
+class CheckpointReader:
+    """A checkpoint's model on this rank's part of the layout. All ranks make it, and call it, together."""
+
+    def __init__(self, path: Path, config: Config, job: Job, length: int):
+        """Build and load. ``length``: of the longest text. Raises UserError, on all ranks."""
+        from inplace_ttt.megatron.checkpoint import Checkpointer
+        from inplace_ttt.megatron.model import build_model
+        from inplace_ttt.training.step import Stepper
+
+        self.config = config
+        config.data.seq_length = padded_length(config, length)
+        job.watch.mark(f"building the model of {path.name}", SLOW)
+        runtime.leave_groups()
+        self.groups = runtime.start(config.parallel, config.train.seed, job.world, job.rendezvous)
+        dtype, impl = precision(config), transformer_impl(config)
+        self.model = build_model(config, dtype, impl, config.model.vocab_size, self.groups)
+        checkpointer = Checkpointer(Path(), self.model, None, self.groups, keep=1, async_save=False)
+        job.watch.mark(f"loading '{path}'", SLOW)
+        new, _ = checkpointer.load_weights(describe_checkpoint(path).folder, f"'{path}'")
+        runtime.agree(UserError(f"'{path}' has no tensor '{new[0]}'") if new else None)
+        if job.world.rank == 0:
+            sizes = " ".join(f"{kind} {getattr(self.groups, kind.lower()).size()}" for kind in ("TP", "PP", "CP", "DP"))
+            print(
+                f"'{path}' is read by {job.world.size} ranks: {sizes}, {str(dtype).removeprefix('torch.')}", flush=True
+            )
+        self.model.eval()
+        self.stepper = Stepper(config, self.model, self.model.config, self.groups)
+        self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.stepper.device
+
+    @property
+    def at_once(self) -> int:
+        """Return how many texts are read together: one on each data-parallel rank and pipeline stage."""
+        return self.groups.dp.size() * self.groups.pp.size()
+
+    def read(self, readings: Sequence[Reading], mode: FastWeightMode) -> list[list[list[float]]]:
+        """Return [loss, tokens] of each range of each of at most ``at_once`` readings; the same on all ranks."""
+        length = padded_length(self.config, max(len(one.document.tokens) - 1 for one in readings))
+        self.config.data.seq_length = length
+        each = self.groups.pp.size()
+        mine = [readings[number] if number < len(readings) else None
+                for number in range(self.groups.dp.rank() * each, (self.groups.dp.rank() + 1) * each)]  # fmt: skip
+        batches = [self._batch(one or readings[0], length) for one in mine]
+        clip, self.config.ttt.clip = self.config.ttt.clip, mode.clip or self.config.ttt.clip
+        sums = self.stepper.sums_of_each(batches, [(one or readings[0]).ranges for one in mine], fast_weights=mode.on)
+        self.config.ttt.clip = clip
+        found = [None] * self.groups.dp.size()
+        if found[1:]:
+            dist.all_gather_object(found, sums, group=self.groups.dp)
+        else:
+            found = [sums]
+        return [one for part in found for one in part][: len(readings)]
+
+    def _batch(self, reading: Reading, length: int) -> MicroBatch:
+        """Return a text as a document of its own, with padding that does not count behind it."""
+        document = reading.document
+        real = len(document.tokens) - 1
+        tokens, labels = (torch.zeros(length, dtype=torch.long) for _ in range(2))
+        mask = torch.zeros(length)
+        whole = torch.from_numpy(document.tokens)
+        tokens[:real], labels[:real] = whole[:-1], whole[1:]
+        mask[:real] = 1.0 if document.counts is None else torch.from_numpy(document.counts).float()
+        sample = Sample(tokens, labels, mask, (0, length))
+        cp = self.groups.cp
+        return MicroBatch.collate([sample], cp.size(), cp.rank(), self.chunk_size).to(runtime.device())
+
+    def close(self) -> None:
+        """Free the model."""
+        self.stepper = self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

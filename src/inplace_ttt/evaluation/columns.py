@@ -1,0 +1,48 @@
+"""The columns of an evaluation's tables: each model in each of its modes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.evaluation.models import Named
+from inplace_ttt.evaluation.results import Column, label_columns
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model in one mode, with the name that results give it."""
+
+    model: Named
+    mode: FastWeightMode
+    column: Column
+
+
+def columns_of(models: list[Path], modes: list[FastWeightMode], dtype: torch.dtype) -> list[Asked]:
+    """Return what is to be evaluated, model by model. Raises UserError where a path holds no model."""
+    found = []
+    for path in models:
+        named = Named.find(path)
+        found += [(named, mode) for mode in named.modes(modes)]
+    words = [str(mode) if named.has_fast_weights else "none" for named, mode in found]
+    labels = label_columns([(named.path, word) for (named, _), word in zip(found, words, strict=True)])
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"'{twice}' is named twice: name each model, and each mode in --fast-weights, once")
+    return [
+        Asked(named, mode, Column(label, str(named.path), word, named.digest(mode, dtype)))
+        for (named, mode), word, label in zip(found, words, labels, strict=True)
+    ]
+
+
+def one_tokenizer(asked: list[Asked], why: str) -> None:
+    """Raise UserError where models have different tokenizers; ``why`` that cannot be."""
+    first = None
+    for model in {one.model.path: one.model for one in asked}.values():
+        mark = model.fingerprint()
+        if first is not None and mark is not None and mark != first[1]:
+            raise UserError(f"'{first[0]}' and '{model.path}' have different tokenizers: {why}")
+        if mark is not None:
+            first = first or (model.path, mark)

@@ -1,0 +1,91 @@
+"""Evaluate models: the same steps for every task, on every rank."""
+
+import contextlib
+import shutil
+import sys
+from dataclasses import asdict
+
+import torch
+from rich.console import Console
+
+from inplace_ttt.config import Parallel, UserError
+from inplace_ttt.evaluation.answering_task import AnsweringTask
+from inplace_ttt.evaluation.arguments import Arguments
+from inplace_ttt.evaluation.columns import Asked, columns_of
+from inplace_ttt.evaluation.harness_task import HarnessTask
+from inplace_ttt.evaluation.models import EXPORTED
+from inplace_ttt.evaluation.pictures import draw
+from inplace_ttt.evaluation.reading_task import ReadingTask
+from inplace_ttt.evaluation.results import Results
+from inplace_ttt.job import Job
+from inplace_ttt.lock import lock_beside
+from inplace_ttt.megatron import runtime
+
+KINDS = {
+    "position": ReadingTask,
+    "final-block": ReadingTask,
+    "ruler": AnsweringTask,
+    "needle": AnsweringTask,
+    "harness": HarnessTask,
+}
+
+
+def evaluate(arguments: Arguments, job: Job) -> int:
+    """Measure what is not known yet, and on the first rank write what all samples say. Raises UserError."""
+    dtype = _dtype(arguments.options.dtype)
+    asked = columns_of(arguments.models, arguments.modes, dtype)
+    _check_keys(arguments, asked)
+    task = KINDS[arguments.task](arguments, asked)  # all that can be checked before any rank waits for another
+    job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
+    results = Results(arguments.output, job.world.rank)
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(lock_beside(arguments.output, f"--output {arguments.output}"))
+            results.claim()
+
+        runtime.on_first_rank(claim)
+        results.open()
+        runtime.agree(None)  # nobody writes before all have read
+        task.prepare(job)
+        task.run(results, job, runtime.device(), dtype)
+        results.close()
+        runtime.agree(None)
+        if job.world.rank == 0:
+            job.watch.mark("writing the results")
+            _report(task, arguments, asked, results)
+    return 0
+
+
+def _check_keys(arguments: Arguments, asked: list[Asked]) -> None:
+    """Raise UserError where keys are set that no model of the task is read by."""
+    folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
+    if arguments.overrides and (folder or KINDS[arguments.task] is not ReadingTask):
+        key = next(iter(arguments.overrides))
+        why = f"'{folder}' is in Hugging Face's format" if folder else f"{arguments.task} exports them first"
+        raise UserError(f"{key} is about how training checkpoints are read, and {why}: leave it out")
+
+
+def _report(task, arguments: Arguments, asked: list[Asked], results: Results) -> None:
+    results.open()
+    tables = task.scores(results)
+    results.finish(
+        dict(
+            task=arguments.task,
+            settings=task.settings,
+            columns=[asdict(one.column) for one in asked],
+            scores=[record for table in tables for record in table.records()],
+        )
+    )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        table.show(console, task.digits)
+    pictures = [path for table in tables for path in draw(arguments.task, table, arguments.output)]
+    shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
+    written = ", ".join(["results.json", "samples.jsonl", *(path.name for path in pictures)])
+    print(f"done: '{arguments.output}' holds {written}", flush=True)
+
+
+def _dtype(word: str) -> torch.dtype:
+    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[word]

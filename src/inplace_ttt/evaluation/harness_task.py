@@ -1,0 +1,209 @@
+"""lm-evaluation-harness on our models: its questions and metrics, our models, modes and intervals."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.config import UserError, one_line
+from inplace_ttt.evaluation.arguments import Arguments
+from inplace_ttt.evaluation.columns import Asked
+from inplace_ttt.evaluation.harness_scores import table
+from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
+from inplace_ttt.evaluation.results import Results
+from inplace_ttt.evaluation.scores import Scores
+from inplace_ttt.hub import hub_is_reached
+from inplace_ttt.job import SLOW, Job, JobStopped
+from inplace_ttt.megatron import runtime
+
+METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task has, else its first one
+
+
+class HarnessTask:
+    """``harness``: every task of lm-evaluation-harness that is asked for, one after the other."""
+
+    digits = 1
+
+    def __init__(self, arguments: Arguments, asked: list[Asked]):
+        """Find the tasks. Raises UserError where the package or a task is not there."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("harness needs the package lm-eval, which is not installed: pip install lm-eval")
+        self.arguments, self.asked, self.options = arguments, asked, arguments.options
+        self.manager = task_manager()
+        self.tasks: dict[str, list[str]] = {}  # the tasks of each name that was asked for: a group has several
+        for name in self.options.tasks:
+            if name not in self.manager.all_tasks:
+                raise UserError(f"--tasks {name} is none of lm-evaluation-harness: `lm-eval ls tasks` lists them")
+        self.models = list({one.model.path: one.model for one in asked}.values())
+        for model in self.models:
+            model.tokenizer()
+        self.work = arguments.output / EXPORTED
+        self.folders = {model.path: model.exported_to(self.work) for model in self.models}
+        self.settings = dict(
+            tasks=self.options.tasks, num_fewshot=self.options.num_fewshot, limit=self.options.limit,
+            lm_eval=importlib.metadata.version("lm_eval"),
+        )  # fmt: skip
+
+    def prepare(self, job: Job) -> None:
+        """Export the runs among the models, and load the tasks' questions on the first rank, which keeps them."""
+        job.watch.mark("loading the questions", 4 * SLOW)
+
+        def make() -> None:
+            for model in self.models:
+                model.export(self.work)
+            for name in self.options.tasks:
+                self._load(name)
+
+        runtime.on_first_rank(make)
+        for name in self.options.tasks:
+            self.tasks[name] = sorted(self._load(name))
+
+    def _load(self, name: str) -> dict:
+        """Return the tasks of a name, flat. Raises UserError where their questions are not to be had."""
+        from lm_eval.tasks import get_task_dict
+
+        try:
+            with quiet():
+                return flat(get_task_dict([name], self.manager))
+        except Exception as error:  # datasets raises anything
+            out = "" if hub_is_reached() else "the hub is out of reach; "
+            raise UserError(
+                f"the questions of {name} cannot be loaded ({out}{one_line(error)}): run once where there is a "
+                f"network, the datasets library keeps them"
+            ) from error
+
+    def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
+        """Ask the tasks that are not known yet. Every rank calls it."""
+        everything = list(dict.fromkeys(task for tasks in self.tasks.values() for task in tasks))
+        for one in self.asked:
+            left = [task for task in everything if not self._known(results, one, task)]
+            if not left:
+                continue
+            job.watch.mark(f"loading {one.column.label}", SLOW)
+            model = open_model(self.folders[one.model.path], one.column.label, one.mode, device, dtype)
+            with quiet():
+                language_model = shared_model(model, job, self.options.batch_size)
+            for number, task in enumerate(left, 1):
+                job.watch.mark(f"{task} of {one.column.label}", 4 * SLOW)
+                if job.world.rank == 0:
+                    print(f"harness of {one.column.label}: {task}, {number} of {len(left)}", flush=True)
+                for record in self._ask(language_model, task, one):
+                    results.add(record)
+                if job.smallest(job.stop.received is None) == 0 and number < len(left):
+                    raise JobStopped(
+                        f"harness of {one.column.label} was asked to stop: {number} of {len(left)} tasks are done, and "
+                        f"the same command goes on", 130,
+                    )  # fmt: skip
+
+    def _known(self, results: Results, one: Asked, task: str) -> bool:
+        end = (one.column.digest, self._name(task), "end")
+        return end in results.known
+
+    def _name(self, task: str) -> str:
+        return f"{task}, {self.options.num_fewshot} shots, limit {self.options.limit}"
+
+    def _ask(self, language_model, task: str, one: Asked) -> Iterator[dict]:
+        """Yield a record for each question, and one that says that they are all. On other ranks than the first none."""
+        import lm_eval
+
+        with quiet():
+            found = lm_eval.simple_evaluate(
+                language_model,
+                tasks=[task],
+                task_manager=self.manager,
+                num_fewshot=self.options.num_fewshot,
+                limit=self.options.limit,
+                bootstrap_iters=0,
+                verbosity="ERROR",
+            )
+        if found is None:
+            return
+        common = dict(model=one.column.label, model_digest=one.column.digest, task=self._name(task), kind=task)
+        for sample in found["samples"][task]:
+            metric = next((name for name in METRICS if name in sample), sample["metrics"][0])
+            value = sample[metric]
+            if not isinstance(value, int | float):
+                raise UserError(f"--tasks {task}: its metric {metric} is no number of each question; leave it out")
+            yield common | dict(
+                sample=f"{sample['prompt_hash'][:16]}_{sample['doc_id']}_{sample['filter']}",
+                index=sample["doc_id"],
+                metric=metric,
+                answer=str(sample["filtered_resps"])[:1000],
+                references=[str(sample["target"])[:1000]],
+                score=float(value),
+            )
+        yield common | dict(sample="end", index=10**9)
+
+    def scores(self, results: Results) -> list[Scores]:
+        """Return the table: of each task or group of tasks the mean over its questions."""
+        by_model = {}
+        for one in self.asked:
+            known = [
+                record for (digest, _, sample), record in results.known.items()
+                if digest == one.column.digest and sample != "end"
+            ]  # fmt: skip
+            names = {self._name(task): name for name, tasks in self.tasks.items() for task in tasks}
+            by_model[one.column.label] = [
+                record | dict(group=names[record["task"]]) for record in known if record["task"] in names
+            ]
+        return [table(by_model)]
+
+
+def task_manager():
+    """Return lm-evaluation-harness's list of tasks."""
+    with quiet():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager()
+
+
+def flat(tasks: dict) -> dict:
+    """Return the tasks of nested groups by name."""
+    found = {}
+    for name, task in tasks.items():
+        found |= flat(task) if isinstance(task, dict) else {name: task}
+    return found
+
+
+def shared_model(model: Model, job: Job, batch_size: int):
+    """Return a model as lm-evaluation-harness takes it, whose questions are shared by the ranks of the job."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Shared(HFLM):
+        def __init__(self):
+            super().__init__(pretrained=model.network, tokenizer=model.tokenizer, batch_size=batch_size)
+            self._rank, self._world_size = job.world.rank, job.world.size
+
+        def all_gather(self, tensor):
+            found = [None] * job.world.size
+            dist.all_gather_object(found, tensor.cpu())
+            return torch.stack(found)
+
+        def gather_object(self, obj, dst=0):
+            found = [None] * job.world.size
+            dist.all_gather_object(found, obj)
+            return found if job.world.rank == dst else None
+
+        def barrier(self):
+            runtime.agree(None)
+
+    return Shared()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-evaluation-harness and its libraries from saying what a user of ours need not know."""
+    before, bars = logging.root.manager.disable, os.environ.get("TQDM_DISABLE")
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if bars is None:
+            os.environ.pop("TQDM_DISABLE", None)

@@ -1,0 +1,61 @@
+"""Losses of every token of a text, by a model of transformers, without ever holding the logits of all tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation.documents import Document
+from inplace_ttt.evaluation.models import Model
+from inplace_ttt.evaluation.position import PositionRanges
+
+PART = 2**28  # logits held at a time
+LOOK = 64  # tokens by which it is tried how a model makes its logits
+
+
+@torch.no_grad()
+def losses(model: Model, tokens: Tensor) -> Tensor:
+    """Return the loss (n - 1,) fp32 of each token of a text (n,) but the first, in nats."""
+    network = model.network
+    ids, labels = tokens[None, :-1], tokens[1:]
+    head = network.get_output_embeddings()
+    if not _is_linear(model, ids):
+        return F.cross_entropy(network(ids, use_cache=False).logits[0].float(), labels, reduction="none")
+    hidden = network.base_model(ids, use_cache=False).last_hidden_state[0]
+    rows = max(1, PART // head.weight.shape[0])
+    parts = [
+        F.cross_entropy(head(hidden[start : start + rows]).float(), labels[start : start + rows], reduction="none")
+        for start in range(0, len(labels), rows)
+    ]
+    return torch.cat(parts)
+
+
+def _is_linear(model: Model, ids: Tensor) -> bool:
+    """Tell whether a model's logits are what its output embeddings make of its last hidden state, and nothing more."""
+    known = getattr(model.network, "_logits_are_linear", None)
+    if known is None:
+        network, few = model.network, ids[:, :LOOK]
+        head = network.get_output_embeddings()
+        known = False
+        if head is not None and network.base_model is not network:
+            hidden = network.base_model(few, use_cache=False).last_hidden_state
+            known = torch.allclose(head(hidden).float(), network(few, use_cache=False).logits.float(), atol=1e-3)
+        network._logits_are_linear = known
+    return known
+
+
+def sums_of(model: Model, document: Document, ranges: PositionRanges) -> list[list[float]]:
+    """Return [loss, tokens] of each range of positions. Raise UserError where the document does not fit in memory."""
+    try:
+        tokens = torch.from_numpy(document.tokens).to(model.network.device)
+        found = losses(model, tokens)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"'{model.name}' has no room for {len(document.tokens)} tokens on one GPU: use a shorter --length, or name "
+            f"the training checkpoint, which several GPUs read together (parallel.context_parallel_size)"
+        ) from error
+    counts = torch.ones_like(found, dtype=torch.bool)
+    if document.counts is not None:
+        counts = torch.from_numpy(document.counts).to(found.device)
+    positions = torch.arange(len(found), device=found.device)
+    return ranges.sums(positions, found, counts).tolist()

@@ -1,0 +1,32 @@
+"""Tables of losses by position and of final blocks, out of samples as results keep them."""
+
+from inplace_ttt.evaluation.scores import Row, Scores
+from inplace_ttt.evaluation.statistics import Interval, ratio_interval
+
+
+def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
+    """Return the scores of samples, as results keep them; those of all models in the same order."""
+    name, rows = ("position", {}) if task == "position" else ("context", {})
+    for label, samples in by_model.items():
+        for sample in samples:
+            for one in sample["ranges"]:
+                row = (f"{one['from']}-{one['to']}" if task == "position" else str(sample["context"]),)
+                rows.setdefault(row, {}).setdefault(label, {})[sample["sample"]] = (one["loss"], one["tokens"])
+    # a text of one context is another sample than the same block's after a longer one: both are of the same document
+
+    def interval(row: Row, label: str) -> Interval:
+        found = rows[row][label].values()
+        return ratio_interval([loss * tokens for loss, tokens in found], [tokens for _, tokens in found])
+
+    def difference(row: Row, first: str, second: str) -> Interval | None:
+        a, b = rows[row][first], rows[row][second]
+        both = [key for key in a if key in b]
+        if not both:
+            return None
+        return ratio_interval([(b[key][0] - a[key][0]) * a[key][1] for key in both], [a[key][1] for key in both])
+
+    title = "Loss by position" if task == "position" else "Loss on the final block"
+    complete = sorted(
+        (row for row in rows if len(rows[row]) == len(by_model)), key=lambda row: int(row[0].partition("-")[0])
+    )
+    return Scores.of(f"{title}: {source}", (name,), "nats per token", complete, list(by_model), interval, difference)

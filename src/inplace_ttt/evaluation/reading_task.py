@@ -1,0 +1,210 @@
+"""Loss by position, and loss on a final block as its context grows: what models predict of real documents."""
+
+import contextlib
+import hashlib
+import json
+import time
+
+import torch
+import torch.distributed as dist
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation import documents
+from inplace_ttt.evaluation.arguments import Arguments
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, evaluation_config
+from inplace_ttt.evaluation.columns import Asked, one_tokenizer
+from inplace_ttt.evaluation.documents import Chosen, Document, Selection
+from inplace_ttt.evaluation.losses import sums_of
+from inplace_ttt.evaluation.models import open_model
+from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.evaluation.reading_scores import table
+from inplace_ttt.evaluation.results import Results
+from inplace_ttt.evaluation.scores import Scores
+from inplace_ttt.evaluation.share import Meter, Share, asked_to_end, say_speed
+from inplace_ttt.job import SLOW, Job
+
+NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at a time"
+
+
+class ReadingTask:
+    """``position`` and ``final-block``: the same documents read by each model."""
+
+    digits = 4
+
+    def __init__(self, arguments: Arguments, asked: list[Asked]):
+        """Choose the documents. Raises UserError."""
+        self.arguments, self.asked, self.task = arguments, asked, arguments.task
+        one_tokenizer(asked, NO_COMPARISON)
+        trained = next((one.model.longest() for one in asked if one.model.longest()), 0)
+        make = self._positions if self.task == "position" else self._blocks
+        self.readings, self.contexts, self.settings = make(arguments.options, trained)
+        self.digests = [_digest(reading) for reading in self.readings]
+        self.longest = max(len(one.document.tokens) - 1 for one in self.readings)
+
+    def _positions(self, options, trained: int) -> tuple[list[Reading], list[int], dict]:
+        length = options.length or trained
+        if not length:
+            raise UserError(f"'{self.asked[0].model.path}' does not say its length: name one with --length")
+        edges = options.ranges or self.arguments.overrides.get("train.eval_positions")
+        if edges is not None and (len(edges) < 2 or edges[0] >= length):
+            raise UserError(f"--ranges {','.join(map(str, edges))}: name two edges or more, the first below --length")
+        ranges = PositionRanges(tuple(edges)) if edges else PositionRanges.equal(length)
+        chosen = self._documents(Selection(length, options.min_length or length, options.samples, options.seed))
+        settings = self._settings(chosen, length) | dict(ranges=list(ranges.edges))
+        return [Reading(one, ranges) for one in chosen.documents], [0] * len(chosen.documents), settings
+
+    def _blocks(self, options, trained: int) -> tuple[list[Reading], list[int], dict]:
+        contexts, block = _contexts(options, trained, self.asked)
+        length = contexts[-1] + block
+        chosen = self._documents(Selection(length, length, options.samples, options.seed))
+        readings, each = [], []
+        for context in contexts:
+            start, ranges = length - block - context, PositionRanges((context, context + block))
+            for one in chosen.documents:
+                counts = None if one.counts is None else one.counts[start:length]
+                readings.append(Reading(Document(one.tokens[start : length + 1], counts), ranges))
+                each.append(context)
+        return readings, each, self._settings(chosen, length) | dict(contexts=contexts, block=block)
+
+    def _settings(self, chosen: Chosen, length: int) -> dict:
+        seed = self.arguments.options.seed
+        return dict(documents=chosen.source, count=len(chosen.documents), length=length, seed=seed)
+
+    def _documents(self, selection: Selection) -> Chosen:
+        chosen = _find_documents(self.arguments.options, self.asked, selection)
+        _check_vocabulary(chosen, self.asked)
+        return chosen
+
+    def prepare(self, job: Job) -> None:
+        """Do nothing: the documents are there."""
+
+    def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
+        """Measure what is not known yet. Every rank calls it."""
+        reader, read = None, None
+        for number, one in enumerate(self.asked):
+            left = [
+                i
+                for i, digest in enumerate(self.digests)
+                if (one.column.digest, self.task, digest) not in results.known
+            ]
+            if not left:
+                continue
+            left.sort(key=lambda i: -len(self.readings[i].document.tokens))
+            name = f"{self.task} of {one.column.label}"
+            if one.model.checkpoint is None:
+                self._read_folder(one, name, left, results, job, device, dtype, number)
+                continue
+            if read != one.model.path:
+                if reader is not None:
+                    reader.close()
+                config = evaluation_config(one.model.path, self.arguments.overrides, job.world.size)
+                reader, read = CheckpointReader(one.model.path, config, job, self.longest), one.model.path
+            self._read_checkpoint(one, name, left, results, job, reader)
+
+    def _read_folder(self, one: Asked, name: str, left: list[int], results: Results, job: Job, device: torch.device,
+                     dtype: torch.dtype, number: int) -> None:  # fmt: skip
+        """Read with one copy of the model on each rank."""
+        costs = [float(len(self.readings[i].document.tokens)) for i in left]
+        model, done = None, len(self.readings) - len(left)
+        for piece in Share(job, name, costs, [1] * len(left), done, key=str(number)):
+            if model is None:
+                model = open_model(one.model.path, one.column.label, one.mode, device, dtype)
+            reading = self.readings[left[piece]]
+            results.add(self._record(one, left[piece], sums_of(model, reading.document, reading.ranges)))
+
+    def _read_checkpoint(self, one: Asked, name: str, left: list[int], results: Results, job: Job,
+                         reader: CheckpointReader) -> None:  # fmt: skip
+        """Read with all ranks together, as many documents at a time as the layout has room for."""
+        total, done, spent = len(self.readings), len(self.readings) - len(left), 0
+        costs = [len(self.readings[i].document.tokens) for i in left]
+        asked_to_stop, started = torch.zeros(1, device=reader.device), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            meter = stack.enter_context(contextlib.closing(Meter(name, total, done))) if job.world.rank == 0 else None
+            for first in range(0, len(left), reader.at_once):
+                job.watch.mark(f"{name}, document {first + 1} of {len(left)}", SLOW)
+                group = left[first : first + reader.at_once]
+                found = reader.read([self.readings[i] for i in group], one.mode)
+                done, spent = done + len(group), spent + sum(costs[first : first + reader.at_once])
+                if meter is not None:
+                    for i, sums in zip(group, found, strict=True):
+                        results.add(self._record(one, i, sums))
+                    meter.show(done, spent / sum(costs))
+                asked_to_stop.fill_(float(job.stop.received is not None))
+                dist.all_reduce(asked_to_stop, op=dist.ReduceOp.MAX)
+                if asked_to_stop.item() and done < total:
+                    raise asked_to_end(name, done, total)
+        if job.world.rank == 0:
+            say_speed(name, len(left), sum(costs), time.monotonic() - started)
+
+    def _record(self, one: Asked, i: int, sums: list[list[float]]) -> dict:
+        return dict(
+            model=one.column.label,
+            model_digest=one.column.digest,
+            task=self.task,
+            sample=self.digests[i],
+            index=i,
+            context=self.contexts[i],
+            ranges=self.readings[i].ranges.records(sums),
+        )
+
+    def scores(self, results: Results) -> list[Scores]:
+        """Return the table: the loss of each range, or after each context."""
+        by_model = {
+            one.column.label: [results.known[one.column.digest, self.task, digest] for digest in self.digests]
+            for one in self.asked
+        }
+        return [table(self.task, by_model, self.settings["documents"])]
+
+
+def _contexts(options, trained: int, asked: list[Asked]) -> tuple[list[int], int]:
+    """Return the contexts and the block that were asked for, or others for the length of the model."""
+    if options.contexts:
+        if options.contexts[0] < 1:
+            raise UserError("--contexts 0: the first token of a block needs a token before it; use 1 or more")
+        return options.contexts, options.block or max(1, options.contexts[-1] // 8)
+    if not trained:
+        raise UserError(f"'{asked[0].model.path}' does not say its length: name --contexts")
+    block = options.block or max(1, trained // 8)
+    if block >= trained:
+        raise UserError(f"--block {block} leaves no room for a context in {trained} tokens: name --contexts")
+    contexts = [trained - block]
+    while contexts[0] >= 2 * block:
+        contexts.insert(0, contexts[0] // 2)
+    return contexts, block
+
+
+def _find_documents(options, asked: list[Asked], selection: Selection) -> Chosen:
+    if options.documents is None:
+        run = next((one.model.checkpoint for one in asked if one.model.checkpoint and one.model.checkpoint.run), None)
+        if run is None:
+            raise UserError("no run is among the models, whose held-out documents could be read: name --documents")
+        return documents.held_out(run.config, run.run, selection)
+    prepared = [name for name in options.documents if documents.is_corpus(name)]
+    if not prepared:
+        return documents.of_files(options.documents, selection, asked[0].model.tokenizer(), options.text_key)
+    if len(options.documents) > 1:
+        raise UserError(f"--documents {','.join(options.documents)}: name one prepared corpus, or files of text")
+    return documents.of_corpus(prepared[0], selection)
+
+
+def _check_vocabulary(chosen: Chosen, asked: list[Asked]) -> None:
+    """Raise UserError where documents are of another tokenizer than a model's."""
+    largest = max(int(one.tokens.max()) for one in chosen.documents)
+    for model in {one.model.path: one.model for one in asked}.values():
+        size = model.vocabulary()
+        other = None
+        if chosen.tokenizer is not None and (mark := model.fingerprint()) is not None and mark != chosen.tokenizer:
+            other = "were made with another tokenizer than"
+        if largest >= size:
+            other = f"hold the token {largest}, which is none of the {size} of"
+        if other:
+            raise UserError(
+                f"the {chosen.source} {other} '{model.path}': name --documents of its own, or files of text"
+            )
+
+
+def _digest(reading: Reading) -> str:
+    """Return a hash of what is read and asked."""
+    counts = reading.document.counts
+    facts = [reading.document.digest, list(reading.ranges.edges), None if counts is None else counts.tolist()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,127 @@
+"""Results of an evaluation: one line for each sample, written as it comes, and what they say together.
+
+A folder holds ``samples.jsonl`` (one JSON object a sample), ``results.json`` (what was asked, and the scores) and
+pictures. While an evaluation runs each rank appends to ``samples.rank_N.jsonl``; a second start of the same command
+finds there what is done.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from inplace_ttt.config import UserError
+from inplace_ttt.files import read_json, read_json_lines, write_json, write_text
+
+SAMPLES, RESULTS = "samples.jsonl", "results.json"
+Key = tuple[str, str, str]  # (the model's digest, task, the sample's digest)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model in one of its modes, as results and tables name it."""
+
+    label: str
+    path: str
+    fast_weights: str  # on, off, clip=NUMBER; "none" where the model has none
+    digest: str  # of the model's files, the mode and the dtype
+
+
+def key_of(record: dict) -> Key:
+    return record["model_digest"], record["task"], record["sample"]
+
+
+class Results:
+    """The samples of one folder, for one rank. ``open`` first; ``close`` and ``finish`` end it."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.path = folder, folder / f"samples.rank_{rank}.jsonl"
+        self.known: dict[Key, dict] = {}
+        self._file = None
+
+    def claim(self) -> None:
+        """Make the folder, and mark it as ours. Raise UserError where it holds something that is no evaluation."""
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is a file: name a folder")
+        ours = (folder / RESULTS).is_file() or any(folder.glob("samples*.jsonl"))
+        if folder.is_dir() and not ours and any(folder.iterdir()):
+            raise UserError(f"--output {folder} holds something else than an evaluation: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+
+    def open(self) -> None:
+        """Read what is done. Every rank reads the same, before any writes."""
+        for record in read_samples(self.folder):
+            self.known[key_of(record)] = record
+
+    def add(self, record: dict) -> None:
+        """Keep a sample: it survives the process from here on."""
+        if self._file is None:
+            cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            self._file = self.path.open("a")
+            if cut_off:
+                self._file.write("\n")
+        self.known[key_of(record)] = record
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self, results: dict) -> None:
+        """Join the ranks' files, and write what the samples say together. On one rank, when all have closed."""
+        self.open()
+        lines = sorted(self.known.values(), key=lambda one: (one["model"], one["task"], one.get("index", 0)))
+        write_text(self.folder / SAMPLES, "".join(json.dumps(line) + "\n" for line in lines))
+        write_json(self.folder / RESULTS, results)
+        for path in self.folder.glob("samples.rank_*.jsonl"):
+            path.unlink(missing_ok=True)
+
+
+def read_samples(folder: Path) -> Iterable[dict]:
+    """Yield the samples of a folder; lines that are none, cut off or damaged, are left out."""
+    names = [SAMPLES, *sorted(path.name for path in folder.glob("samples.rank_*.jsonl"))]
+    for name in names:
+        path = folder / name
+        if path.is_symlink():
+            raise UserError(f"'{path}' is a link: put the file itself there")
+        for record in read_json_lines(path)[0]:
+            if all(isinstance(record.get(key), str) for key in ("model", "model_digest", "task", "sample")):
+                yield record
+
+
+def read_results(folder: Path) -> dict:
+    """Return results.json. Raise UserError where there is none, or it is of something else."""
+    if not (folder / RESULTS).is_file():
+        started = any(folder.glob("samples.rank_*.jsonl"))
+        why = "its evaluation has not ended" if started else f"it has no {RESULTS}"
+        raise UserError(f"'{folder}' holds no results ({why}): name a folder that launch/evaluate.py has written")
+    results = read_json(folder / RESULTS, "run launch/evaluate.py again")
+    columns = results.get("columns")
+    whole = isinstance(results.get("task"), str) and isinstance(columns, list)
+    if not whole or not all(isinstance(one, dict) and set(one) == {*Column.__annotations__} for one in columns):
+        raise UserError(f"'{folder / RESULTS}' is damaged (it does not say the models): run launch/evaluate.py again")
+    return results | {"columns": [Column(**{key: str(value) for key, value in one.items()}) for one in columns]}
+
+
+def label_columns(asked: list[tuple[Path, str]]) -> list[str]:
+    """Return a label for each (model's path, mode): the folder's name, as much of the path as tells them apart, and
+    the mode where it is none that goes without saying."""
+    paths = list(dict.fromkeys(path.resolve() for path, _ in asked))
+    names = {}
+    for path in paths:
+        count = 1
+        while count < len(path.parts) and any(
+            other != path and other.parts[-count:] == path.parts[-count:] for other in paths
+        ):
+            count += 1
+        names[path] = os.sep.join(path.parts[-count:])
+    labels = []
+    for path, mode in asked:
+        name = names[path.resolve()]
+        labels.append(name if mode in ("on", "none") else f"{name} ({'fast weights off' if mode == 'off' else mode})")
+    return labels

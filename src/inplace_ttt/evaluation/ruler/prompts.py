@@ -1,0 +1,173 @@
+"""RULER's samples for a tokenizer: made once, by several processes, and kept in files.
+
+A file ``TASK_LENGTH_SEED_TEMPLATE.jsonl`` lies in a folder named by the tokenizer and by what the samples are made of.
+Sample i does not depend on how many there are: a file with more than are asked for is read as far as needed.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from inplace_ttt.config import UserError, one_line
+from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.evaluation.ruler import TASKS, make_tasks
+from inplace_ttt.evaluation.ruler.fit import Fitter, Sample
+from inplace_ttt.evaluation.ruler.needles import needle_at_depth
+from inplace_ttt.evaluation.ruler.sources import Sources
+from inplace_ttt.evaluation.ruler.task import Draft
+from inplace_ttt.files import read_json_lines, write_text
+from inplace_ttt.signals import end_with_parent
+
+VERSION = 1  # of the generators: samples of others are made anew
+TEMPLATES = ("base", "chat")
+BLOCK = 10  # samples that a process makes at a time
+
+
+@dataclass(frozen=True)
+class Order:
+    """Ask for samples of one task at one length."""
+
+    task: str
+    length: int
+    count: int
+    seed: int
+    template: str  # one of TEMPLATES
+
+    @property
+    def file(self) -> str:
+        return f"{self.task}_{self.length}_{self.seed}_{self.template}.jsonl"
+
+
+class Rendering:
+    """Turn drafts into prompts of a tokenizer, by its chat template or without.
+
+    The chat template, if any, wraps the question; the beginning of the answer follows it, as RULER has it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
+        """Raises UserError where the tokenizer has no chat template and one is asked for."""
+        self.tokenizer, self.template = tokenizer, template
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError("--template chat: the model's tokenizer has no chat template; use --template base")
+
+    def render(self, draft: Draft) -> str:
+        """Return the prompt of a draft."""
+        if self.template == "base":
+            return draft.prompt + draft.answer_prefix
+        try:
+            asked = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": draft.prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        except Exception as error:  # a template raises anything
+            raise UserError(f"--template chat: the tokenizer's chat template fails ({one_line(error)})") from error
+        return asked + draft.answer_prefix
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the tokens of a prompt, as the model reads it. A chat template names the special tokens itself."""
+        return self.tokenizer(prompt, add_special_tokens=self.template == "base", verbose=False)["input_ids"]
+
+
+def samples_of(orders: list[Order], tokenizer_folder: Path, data: Path | None, kept: Path, workers: int,
+               progress: Callable[[int], None] = lambda made: None) -> dict[Order, list[Sample]]:  # fmt: skip
+    """Return the samples of each order, and keep those that were not there.
+
+    Args:
+        tokenizer_folder: where the tokenizer lies.
+        data: RULER's files; None: an installed package.
+        kept: the folder that keeps samples.
+        progress: called after each sample.
+    """
+    folder = kept / _source(load_tokenizer(str(tokenizer_folder)), data)
+    found = {order: read_kept(folder / order.file, order.count) for order in orders}
+    lacking = [order for order in orders if found[order] is None]
+    if lacking:
+        folder.mkdir(parents=True, exist_ok=True)
+        lacking.sort(key=lambda order: -order.length)
+        made: dict[Order, dict[int, Sample]] = {order: {} for order in lacking}
+        for order, samples in _made(lacking, partial(_start, str(tokenizer_folder), data), workers):
+            made[order] |= {sample.index: sample for sample in samples}
+            for _ in samples:
+                progress()
+            if len(made[order]) == order.count:
+                found[order] = [made[order][index] for index in range(order.count)]
+                write_text(folder / order.file, "".join(json.dumps(asdict(one)) + "\n" for one in found[order]))
+    return found
+
+
+def read_kept(path: Path, count: int) -> list[Sample] | None:
+    """Return the first samples of a file; None where it does not hold as many."""
+    records, bad = read_json_lines(path)
+    try:
+        samples = [Sample(**{**record, "answers": tuple(record["answers"])}) for record in records[:count]]
+    except (TypeError, KeyError):
+        return None
+    whole = not bad and [sample.index for sample in samples] == list(range(count))
+    return samples if whole else None
+
+
+def _made(orders: list[Order], start: Callable, workers: int) -> Iterator[tuple[Order, list[Sample]]]:
+    """Yield samples as they are made: first how large the haystack of each order is, then blocks, in any order."""
+    blocks = [(order, range(first, min(first + BLOCK, order.count)))
+              for order in orders for first in range(0, order.count, BLOCK)]  # fmt: skip
+    workers = min(workers, len(blocks))
+    if workers < 2:
+        start()
+        yield from map(_make, [(_size(order), *block) for order in orders for block in blocks if block[0] == order])
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _start_process, (start,)) as pool:
+        sizes = dict(zip(orders, pool.imap(_size, orders), strict=True))
+        yield from pool.imap_unordered(_make, [(sizes[order], order, indices) for order, indices in blocks])
+
+
+_process: dict = {}  # what a process that makes samples keeps between blocks
+
+
+def _start_process(start: Callable) -> None:
+    end_with_parent()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    start()
+
+
+def _start(tokenizer_folder: str, data: Path | None) -> None:
+    _process.update(tokenizer=load_tokenizer(tokenizer_folder), sources=Sources(data))
+
+
+def _size(order: Order) -> int:
+    return _fitter(order).size
+
+
+def _make(block: tuple[int, Order, range]) -> tuple[Order, list[Sample]]:
+    size, order, indices = block
+    fitter = _fitter(order, size)
+    return order, [fitter.sample(index) for index in indices]
+
+
+def _fitter(order: Order, size: int | None = None) -> Fitter:
+    rendering = Rendering(_process["tokenizer"], order.template)
+
+    def count_tokens(text: str) -> int:
+        return len(rendering.encode(text))
+
+    sources = _process["sources"]
+    if order.task in TASKS:
+        task = make_tasks(sources, count_tokens, order.seed)[order.task]
+    else:
+        task = needle_at_depth(order.task, sources)
+    return Fitter(task, order.length, order.seed, rendering.render, count_tokens, size)
+
+
+def _source(tokenizer: PreTrainedTokenizerBase, data: Path | None) -> str:
+    """Return a name for what samples are made of: the tokenizer, how it begins texts, its chat template, the data."""
+    facts = [VERSION, fingerprint(tokenizer), tokenizer("a")["input_ids"], tokenizer.chat_template]
+    facts.append([[str(path), os.path.getsize(path)] for path in sorted(data.glob("*.json"))] if data else None)
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
