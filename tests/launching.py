@@ -38,6 +38,16 @@ def run_main(*arguments: str) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
+def run_evaluate(*arguments: str) -> tuple[int, str]:
+    """As ``run_main``, of ``launch/evaluate.py``."""
+    from inplace_ttt.evaluation.main import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(list(arguments))
+    return code, printed.getvalue()
+
+
 def torchrun(ranks: int, *arguments: str, log: Path) -> subprocess.Popen:
     """The command of the README, in the background."""
     command = [

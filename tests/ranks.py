@@ -11,6 +11,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "inplace_ttt.data.build",
+        "inplace_ttt.evaluation.evaluate",
         "inplace_ttt.megatron.initialize",
         "inplace_ttt.megatron.optimizer",
         "inplace_ttt.training.compose",

@@ -50,6 +50,14 @@ class Job:
         self.watch.share_secret()
         return groups
 
+    @property
+    def store(self):
+        """Return the store of the process group, through which ranks may count together."""
+        import torch.distributed as dist
+
+        # torch has no public name for it
+        return self.rendezvous.store if self.rendezvous else dist.distributed_c10d._get_default_store()
+
     def smallest(self, number: int) -> int:
         """Return the smallest of the ranks' numbers. Every rank calls it."""
         import torch.distributed as dist

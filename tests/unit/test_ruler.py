@@ -1,7 +1,6 @@
 """RULER's samples against the table of its tasks: templates, counts, depths, lengths; and its metric."""
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from inplace_ttt.evaluation.ruler.fit import Fitter
 from inplace_ttt.evaluation.ruler.metric import score
 from inplace_ttt.evaluation.ruler.needles import DEPTHS, NOISE
 from inplace_ttt.evaluation.ruler.sources import Sources
+from ruler_data import write_ruler_data
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 WORD = r"[^\s:]+-[^\s:]+"
@@ -28,34 +28,7 @@ def count_tokens(text: str) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Small stand-ins for the essays, SQuAD and HotpotQA."""
-    folder = tmp_path_factory.mktemp("ruler")
-    sentences = [f"Essay sentence number {n} says little, as Mr. Smith would." for n in range(700)]
-    (folder / "PaulGrahamEssays.json").write_text(json.dumps({"text": "\n\n".join(sentences)}))
-    articles = []
-    for article in range(60):
-        paragraphs = []
-        for place in range(5):
-            text = f"Paragraph {place} of article {article}. " + "Something happens in it. " * (10 + place)
-            qas = [
-                dict(
-                    question=f"Which is {article}.{place}?",
-                    is_impossible=False,
-                    answers=[{"text": f"a{article}b{place}"}],
-                ),
-                dict(question="Which is not there?", is_impossible=True, answers=[]),
-            ]
-            paragraphs.append(dict(context=text, qas=qas))
-        articles.append(dict(paragraphs=paragraphs))
-    (folder / "squad.json").write_text(json.dumps({"data": articles}))
-    hotpot = []
-    for number in range(80):
-        context = [
-            [f"Title {number}.{n}", [f"First of {number}.{n}.", " Second of it, somewhat longer."]] for n in range(10)
-        ]
-        hotpot.append(dict(question=f"Who is {number}?", answer=f"person {number}", context=context))
-    (folder / "hotpotqa.json").write_text(json.dumps(hotpot))
-    return folder
+    return write_ruler_data(tmp_path_factory.mktemp("ruler"))
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,11 @@ class HarnessTask:
 
     def __init__(self, arguments: Arguments, asked: list[Asked]):
         """Find the tasks. Raises UserError where the package or a task is not there."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("harness needs the package lm-eval, which is not installed: pip install lm-eval")
+        if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
+            raise UserError(
+                "harness needs the packages lm-eval and accelerate, which are not both installed: "
+                "pip install lm-eval accelerate"
+            )
         self.arguments, self.asked, self.options = arguments, asked, arguments.options
         self.manager = task_manager()
         self.tasks: dict[str, list[str]] = {}  # the tasks of each name that was asked for: a group has several
@@ -143,13 +146,15 @@ class HarnessTask:
         """Return the table: of each task or group of tasks the mean over its questions."""
         by_model = {}
         for one in self.asked:
-            known = [
-                record for (digest, _, sample), record in results.known.items()
-                if digest == one.column.digest and sample != "end"
-            ]  # fmt: skip
-            names = {self._name(task): name for name, tasks in self.tasks.items() for task in tasks}
+            by_task: dict[str, list[dict]] = {}
+            for (digest, task, sample), record in results.known.items():
+                if digest == one.column.digest and sample != "end":
+                    by_task.setdefault(task, []).append(record)
             by_model[one.column.label] = [
-                record | dict(group=names[record["task"]]) for record in known if record["task"] in names
+                record | dict(group=name)
+                for name, tasks in self.tasks.items()
+                for task in tasks
+                for record in by_task.get(self._name(task), ())
             ]
         return [table(by_model)]
 

@@ -59,9 +59,9 @@ class Results:
     def add(self, record: dict) -> None:
         """Keep a sample: it survives the process from here on."""
         if self._file is None:
-            cut_off = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+            content = self.path.read_bytes() if self.path.is_file() else b""
             self._file = self.path.open("a")
-            if cut_off:
+            if content and not content.endswith(b"\n"):  # a line that was cut off
                 self._file.write("\n")
         self.known[key_of(record)] = record
         self._file.write(json.dumps(record) + "\n")

@@ -26,8 +26,7 @@ class Share:
         key: tells pieces of work of the same name apart.
         """
         self.job, self.name, self.costs, self.samples = job, name, costs, samples
-        store = job.rendezvous.store if job.rendezvous else dist.HashStore()
-        self.store = dist.PrefixStore(f"share/{name}/{key}", store)
+        self.store = dist.PrefixStore(f"share/{name}/{key}", job.store)
         self.before = done
         self.meter = Meter(name, done + sum(samples), done) if job.world.rank == 0 else None
         self.started = time.monotonic()

@@ -158,7 +158,7 @@ def export_checkpoint(
     folder, config = described.folder, described.config
     if base is not None and not base.is_dir():
         raise UserError(f"--base '{base}' is no folder")
-    fault = corruption(folder)
+    fault = corruption(folder, alone=True)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
     reader, model = TensorReader(folder), config.model

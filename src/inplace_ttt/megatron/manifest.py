@@ -66,13 +66,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def corruption(folder: Path) -> str | None:
+def corruption(folder: Path, alone: bool = False) -> str | None:
     """Return what is wrong with a checkpoint folder by its checksums, or None.
 
-    Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same.
+    Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same;
+    unless ``alone``.
     Raises OSError where a file is there and cannot be read.
     """
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone else (0, 1)
     fault = error = None
     try:
         fault = damage(folder) or _compare(folder, rank, size)
