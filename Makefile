@@ -6,10 +6,11 @@ NPROC ?= 2
 # torchrun gives each process one thread unless told otherwise: divide the cores
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 SCRIPTS = $(wildcard launch/*.sh launch/slurm/*.sh docker/*.sh) launch/slurm/train.sbatch .ci/run
-RUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) launch/train.py
+TORCHRUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
+RUN = $(TORCHRUN) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train test test-all test-cluster lint proof image image-cpu clean
+.PHONY: help setup data train evaluate test test-all test-cluster lint proof image image-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,11 @@ data: setup ## make the default corpus: the sources of the installed Python pack
 
 train: data ## the main job: a model with fast weights on real long documents, over two context-parallel ranks
 	@$(RUN) recipe=tiny_ttt
+
+evaluate: setup ## what the fast weights of `make train` are worth: loss by position, and a needle in a haystack
+	@test -d runs/tiny_ttt/checkpoints || $(MAKE) train
+	@$(TORCHRUN) launch/evaluate.py position runs/tiny_ttt --fast-weights on,off --samples 16 --length 4k --min-length 1k
+	@$(TORCHRUN) launch/evaluate.py needle runs/tiny_ttt --fast-weights on,off --samples 4 --lengths 1k,2k,4k
 
 test: setup ## run the tests, but for those marked slow
 	@$(BIN)/python -m pytest -q

