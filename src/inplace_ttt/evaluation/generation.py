@@ -21,6 +21,7 @@ from inplace_ttt.hf import modeling_inplace_ttt as exported
 
 GROUPED = "inplace_ttt_grouped"  # the name of our attention in transformers
 LOOK = 8  # tokens between two looks whether all answers have ended
+ROUND = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def tokens_that_fit(network: PreTrainedModel) -> int:
     if network.device.type != "cuda":
         return 2**13
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(0.6 * free / each)
+    return int(0.7 * free / each)
 
 
 @dataclass
@@ -137,16 +138,17 @@ def _write(
     """Return the tokens of each answer up to its end; ``token`` (rows,) holds the first ones."""
     device, new_tokens = token.device, batch[0].new_tokens
     lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=device)
-    mask = (torch.arange(width + new_tokens, device=device) >= (width - lengths)[:, None]).long()
+    place = torch.arange(rounded(width + new_tokens), device=device)
+    mask = ((place >= (width - lengths)[:, None]) & (place < width))[:, None, None]  # what each row attends to
     stops = torch.tensor(sorted(ends), device=device)
     written, ended = [token], torch.isin(token, stops)
-    padded = bool((lengths < width).any())
     for count in range(1, new_tokens):
         if count % LOOK == 0 and bool(ended.all()):
             break
+        mask[..., width + count - 1] = True
         out = network(
             token[:, None],
-            attention_mask=mask[:, : width + count] if padded else None,
+            attention_mask=mask[..., : rounded(width + count)],
             position_ids=(lengths + count - 1)[:, None],
             past_key_values=cache,
             use_cache=True,
@@ -209,14 +211,17 @@ class SharedCache:
 
 
 class Layer(DynamicLayer):
-    """Keys and values of one layer in memory that has room for the answers: nothing is copied when they grow."""
+    """Keys and values of one layer in memory that has room for the answers: nothing is copied when they grow.
+
+    What is handed out is rounded up in length, for products with odd sizes are slow: a mask leaves the rest out.
+    """
 
     def __init__(self, like: DynamicLayer, rows: int, width: int, room: int):
         super().__init__()
         _, heads, _, size = like.keys.shape
         self.width, self.filled = width, width
-        self.all_keys = like.keys.new_zeros(rows, heads, width + room, size)
-        self.all_values = like.values.new_zeros(rows, heads, width + room, like.values.shape[-1])
+        self.all_keys = like.keys.new_zeros(rows, heads, rounded(width + room), size)
+        self.all_values = like.values.new_zeros(rows, heads, rounded(width + room), like.values.shape[-1])
         self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
         self._look()
 
@@ -233,8 +238,12 @@ class Layer(DynamicLayer):
         self._look()
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        return self.filled
+
     def _look(self) -> None:
-        self.keys, self.values = self.all_keys[:, :, : self.filled], self.all_values[:, :, : self.filled]
+        length = rounded(self.filled)
+        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
 
 
 def _empty_cache(network: PreTrainedModel) -> DynamicCache:
@@ -243,8 +252,16 @@ def _empty_cache(network: PreTrainedModel) -> DynamicCache:
 
 
 def _can_share(network: PreTrainedModel) -> bool:
-    """Tell whether all layers keep keys and values of the whole text: others keep a window of it, or something else."""
-    return all(type(layer) is DynamicLayer for layer in _empty_cache(network).layers)
+    """Tell whether all layers keep keys and values of the whole text, and know positions by rotation alone: others keep
+    a window, or something else, and may not take a mask of rows that begin at different places."""
+    config = network.config
+    plain = config._attn_implementation in ("sdpa", GROUPED) and getattr(config, "rope_parameters", None)
+    return bool(plain) and all(type(layer) is DynamicLayer for layer in _empty_cache(network).layers)
+
+
+def rounded(length: int) -> int:
+    """Return a length as the shared cache has it."""
+    return -(-length // ROUND) * ROUND
 
 
 def _use_attention(network: PreTrainedModel) -> None:

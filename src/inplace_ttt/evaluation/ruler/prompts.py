@@ -28,6 +28,7 @@ from inplace_ttt.signals import end_with_parent
 VERSION = 1  # of the generators: samples of others are made anew
 TEMPLATES = ("base", "chat")
 BLOCK = 10  # samples that a process makes at a time
+WORTHWHILE = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _made(orders: list[Order], start: Callable, workers: int) -> Iterator[tuple[
     """Yield samples as they are made: first how large the haystack of each order is, then blocks, in any order."""
     blocks = [(order, range(first, min(first + BLOCK, order.count)))
               for order in orders for first in range(0, order.count, BLOCK)]  # fmt: skip
-    workers = min(workers, len(blocks))
+    tokens = sum(order.count * order.length for order in orders)
+    workers = min(workers, len(blocks), 1 + tokens // WORTHWHILE)
     if workers < 2:
         start()
         yield from map(_make, [(_size(order), *block) for order in orders for block in blocks if block[0] == order])
