@@ -48,13 +48,13 @@ def run_evaluate(*arguments: str) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
-def torchrun(ranks: int, *arguments: str, log: Path) -> subprocess.Popen:
-    """The command of the README, in the background."""
+def torchrun(ranks: int, *arguments: str, log: Path, script: str = "train.py") -> subprocess.Popen:
+    """A command of the README, in the background."""
     command = [
         str(Path(sys.executable).parent / "torchrun"),
         "--standalone",
         f"--nproc-per-node={ranks}",
-        str(ROOT / "launch/train.py"),
+        str(ROOT / "launch" / script),
         *arguments,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ def torchrun(ranks: int, *arguments: str, log: Path) -> subprocess.Popen:
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks under a torchrun; not the processes that write their checkpoints."""
     children = psutil.Process(process.pid).children()
-    return [child for child in children if any("train.py" in word for word in child.cmdline())]
+    return [child for child in children if any("launch/" in word for word in child.cmdline())]
 
 
 def kill_all(process: subprocess.Popen) -> None:

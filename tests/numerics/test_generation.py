@@ -4,8 +4,11 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
+from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.evaluation import generation
 from inplace_ttt.evaluation.generation import Prompt, answer, batches
 from inplace_ttt.evaluation.models import Model
 from numerics.test_exported_model import build
@@ -45,6 +48,63 @@ def test_answers_of_a_batch_equal_each_alone(model):
     together = answer(model, asked)
     assert together == [answer(model, [prompt])[0] for prompt in asked]
     assert all(isinstance(text, str) for text in together) and any(together)
+
+
+def generated(network, tokenizer, prompt, ends=None):
+    """What transformers generates for a prompt alone."""
+    greedy = GenerationConfig(max_new_tokens=prompt.new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    ids = torch.tensor([prompt.tokens])
+    out = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)[
+        0, ids.shape[1] :
+    ].tolist()
+    return tokenizer.decode([token for token in out if token != ends], skip_special_tokens=True)
+
+
+def plain(**changes):
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=270, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(Qwen3Config(**config | changes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["fast weights", "grouped heads", "single heads", "eager", "window"])
+def test_answers_equal_what_transformers_generates(model, kind):
+    networks = {
+        "fast weights": lambda: build("qwen3"),
+        "grouped heads": plain,
+        "single heads": lambda: plain(num_key_value_heads=4),
+        "eager": lambda: plain(attn_implementation="eager"),
+        "window": lambda: plain(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+    }
+    network = networks[kind]()
+    shared = Model("model", network, model.tokenizer)
+    assert generation._can_share(network) == (kind not in ("eager", "window"))
+    asked = [prompt for prompt in prompts(12, 3) if prompt.new_tokens == 20]
+    expected = [generated(network, model.tokenizer, prompt) for prompt in asked]
+    assert answer(shared, asked) == expected and len(set(expected)) > 3
+    # an end in the middle of some answers
+    ends = model.tokenizer(expected[0])["input_ids"][6]
+    network.generation_config.eos_token_id = [ends]
+    assert answer(shared, asked) == [generated(network, model.tokenizer, prompt, ends) for prompt in asked]
+
+
+def test_a_batch_that_does_not_fit_is_answered_in_halves(model, monkeypatch):
+    asked = [prompt for prompt in prompts(12, 1) if prompt.new_tokens == 20]
+    expected, sizes, whole = answer(model, asked), [], generation._answer
+
+    def short_of_memory(model, batch, speed):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return whole(model, batch, speed)
+
+    monkeypatch.setattr(generation, "_answer", short_of_memory)
+    assert answer(model, asked) == expected and max(sizes[1:]) == len(asked) - len(asked) // 2
+    monkeypatch.setattr(generation, "_answer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(UserError, match=r"has no room for a prompt of .* tokens on one GPU"):
+        answer(model, asked)
 
 
 def test_a_folder_that_samples_is_asked_greedily(model):

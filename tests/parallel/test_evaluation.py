@@ -19,7 +19,7 @@ from inplace_ttt.evaluation import answering_task
 from inplace_ttt.evaluation.compare import compare
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.hf.convert import export_checkpoint
-from launching import ROOT, run_evaluate, run_main
+from launching import ROOT, kill_all, run_evaluate, run_main, torchrun, workers
 from ranks import run_ranks
 from ruler_data import write_ruler_data
 
@@ -265,6 +265,31 @@ def test_asked_to_stop(world, tmp_path):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "samples are done, and the same command goes on" in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
+    arguments = [*needle(world), "--batch-tokens", "1", "--samples", "200", "--output", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    process = torchrun(2, *arguments, "parallel.timeout_minutes=0.1", log=log, script="evaluate.py")
+    try:
+        partial = tmp_path / "out/samples.rank_1.jsonl"
+        deadline = time.monotonic() + 120
+        while not (partial.is_file() and partial.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        victim = next(rank for rank in workers(process) if rank.environ()["RANK"] == "1")
+        victim.send_signal(fault)
+        assert process.wait(timeout=90) == 1
+        text = log.read_text()
+        if fault == signal.SIGSTOP:
+            assert "stopped: rank 1" in text and "does not answer any more" in text and "goes on" in text
+        done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
+        arguments[arguments.index("200")] = "4"  # some of which are done
+        code, printed = run_evaluate(*arguments)
+        assert code == 0 and "samples were done before" in printed and done > 4
+    finally:
+        kill_all(process)
 
 
 def test_compare(world, measure, tmp_path):

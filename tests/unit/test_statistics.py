@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from inplace_ttt.evaluation.statistics import difference_interval, mean_interval
+from inplace_ttt.evaluation.statistics import difference_interval, mean_interval, ratio_interval, unpaired_interval
 
 
 @pytest.mark.parametrize(("right", "count"), [(250, 500), (80, 100), (490, 500)])
@@ -51,3 +51,26 @@ def test_pairing_finds_a_small_difference():
 def test_nothing_has_no_mean():
     with pytest.raises(ValueError, match="at least one sample"):
         mean_interval([[1.0], []])
+
+
+def test_a_loss_per_token_weighs_documents_by_their_tokens():
+    found = ratio_interval([10.0, 90.0, 0.0], [10.0, 30.0, 0.0])
+    assert found.mean == 2.5 and found.samples == 2 and found.low == 1.0 and found.high == 3.0
+    rng = random.Random(0)
+    tokens = [rng.choice([100, 400]) for _ in range(300)]
+    losses = [n * rng.gauss(3.0, 0.5) for n in tokens]
+    found = ratio_interval(losses, tokens)
+    ratio = sum(losses) / sum(tokens)
+    # the delta method's standard error of a ratio
+    residuals = [loss - ratio * n for loss, n in zip(losses, tokens, strict=True)]
+    half = 1.96 * math.sqrt(sum(r * r for r in residuals)) / sum(tokens)
+    assert found.low == pytest.approx(ratio - half, abs=0.15 * half)
+    assert found.high == pytest.approx(ratio + half, abs=0.15 * half)
+
+
+def test_an_unpaired_difference_of_binomials():
+    first, second = [[1.0] * 60 + [0.0] * 40], [[1.0] * 160 + [0.0] * 40]
+    found = unpaired_interval(first, second)
+    half = 1.96 * math.sqrt(0.6 * 0.4 / 100 + 0.8 * 0.2 / 200)
+    assert found.mean == pytest.approx(0.2) and found.samples == 300 and found.excludes_zero
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)

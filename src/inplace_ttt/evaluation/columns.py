@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Named
@@ -20,8 +18,11 @@ class Asked:
     column: Column
 
 
-def columns_of(models: list[Path], modes: list[FastWeightMode], dtype: torch.dtype) -> list[Asked]:
-    """Return what is to be evaluated, model by model. Raises UserError where a path holds no model."""
+def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[str]) -> list[Asked]:
+    """Return what is to be evaluated, model by model. Raises UserError where a path holds no model.
+
+    ``numerics``: what else of the command line tells results of a model apart.
+    """
     found = []
     for path in models:
         named = Named.find(path)
@@ -32,7 +33,7 @@ def columns_of(models: list[Path], modes: list[FastWeightMode], dtype: torch.dty
         twice = next(label for label in labels if labels.count(label) > 1)
         raise UserError(f"'{twice}' is named twice: name each model, and each mode in --fast-weights, once")
     return [
-        Asked(named, mode, Column(label, str(named.path), word, named.digest(mode, dtype)))
+        Asked(named, mode, Column(label, str(named.path), word, named.digest(mode, numerics)))
         for (named, mode), word, label in zip(found, words, labels, strict=True)
     ]
 

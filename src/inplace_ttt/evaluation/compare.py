@@ -11,8 +11,8 @@ from inplace_ttt.evaluation.scores import Scores
 
 DIGITS = {"position": 4, "final-block": 4}
 NUMBERS = {  # keys that a sample of each task has, and their kinds
-    "position": dict(ranges=list, context=int),
-    "final-block": dict(ranges=list, context=int),
+    "position": dict(context=int),
+    "final-block": dict(context=int),
     "ruler": dict(length=int, kind=str, score=float),
     "needle": dict(length=int, kind=str, score=float),
     "harness": dict(metric=str, kind=str, score=float),
@@ -76,18 +76,28 @@ def _is_whole(sample: dict, task: str) -> bool:
     """Tell whether a sample has what the task's table needs: a folder may be a stranger's."""
     for key, kind in NUMBERS[task].items():
         value = sample.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        if not (_is_number(value) if kind is not str else isinstance(value, str)):
             return False
-        if kind is float and not abs(value) <= 1e9:
+        if kind is int and not (type(value) is int and value >= 0):
             return False
-    if task == "ruler" and sample["kind"] not in TASKS:
+    if task == "ruler":
+        return sample["kind"] in TASKS
+    if task == "needle":
+        return re.fullmatch(r"needle_[a-z]+_\d{1,3}(\.\d{1,6})?", sample["kind"]) is not None
+    return task == "harness" or _are_ranges(sample.get("ranges"))
+
+
+def _are_ranges(ranges) -> bool:
+    """Tell whether something is what ``PositionRanges.records`` returns."""
+    if not isinstance(ranges, list):
         return False
-    if task == "needle" and not re.fullmatch(r"needle_[a-z]+_\d+(\.\d+)?", sample["kind"]):
-        return False
-    needed = {"from", "to", "tokens", "loss"}
-    return all(
-        isinstance(one, dict)
-        and needed <= set(one)
-        and all(type(one[key]) in (int, float) and abs(one[key]) <= 1e15 for key in needed)
-        for one in sample.get("ranges", [])
-    )
+    for one in ranges:
+        if not isinstance(one, dict) or not all(_is_number(one.get(key)) for key in ("from", "to", "tokens", "loss")):
+            return False
+        if any(type(one[key]) is not int for key in ("from", "to")) or one["tokens"] <= 0:
+            return False
+    return True
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e12

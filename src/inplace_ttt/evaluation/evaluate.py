@@ -33,7 +33,7 @@ KINDS = {
 def evaluate(arguments: Arguments, job: Job) -> int:
     """Measure what is not known yet, and on the first rank write what all samples say. Raises UserError."""
     dtype = _dtype(arguments.options.dtype)
-    asked = columns_of(arguments.models, arguments.modes, dtype)
+    asked = columns_of(arguments.models, arguments.modes, _numerics(arguments, dtype))
     _check_keys(arguments, asked)
     task = KINDS[arguments.task](arguments, asked)  # all that can be checked before any rank waits for another
     job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
@@ -57,11 +57,18 @@ def evaluate(arguments: Arguments, job: Job) -> int:
     return 0
 
 
+def _numerics(arguments: Arguments, dtype: torch.dtype) -> list[str]:
+    """Return what of the command line changes the numbers of a model's results, if only in their last digits."""
+    keys = ("train.precision", "model.transformer_impl", "ttt.comm_dtype")
+    return [str(dtype), *(f"{key}={arguments.overrides[key]}" for key in keys if key in arguments.overrides)]
+
+
 def _check_keys(arguments: Arguments, asked: list[Asked]) -> None:
     """Raise UserError where keys are set that no model of the task is read by."""
     folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
-    if arguments.overrides and (folder or KINDS[arguments.task] is not ReadingTask):
-        key = next(iter(arguments.overrides))
+    keys = [key for key in arguments.overrides if key not in ("parallel.timeout_minutes", "train.eval_positions")]
+    if keys and (folder or KINDS[arguments.task] is not ReadingTask):
+        key = keys[0]
         why = f"'{folder}' is in Hugging Face's format" if folder else f"{arguments.task} exports them first"
         raise UserError(f"{key} is about how training checkpoints are read, and {why}: leave it out")
 

@@ -80,12 +80,12 @@ class Named:
             )
         return [FastWeightMode()]
 
-    def digest(self, mode: FastWeightMode, dtype: torch.dtype) -> str:
+    def digest(self, mode: FastWeightMode, numerics: Sequence[str] = ()) -> str:
         """Return a digest by which results know whether they are of this model, by its files' names, sizes, times."""
         folder = self.folder
         files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in WEIGHTS)
         facts = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        content = json.dumps([str(folder.resolve()), str(mode), str(dtype), facts])
+        content = json.dumps([str(folder.resolve()), str(mode), list(numerics), facts])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

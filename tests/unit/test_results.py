@@ -1,0 +1,120 @@
+"""Folders of results: labels, what survives, what another may have put there."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from inplace_ttt.config import UserError
+from inplace_ttt.evaluation.compare import compare
+from inplace_ttt.evaluation.results import Column, Results, label_columns, read_results
+from inplace_ttt.evaluation.ruler import TASKS
+
+
+def test_labels_tell_models_apart():
+    a, b, c = Path("/x/one/ckpt"), Path("/x/two/ckpt"), Path("/x/base")
+    assert label_columns([(a, "on"), (b, "on"), (c, "none")]) == ["one/ckpt", "two/ckpt", "base"]
+    labels = label_columns([(c, "on"), (c, "off"), (c, "clip=0.1")])
+    assert labels == ["base", "base (fast weights off)", "base (clip=0.1)"]
+
+
+def sample(model: str, index: int, value: float, length=4096, kind="vt") -> dict:
+    return dict(
+        model=model, model_digest=model, task=f"{kind} at {length}", sample=f"{kind}{length}{index}", index=index,
+        length=length, kind=kind, score=value,
+    )  # fmt: skip
+
+
+def write(folder: Path, models: dict[str, list[dict]]) -> Path:
+    folder.mkdir()
+    results = Results(folder, 0)
+    results.claim()
+    results.open()
+    for records in models.values():
+        for record in records:
+            results.add(record)
+    results.close()
+    columns = [vars(Column(model, f"/{model}", "none", model)) for model in models]
+    results.finish(dict(task="ruler", settings={}, columns=columns, scores=[]))
+    return folder
+
+
+def test_two_models_with_a_known_difference(tmp_path):
+    """The second answers one sample in ten that the first does not; each of two tasks counts alike."""
+    rng = random.Random(0)
+    first, second = [], []
+    for kind, count in (("vt", 200), ("cwe", 50)):
+        for index in range(count):
+            right = rng.random() < 0.5
+            first.append(sample("a", index, float(right), kind=kind))
+            second.append(sample("b", index, float(right or index % 10 == 0), kind=kind))
+    folders = [write(tmp_path / "a", {"a": first}), write(tmp_path / "b", {"b": second})]
+    task, scores = compare(*map(str, folders))
+    assert task == "ruler" and [row[1] for row in scores.cells] == ["vt", "cwe", "mean"]
+    gains = {}
+    for kind in ("vt", "cwe"):
+        own = [(a["score"], b["score"]) for a, b in zip(first, second, strict=True) if a["kind"] == kind]
+        gains[kind] = 100 * sum(b - a for a, b in own) / len(own)
+        found = scores.differences["4096", kind]["b"]
+        assert found.mean == pytest.approx(gains[kind]) and found.samples == len(own)
+    mean = scores.differences["4096", "mean"]["b"]
+    assert mean.mean == pytest.approx((gains["vt"] + gains["cwe"]) / 2) and mean.excludes_zero
+    assert scores.cells["4096", "mean"]["a"].low < scores.cells["4096", "mean"]["b"].mean  # unpaired they overlap
+
+
+def test_other_samples_are_compared_unpaired(tmp_path):
+    first = [sample("a", n, n % 2) for n in range(40)]
+    second = [sample("b", n + 100, 1.0) for n in range(30)]
+    _, scores = compare(str(write(tmp_path / "a", {"a": first})), str(write(tmp_path / "b", {"b": second})))
+    found = scores.differences["4096", "vt"]["b"]
+    assert found.mean == pytest.approx(50) and found.low < 50 < found.high and found.samples == 70
+
+
+def test_what_a_stranger_may_send(tmp_path):
+    """Lines and files of any content give a sentence, or are left out; never anything else."""
+    good = write(tmp_path / "good", {"a": [sample("a", n, 0.5) for n in range(5)]})
+    rng = random.Random(0)
+    junk = [None, True, -1, 1e400, float("nan"), 10**400, "", "x" * 1000, [], {}, [[]], {"from": 1}, "needle_x_y"]
+    for number in range(150):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        results = json.loads((good / "results.json").read_text())
+        task = rng.choice(["ruler", "needle", "position", "final-block", "harness"])
+        results["task"] = task
+        lines = []
+        for n in range(5):
+            record = sample("a", n, 0.5, kind=rng.choice([*TASKS, "needle_essay_5"]))
+            record |= dict(metric="acc", context=4, ranges=[{"from": 0, "to": 4, "tokens": 4, "loss": 1.0}])
+            if rng.random() < 0.6:
+                record[rng.choice(list(record))] = rng.choice(junk)
+            lines.append(json.dumps(record))
+        if rng.random() < 0.3:
+            results[rng.choice(list(results))] = rng.choice(junk)
+        if rng.random() < 0.2:
+            lines.append("{" * rng.choice([1, 100_000]))
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "samples.jsonl").write_text("\n".join(lines))
+        other = tmp_path / f"{number}b"
+        other.mkdir()
+        (other / "samples.jsonl").write_text((folder / "samples.jsonl").read_text())
+        (other / "results.json").write_text((folder / "results.json").read_text())
+        try:
+            compare(str(folder), str(other))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(UserError, match=r"has no results\.json"):
+        read_results(tmp_path)
+    (tmp_path / "samples.rank_0.jsonl").touch()
+    with pytest.raises(UserError, match="its evaluation has not ended"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say the models"):
+        read_results(tmp_path)
+    (tmp_path / "samples.rank_0.jsonl").unlink()
+    (tmp_path / "samples.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="is a link"):
+        Results(tmp_path, 0).open()
