@@ -25,12 +25,14 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from inplace_ttt.evaluation.compare import DIGITS, compare, record
+    from inplace_ttt.evaluation.compare import compare, record
     from inplace_ttt.evaluation.pictures import draw
 
-    task, scores = compare(arguments.first, arguments.second)
+    task, scores, notes = compare(arguments.first, arguments.second)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    scores.show(console, DIGITS.get(task, 1))
+    scores.show(console)
+    for note in notes:
+        print(f"note: {note}")
     if arguments.output:
         folder = user_path(arguments.output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Run a job of one or many ranks: join them, watch them, and say in one sentence why they end."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from inplace_ttt.signals import StopRequest
 from inplace_ttt.watch import Watch
 
 SLOW = 6.0  # times the time-out: what may take that long, by the patience of the watch
+ASKED_TO_STOP = 130  # the exit code of what was asked to stop before its end
 GO_ON = "the same command goes on from what was saved"
 
 
@@ -92,6 +94,8 @@ def run_job(
         watch.leave(why)
         if world.rank == 0:
             note_end(why)
+            if code == ASKED_TO_STOP and world.size > 1:  # torchrun, which was asked as well, would not say it
+                print(f"stopped: {why}", file=sys.stderr, flush=True)
         return fail(f"stopped: {why}", code)
 
     def hang(why: str) -> None:  # called beside a rank that stands still

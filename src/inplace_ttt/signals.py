@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ class StopRequest:
 
     def __init__(self):
         self.received: str | None = None
+        self.answer: str | None = None  # is printed when the first request comes, by whoever sets it
         self._heard = 0.0
 
     def __enter__(self) -> "StopRequest":
@@ -31,6 +33,8 @@ class StopRequest:
         if number == signal.SIGINT and self.received == "SIGINT" and now - self._heard > 2:
             raise KeyboardInterrupt
         self._heard = now
+        if self.received is None and self.answer and os.environ.get("RANK", "0") == "0":
+            os.write(2, f"{self.answer}\n".encode())
         self.received = signal.Signals(number).name
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.evaluation.columns import columns_of
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Named, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
@@ -75,8 +76,11 @@ def test_a_checkpoint_is_exported_once(folders, tmp_path):
 def test_a_plain_model_runs_without_its_code(folders, tmp_path):
     on, off = (logits(folders["plain"], mode, tmp_path) for mode in (ON, OFF))
     assert torch.equal(on, off) and not folders["ran"].exists()
+    clipped = FastWeightMode.parse("clip=0.1")
     with pytest.raises(UserError, match=r"--fast-weights clip=0\.1: .* has no fast weights to clip"):
-        logits(folders["plain"], FastWeightMode.parse("clip=0.1"), tmp_path)
+        columns_of([folders["plain"]], [clipped], [])
+    both = columns_of([folders["plain"], folders["exported"]], [ON, clipped], [])
+    assert [one.column.label for one in both] == ["plain", "exported", "exported (clip=0.1)"]
 
 
 @pytest.mark.parametrize("word", ["", "yes", "clip", "clip=", "clip=x", "clip=0", "clip=-1", "clip=inf", "clip=nan"])

@@ -29,14 +29,14 @@ def sample(model: str, index: int, value: float, length=4096, kind="vt") -> dict
 def write(folder: Path, models: dict[str, list[dict]]) -> Path:
     folder.mkdir()
     results = Results(folder, 0)
-    results.claim()
+    columns = [Column(model, f"/{model}", "none", model) for model in models]
+    results.claim("ruler", {}, columns)
     results.open()
     for records in models.values():
         for record in records:
             results.add(record)
     results.close()
-    columns = [vars(Column(model, f"/{model}", "none", model)) for model in models]
-    results.finish(dict(task="ruler", settings={}, columns=columns, scores=[]))
+    results.finish(dict(task="ruler", settings={}, columns=list(map(vars, columns)), scores=[]))
     return folder
 
 
@@ -50,8 +50,8 @@ def test_two_models_with_a_known_difference(tmp_path):
             first.append(sample("a", index, float(right), kind=kind))
             second.append(sample("b", index, float(right or index % 10 == 0), kind=kind))
     folders = [write(tmp_path / "a", {"a": first}), write(tmp_path / "b", {"b": second})]
-    task, scores = compare(*map(str, folders))
-    assert task == "ruler" and [row[1] for row in scores.cells] == ["vt", "cwe", "mean"]
+    task, scores, notes = compare(*map(str, folders))
+    assert task == "ruler" and not notes and [row[1] for row in scores.cells] == ["vt", "cwe", "mean"]
     gains = {}
     for kind in ("vt", "cwe"):
         own = [(a["score"], b["score"]) for a, b in zip(first, second, strict=True) if a["kind"] == kind]
@@ -59,16 +59,46 @@ def test_two_models_with_a_known_difference(tmp_path):
         found = scores.differences["4096", kind]["b"]
         assert found.mean == pytest.approx(gains[kind]) and found.samples == len(own)
     mean = scores.differences["4096", "mean"]["b"]
-    assert mean.mean == pytest.approx((gains["vt"] + gains["cwe"]) / 2) and mean.excludes_zero
+    assert mean.mean == pytest.approx((gains["vt"] + gains["cwe"]) / 2) and mean.excludes_zero(1) and mean.paired
     assert scores.cells["4096", "mean"]["a"].low < scores.cells["4096", "mean"]["b"].mean  # unpaired they overlap
 
 
 def test_other_samples_are_compared_unpaired(tmp_path):
     first = [sample("a", n, n % 2) for n in range(40)]
     second = [sample("b", n + 100, 1.0) for n in range(30)]
-    _, scores = compare(str(write(tmp_path / "a", {"a": first})), str(write(tmp_path / "b", {"b": second})))
+    _, scores, _ = compare(str(write(tmp_path / "a", {"a": first})), str(write(tmp_path / "b", {"b": second})))
     found = scores.differences["4096", "vt"]["b"]
     assert found.mean == pytest.approx(50) and found.low < 50 < found.high and found.samples == 70
+    assert not found.paired
+
+
+def test_what_only_one_has_is_said(tmp_path):
+    first = [sample("a", n, n % 2, length) for n in range(20) for length in (4096, 8192)]
+    second = [sample("b", n, n % 2, length) for n in range(20) for length in (4096, 16384)]
+    folders = write(tmp_path / "a", {"a": first}), write(tmp_path / "b", {"b": second})
+    _, scores, notes = compare(*map(str, folders))
+    assert list(scores.cells) == [("4096", "vt"), ("4096", "mean")]
+    assert notes == ["only a has vt at 8192", "only b has vt at 16384"]
+    other = write(tmp_path / "c", {"c": [sample("c", 0, 1.0, 32768)]})
+    with pytest.raises(UserError, match="nothing in common: there is vt at 16384, vt at 4096, and vt at 32768"):
+        compare(str(folders[1]), str(other))
+
+
+def test_a_folder_belongs_to_one_evaluation(tmp_path):
+    """More samples or models extend it; another task, model or setting would replace what it says."""
+    columns = [Column(name, f"/{name}", mode, "x") for name, mode in (("a", "on"), ("a off", "off"))]
+    results = Results(tmp_path / "out", 0)
+    settings = dict(seed=1, template="base", samples=5)
+    results.claim("ruler", settings, columns[:1])
+    results.finish(dict(task="ruler", settings=settings, columns=[vars(columns[0])], scores=[]))
+    results.claim("ruler", settings | dict(samples=9), columns)
+    for task, changed, others, why in (
+        ("needle", {}, columns, "is of the task ruler"),
+        ("ruler", dict(seed=2), columns, "was made with seed=1, and not 2"),
+        ("ruler", {}, columns[1:], "has results of a, which this command does not name"),
+    ):
+        with pytest.raises(UserError, match=f"{why}: name another folder, or remove this one"):
+            results.claim(task, settings | changed, others)
 
 
 def test_what_a_stranger_may_send(tmp_path):

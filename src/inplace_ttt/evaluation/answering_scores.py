@@ -7,7 +7,12 @@ from inplace_ttt.evaluation.statistics import Interval, difference_interval, mea
 MEAN = "mean"
 
 
-def table(task: str, by_model: dict[str, list[dict]]) -> Scores:
+def about(settings: dict) -> str:
+    """Return what samples were asked, in some words."""
+    return f"{settings.get('template')} template, seed {settings.get('seed')}"
+
+
+def table(task: str, by_model: dict[str, list[dict]], about: str) -> Scores:
     """Return the scores (0 to 100) of samples, as results keep them, of each task and the mean of each length."""
     found: dict[Row, dict[str, dict[str, float]]] = {}
     for label, samples in by_model.items():
@@ -32,10 +37,8 @@ def table(task: str, by_model: dict[str, list[dict]]) -> Scores:
 
     lengths = list(dict.fromkeys(row[0] for row in rows))
     each = [row for length in lengths for row in [*(r for r in rows if r[0] == length), (length, MEAN)]]
-    title, names = (
-        ("RULER", ("length", "task")) if task == "ruler" else ("A needle in a haystack", ("length", "depth %"))
-    )
-    return Scores.of(title, names, "score", each, list(by_model), interval, difference)
+    title, names = ("RULER", ("length", "task")) if task == "ruler" else ("A needle in a haystack", ("length", "depth"))
+    return Scores.of(title, about, names, "score of 100, more is better", 1, each, list(by_model), interval, difference)
 
 
 def _place(row: Row) -> tuple[int, float]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from inplace_ttt.config import UserError
-from inplace_ttt.evaluation.answering_scores import table
+from inplace_ttt.environment import World
+from inplace_ttt.evaluation.answering_scores import about, table
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import Asked
 from inplace_ttt.evaluation.generation import Prompt, Speed, answer, batches, tokens_that_fit
@@ -21,7 +22,7 @@ from inplace_ttt.evaluation.ruler.metric import score
 from inplace_ttt.evaluation.ruler.needles import depth_task
 from inplace_ttt.evaluation.ruler.prompts import Order, Rendering, samples_of
 from inplace_ttt.evaluation.scores import Scores
-from inplace_ttt.evaluation.share import Meter, Share
+from inplace_ttt.evaluation.share import Meter, Share, say_done
 from inplace_ttt.job import SLOW, Job
 from inplace_ttt.megatron import runtime
 
@@ -29,9 +30,7 @@ from inplace_ttt.megatron import runtime
 class AnsweringTask:
     """``ruler`` and ``needle``: the same prompts answered by each model, if they have the same tokenizer."""
 
-    digits = 1
-
-    def __init__(self, arguments: Arguments, asked: list[Asked]):
+    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
         """Check what is asked for. Raises UserError."""
         self.arguments, self.asked, self.options = arguments, asked, arguments.options
         self.orders = orders_of(arguments)
@@ -69,7 +68,7 @@ class AnsweringTask:
                 continue
             made.add(model.fingerprint())
             total = sum(order.count for order in self.orders)
-            with contextlib.closing(Meter(f"samples of {self.arguments.task}", total)) as meter:
+            with contextlib.closing(Meter(f"making samples for {model.path.name}", total)) as meter:
                 workers = self.options.workers or len(os.sched_getaffinity(0))
                 self._samples(self.folders[model.path], workers, meter.advance)
 
@@ -90,6 +89,8 @@ class AnsweringTask:
             ]
             if left:
                 self._ask(one, number, left, len(everything) - len(left), results, job, device, dtype)
+            elif job.world.rank == 0:
+                say_done(f"{self.arguments.task} of {one.column.label}", len(everything))
 
     def _ask(self, one: Asked, number: int, left: list[tuple[Order, Sample]], done: int, results: Results, job: Job,
              device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
@@ -106,7 +107,7 @@ class AnsweringTask:
             for i, text in zip(group, answer(model, prompts, speed), strict=True):
                 results.add(_record(one, *left[i], text))
         if job.world.rank == 0 and speed.read:
-            print(f"{name}, the first rank: {speed}", flush=True)
+            print(f"{name}{', on the first rank' if job.world.size > 1 else ''}: {speed}", flush=True)
         _free(model)
 
     def scores(self, results: Results) -> list[Scores]:
@@ -118,7 +119,7 @@ class AnsweringTask:
             ]
             for one in self.asked
         }
-        return [table(self.arguments.task, by_model)]
+        return [table(self.arguments.task, by_model, about(self.settings))]
 
 
 def orders_of(arguments: Arguments) -> list[Order]:

@@ -20,10 +20,10 @@ tasks
   needle       one needle in a haystack, by depth and length: a heat map
   harness      lm-evaluation-harness: HellaSwag, ARC, MMLU, PIQA and others
 
-MODEL is a run's folder (its last checkpoint), a checkpoint, an exported or any other folder in Hugging Face's format.
-Several models, and the modes of --fast-weights, are compared side by side. Lists are written with commas, and numbers
-of tokens also as 4k or 128k. Under torchrun the ranks share the samples; a training checkpoint is read in its own
-layout, or that of key=value, such as parallel.context_parallel_size=8.
+MODEL is a run's folder (its last checkpoint), a checkpoint, an exported or any other folder in Hugging Face's format;
+code that lies in it never runs. Several models, and the modes of --fast-weights, are compared side by side. Lists are
+written with commas, and numbers of tokens also as 4k or 128k. Under torchrun the ranks share the samples; a training
+checkpoint is read in its own layout, or that of key=value, such as parallel.context_parallel_size=8.
 
   python launch/evaluate.py position runs/tiny_ttt --fast-weights on,off
   torchrun --nproc-per-node 8 launch/evaluate.py ruler exported/ base/ --lengths 4k,32k,128k --samples 100
@@ -54,6 +54,7 @@ class Arguments:
     overrides: dict[str, object]
     modes: list[FastWeightMode]
     output: Path
+    words: list[str]  # the command line
     options: argparse.Namespace = field(repr=False)
 
     @property
@@ -63,7 +64,7 @@ class Arguments:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{message} ({self.prog} --help shows what there is)")
+        raise UserError(f"{message}; {self.prog} --help shows what there is")
 
 
 def parse(words: list[str]) -> Arguments:
@@ -76,28 +77,33 @@ def parse(words: list[str]) -> Arguments:
         dest="task", required=True, metavar="TASK", parser_class=_Parser, help=argparse.SUPPRESS
     )
     for name, (about, add) in TASKS.items():
-        add_options(tasks.add_parser(name, description=about, allow_abbrev=False), name, add)
+        add_options(
+            tasks.add_parser(name, description=about, allow_abbrev=False, prog=f"launch/evaluate.py {name}"), name, add
+        )
     options, rest = parser.parse_known_args(words)
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
-        raise UserError(f"there is no option {unknown[0]} in {options.task}: --help shows what there is")
-    words = [*options.models, *rest]
-    models = [user_path(word) for word in words if not _is_key(word)]
-    overrides = dict(_override(word) for word in words if _is_key(word))
+        raise UserError(
+            f"there is no option {unknown[0]}; launch/evaluate.py {options.task} --help shows what there is"
+        )
+    named = [*options.models, *rest]
+    models = [user_path(word) for word in named if not _is_key(word)]
+    overrides = dict(_override(word) for word in named if _is_key(word))
     if not models:
         raise UserError("no model is named: give a run, a checkpoint or a folder in Hugging Face's format")
     modes = [FastWeightMode.parse(word) for word in options.fast_weights.split(",")]
-    output = user_path(options.output or f"runs/evaluation/{options.task}")
-    return Arguments(options.task, models, overrides, modes, output, options)
+    names = "_".join(dict.fromkeys(path.resolve().name for path in models))
+    output = user_path(options.output or f"runs/evaluation/{options.task}_{names[:80]}")
+    return Arguments(options.task, models, overrides, modes, output, list(words), options)
 
 
 def add_options(parser: argparse.ArgumentParser, task: str, add: Callable) -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="a folder; or key=value, for training checkpoints")
     parser.add_argument(
-        "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or several of them: on,off (on)"
+        "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or several: on,off (on alone)"
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help=f"folder for tables, samples, pictures (runs/evaluation/{task})"
+        "--output", metavar="FOLDER", help=f"folder for tables, samples, pictures (runs/evaluation/{task}_MODELS)"
     )
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                         help="of models in Hugging Face's format; auto: bf16 on a GPU, else fp32")  # fmt: skip
@@ -151,7 +157,12 @@ def _answers(parser: argparse.ArgumentParser) -> None:
 def _ruler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=_token_list, default=[4096], metavar="TOKENS", help="4k,...,256k (4k)")
     parser.add_argument("--tasks", type=_words, metavar="NAMES", help="niah_single_1,vt,... (all thirteen)")
-    parser.add_argument("--samples", type=_count, default=500, help="of each task and length (500)")
+    parser.add_argument(
+        "--samples",
+        type=_count,
+        default=500,
+        help="of each task and length (500); all thirteen tasks need lengths of about 4k",
+    )
     _answers(parser)
 
 
@@ -175,7 +186,7 @@ def _harness(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-fewshot", type=_seed, help="examples before each question (the task's own)")
     parser.add_argument("--limit", type=_count, help="questions of each task (all)")
-    parser.add_argument("--batch-size", type=_count, default=8, help="(8)")
+    parser.add_argument("--batch-size", type=_count, default=8, help="questions asked together (8)")
 
 
 TASKS = {
@@ -183,7 +194,7 @@ TASKS = {
     "final-block": ("Measure the loss on the last tokens of documents as their context grows.", _final_block),
     "ruler": ("Score RULER's thirteen tasks (Hsieh et al., arXiv 2404.06654).", _ruler),
     "needle": ("Hide one needle in a haystack, by depth and length.", _needle),
-    "harness": ("Run lm-evaluation-harness (pip install lm-eval).", _harness),
+    "harness": ("Run lm-evaluation-harness (pip install lm-eval accelerate).", _harness),
 }
 
 

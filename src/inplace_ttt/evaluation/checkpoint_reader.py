@@ -13,6 +13,7 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.evaluation.share import counted
 from inplace_ttt.hf.convert import describe_checkpoint
 from inplace_ttt.job import SLOW, Job
 from inplace_ttt.megatron import runtime
@@ -91,7 +92,8 @@ class CheckpointReader:
         if job.world.rank == 0:
             sizes = " ".join(f"{kind} {getattr(self.groups, kind.lower()).size()}" for kind in ("TP", "PP", "CP", "DP"))
             print(
-                f"'{path}' is read by {job.world.size} ranks: {sizes}, {str(dtype).removeprefix('torch.')}", flush=True
+                f"'{path}' is read by {counted(job.world.size, 'rank')}: {sizes}, {str(dtype).removeprefix('torch.')}",
+                flush=True,
             )
         self.model.eval()
         self.stepper = Stepper(config, self.model, self.model.config, self.groups)

@@ -24,9 +24,11 @@ def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[s
     ``numerics``: what else of the command line tells results of a model apart.
     """
     found = []
-    for path in models:
-        named = Named.find(path)
+    for named in [Named.find(path) for path in models]:
         found += [(named, mode) for mode in named.modes(modes)]
+    clipped = next((mode for mode in modes if mode.clip is not None), None)
+    if clipped and not any(named.has_fast_weights for named, _ in found):
+        raise UserError(f"--fast-weights {clipped}: '{models[0]}' has no fast weights to clip: use on or off")
     words = [str(mode) if named.has_fast_weights else "none" for named, mode in found]
     labels = label_columns([(named.path, word) for (named, _), word in zip(found, words, strict=True)])
     if len(set(labels)) < len(labels):

@@ -9,7 +9,6 @@ from inplace_ttt.evaluation.results import Column, read_results, read_samples
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.evaluation.scores import Scores
 
-DIGITS = {"position": 4, "final-block": 4}
 NUMBERS = {  # keys that a sample of each task has, and their kinds
     "position": dict(context=int),
     "final-block": dict(context=int),
@@ -19,30 +18,71 @@ NUMBERS = {  # keys that a sample of each task has, and their kinds
 }
 
 
-def compare(first: str, second: str) -> tuple[str, Scores]:
-    """Return the task and the table of two evaluations.
+def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
+    """Return the task and the table of two evaluations, and what a reader must know of it.
 
     Args:
         first, second: a folder of results, or FOLDER:MODEL where it holds those of several models.
 
     Raises UserError where they cannot be compared.
     """
-    (task, a, of_a, source), (other, b, of_b, _) = _open(first), _open(second)
+    (task, a, of_a, settings), (other, b, of_b, others) = _open(first), _open(second)
     if task != other:
         raise UserError(f"'{first}' is of {task} and '{second}' of {other}: name two evaluations of one task")
-    labels = (a.label, b.label) if a.label != b.label else (f"{first}: {a.label}", f"{second}: {b.label}")
-    by_model = dict(zip(labels, (of_a, of_b), strict=True))
-    if len(by_model) < 2:
+    labels = (a.label, b.label) if a.label != b.label else _told_apart(first, second, a.label)
+    if labels[0] == labels[1]:
         raise UserError(f"'{first}' is named twice: name two evaluations")
+    by_model = dict(zip(labels, (of_a, of_b), strict=True))
+    notes = [
+        f"{key}: {labels[0]} {_told(settings.get(key))}, {labels[1]} {_told(others.get(key))}"
+        for key in ("documents", "template", "seed", "num_fewshot", "limit")
+        if settings.get(key) != others.get(key)
+    ]
     if task == "harness":
-        scores = harness_scores.table(by_model)
+        scores = harness_scores.table(by_model, harness_scores.about(settings))
     elif task in ("ruler", "needle"):
-        scores = answering_scores.table(task, by_model)
+        scores = answering_scores.table(task, by_model, answering_scores.about(settings))
     else:
-        scores = reading_scores.table(task, by_model, source)
+        scores = reading_scores.table(task, by_model, str(settings.get("documents")))
+    alone = [_rows(task, samples) for samples in by_model.values()]
     if not scores.cells:
-        raise UserError(f"'{first}' and '{second}' have nothing in common: neither a task nor a length, or a position")
-    return task, scores
+        raise UserError(
+            f"'{first}' and '{second}' have nothing in common: there is {_some(alone[0])}, and {_some(alone[1])}"
+        )
+    for label, own, rest in zip(labels, alone, reversed(alone), strict=True):
+        if own - rest:
+            notes.append(f"only {label} has {_some(own - rest)}")
+    return task, scores, notes
+
+
+def _rows(task: str, samples: list[dict]) -> set[str]:
+    """Return the rows that samples make, in words."""
+    if task == "position":
+        return {f"{one['from']}-{one['to']}" for sample in samples for one in sample["ranges"]}
+    if task == "final-block":
+        return {f"context {sample['context']}" for sample in samples}
+    if task == "harness":
+        return {f"{sample['kind']} ({sample['metric']})" for sample in samples}
+    return {f"{sample['kind']} at {sample['length']}" for sample in samples}
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def _told_apart(first: str, second: str, label: str) -> tuple[str, str]:
+    """Return labels for models of one name: with the names of their folders, as short as they differ."""
+    parts = [Path(name.removesuffix(f":{label}")).parts for name in (first, second)]
+    count = 1
+    while parts[0][-count:] == parts[1][-count:] and count < max(map(len, parts)):
+        count += 1
+    names = ["/".join(one[-count:]) for one in parts]
+    return f"{label} ({names[0]})", f"{label} ({names[1]})"
+
+
+def _told(value) -> str:
+    return "has none" if value is None else str(value)[:80]
 
 
 def record(task: str, scores: Scores) -> dict:
@@ -50,8 +90,8 @@ def record(task: str, scores: Scores) -> dict:
     return dict(task=task, scores=scores.records())
 
 
-def _open(name: str) -> tuple[str, Column, list[dict], str]:
-    """Return (task, model, its samples, where they are from) of FOLDER or FOLDER:MODEL."""
+def _open(name: str) -> tuple[str, Column, list[dict], dict]:
+    """Return (task, model, its samples, settings) of FOLDER or FOLDER:MODEL."""
     folder, label = Path(name).expanduser(), None
     if not folder.is_dir() and ":" in name:
         before, _, label = name.partition(":")
@@ -68,8 +108,7 @@ def _open(name: str) -> tuple[str, Column, list[dict], str]:
     if not samples:
         raise UserError(f"'{folder}' holds no samples of '{chosen[0].label}': run launch/evaluate.py again")
     settings = results.get("settings")
-    source = settings.get("documents") if isinstance(settings, dict) else None
-    return task, chosen[0], samples, str(source)
+    return task, chosen[0], samples, settings if isinstance(settings, dict) else {}
 
 
 def _is_whole(sample: dict, task: str) -> bool:

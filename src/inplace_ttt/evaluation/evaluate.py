@@ -1,12 +1,15 @@
 """Evaluate models: the same steps for every task, on every rank."""
 
 import contextlib
+import importlib.metadata
 import shutil
 import sys
+import time
 from dataclasses import asdict
 
 import torch
 from rich.console import Console
+from transformers.utils import logging
 
 from inplace_ttt.config import Parallel, UserError
 from inplace_ttt.evaluation.answering_task import AnsweringTask
@@ -33,27 +36,37 @@ KINDS = {
 def evaluate(arguments: Arguments, job: Job) -> int:
     """Measure what is not known yet, and on the first rank write what all samples say. Raises UserError."""
     dtype = _dtype(arguments.options.dtype)
+    logging.set_verbosity_error()  # what transformers says of tokenizers, on each rank
     asked = columns_of(arguments.models, arguments.modes, _numerics(arguments, dtype))
     _check_keys(arguments, asked)
-    task = KINDS[arguments.task](arguments, asked)  # all that can be checked before any rank waits for another
+    task = KINDS[arguments.task](
+        arguments, asked, job.world
+    )  # all that can be checked before any rank waits for another
     job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
     results = Results(arguments.output, job.world.rank)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
             stack.enter_context(lock_beside(arguments.output, f"--output {arguments.output}"))
-            results.claim()
+            results.claim(arguments.task, task.settings, [one.column for one in asked])
 
         runtime.on_first_rank(claim)
-        results.open()
-        runtime.agree(None)  # nobody writes before all have read
-        task.prepare(job)
-        task.run(results, job, runtime.device(), dtype)
+        try:
+            results.open()
+            runtime.agree(None)  # nobody writes before all have read
+            task.prepare(job)
+            task.run(results, job, runtime.device(), dtype)
+        except UserError:
+            results.close()
+            if job.world.rank == 0:
+                shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
+                results.unclaim()
+            raise
         results.close()
         runtime.agree(None)
         if job.world.rank == 0:
             job.watch.mark("writing the results")
-            _report(task, arguments, asked, results)
+            _report(task, arguments, asked, results, dtype)
     return 0
 
 
@@ -67,26 +80,32 @@ def _check_keys(arguments: Arguments, asked: list[Asked]) -> None:
     """Raise UserError where keys are set that no model of the task is read by."""
     folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
     keys = [key for key in arguments.overrides if key not in ("parallel.timeout_minutes", "train.eval_positions")]
-    if keys and (folder or KINDS[arguments.task] is not ReadingTask):
+    read = KINDS[arguments.task] is ReadingTask
+    if keys and not (read and any(one.model.checkpoint for one in asked)):
         key = keys[0]
         why = f"'{folder}' is in Hugging Face's format" if folder else f"{arguments.task} exports them first"
         raise UserError(f"{key} is about how training checkpoints are read, and {why}: leave it out")
 
 
-def _report(task, arguments: Arguments, asked: list[Asked], results: Results) -> None:
+def _report(task, arguments: Arguments, asked: list[Asked], results: Results, dtype: torch.dtype) -> None:
     results.open()
     tables = task.scores(results)
     results.finish(
         dict(
             task=arguments.task,
             settings=task.settings,
+            command=arguments.words,
+            keys={key: str(value) for key, value in arguments.overrides.items()},
+            dtype=str(dtype).removeprefix("torch."),
+            date=time.strftime("%F %T %z"),
+            versions={name: importlib.metadata.version(name) for name in ("inplace_ttt", "torch", "transformers")},
             columns=[asdict(one.column) for one in asked],
             scores=[record for table in tables for record in table.records()],
         )
     )
     console = Console(width=None if sys.stdout.isatty() else 160)
     for table in tables:
-        table.show(console, task.digits)
+        table.show(console)
     pictures = [path for table in tables for path in draw(arguments.task, table, arguments.output)]
     shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
     written = ", ".join(["results.json", "samples.jsonl", *(path.name for path in pictures)])

@@ -78,8 +78,8 @@ class Speed:
 
     def __str__(self) -> str:
         return (
-            f"{self.read / max(self.reading, 1e-9):,.0f} tokens a second read in {self.reading:.0f} s, "
-            f"{self.written / max(self.writing, 1e-9):,.0f} written in {self.writing:.0f} s"
+            f"prompts read at {self.read / max(self.reading, 1e-9):,.0f} tokens a second ({self.reading:.0f} s), "
+            f"answers written at {self.written / max(self.writing, 1e-9):,.0f} ({self.writing:.0f} s)"
         )
 
 

@@ -4,7 +4,13 @@ from inplace_ttt.evaluation.scores import Row, Scores
 from inplace_ttt.evaluation.statistics import Interval, mean_interval
 
 
-def table(by_model: dict[str, list[dict]]) -> Scores:
+def about(settings: dict) -> str:
+    """Return how the questions were asked, in some words."""
+    shots, limit = settings.get("num_fewshot"), settings.get("limit")
+    return f"{'the tasks own' if shots is None else shots} shots, {'all' if limit is None else limit} questions"
+
+
+def table(by_model: dict[str, list[dict]], about: str) -> Scores:
     """Return the scores in per cent of samples, as results keep them; of a group all questions count alike."""
     found: dict[Row, dict[str, dict[str, float]]] = {}
     for label, samples in by_model.items():
@@ -23,5 +29,13 @@ def table(by_model: dict[str, list[dict]]) -> Scores:
         return mean_interval([[b[key] - a[key] for key in both]]) if both else None
 
     return Scores.of(
-        "lm-evaluation-harness", ("task", "metric"), "per cent", rows, list(by_model), interval, difference
+        "lm-evaluation-harness",
+        about,
+        ("task", "metric"),
+        "per cent, more is better",
+        1,
+        rows,
+        list(by_model),
+        interval,
+        difference,
     )

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.config import UserError, one_line
+from inplace_ttt.environment import World
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import Asked
-from inplace_ttt.evaluation.harness_scores import table
+from inplace_ttt.evaluation.harness_scores import about, table
 from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
@@ -27,9 +28,7 @@ METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task ha
 class HarnessTask:
     """``harness``: every task of lm-evaluation-harness that is asked for, one after the other."""
 
-    digits = 1
-
-    def __init__(self, arguments: Arguments, asked: list[Asked]):
+    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
         """Find the tasks. Raises UserError where the package or a task is not there."""
         if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
             raise UserError(
@@ -156,7 +155,7 @@ class HarnessTask:
                 for task in tasks
                 for record in by_task.get(self._name(task), ())
             ]
-        return [table(by_model)]
+        return [table(by_model, about(self.settings))]
 
 
 def task_manager():

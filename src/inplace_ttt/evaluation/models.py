@@ -66,19 +66,8 @@ class Named:
         return self.path if self.checkpoint is None else self.checkpoint.folder
 
     def modes(self, asked: Sequence[FastWeightMode]) -> list[FastWeightMode]:
-        """Return the modes that a model without fast weights, which has one alone, or with them is evaluated in.
-
-        Raises UserError where there is nothing to clip.
-        """
-        if self.has_fast_weights:
-            return list(asked)
-        clipped = [mode for mode in asked if mode.clip is not None]
-        if clipped:
-            raise UserError(
-                f"--fast-weights {clipped[0]}: '{self.path}' has no fast weights to clip: use on or off, or leave the "
-                f"model out"
-            )
-        return [FastWeightMode()]
+        """Return those modes, or the one that a model without fast weights has."""
+        return list(asked) if self.has_fast_weights else [FastWeightMode()]
 
     def digest(self, mode: FastWeightMode, numerics: Sequence[str] = ()) -> str:
         """Return a digest by which results know whether they are of this model, by its files' names, sizes, times."""

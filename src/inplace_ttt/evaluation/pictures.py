@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from inplace_ttt.evaluation.scores import Scores
+from inplace_ttt.evaluation.statistics import Interval
 from inplace_ttt.training.plots import COLORS, INK, panels, pyplot, save, style
 
-MARKS = "osD^v"
+MARKS = "osD^vP*X"
+MEAN = "mean"
 
 
 def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
@@ -14,48 +16,48 @@ def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
         return [draw_positions(scores, folder / "position.png")]
     if task == "final-block":
         return [draw_contexts(scores, folder / "final-block.png")]
-    if task == "harness":
-        return []
     if task == "needle":
         return [draw_depths(scores, folder / "needle.png")]
-    return [draw_lengths(scores, folder / "ruler.png"), draw_tasks(scores, folder / "ruler_tasks.png")]
+    if task == "ruler":
+        return [draw_lengths(scores, folder / "ruler.png"), draw_tasks(scores, folder / "ruler_tasks.png")]
+    return []
 
 
 def draw_positions(scores: Scores, picture: Path) -> Path:
-    """Draw the loss of each range as a step with its interval, and beside it the differences to the first model."""
-    labels = labels_of(scores)
-    figure, (ax, *rest) = panels(1 + (len(labels) > 1))
-    style(ax, "Loss by position", "position in the document (tokens)", "loss (nats per token)")
+    """Draw the loss of each range as a step, and beside it the differences to the first model. Intervals are bands: of
+    several models those of the differences, for those of the losses lie one over the other."""
+    figure, (ax, *rest) = panels(1 + (len(scores.labels) > 1))
+    where = "position in the document (tokens)"
+    style(ax, "Loss by position", where, "loss (nats per token)", _about(scores))
     ranges = {row: tuple(map(int, row[0].split("-"))) for row in scores.cells}
-    for number, label in enumerate(labels):
-        color = COLORS[number % len(COLORS)]
-        for first, (row, cells) in enumerate(scores.cells.items()):
-            one, (start, stop) = cells[label], ranges[row]
-            ax.plot([start, stop], [one.mean] * 2, color=color, linewidth=2, label=None if first else label)
-            ax.fill_between([start, stop], one.low, one.high, color=color, alpha=0.15, linewidth=0)
-    ax.legend(frameon=False)
+    for number, label in enumerate(scores.labels):
+        cells = {row: cells[label] for row, cells in scores.cells.items()}
+        _draw_steps(ax, ranges, cells, number, label, bands=not rest)
+    _legend(ax)
     for panel in rest:
-        style(
-            panel, f"less the loss of {labels[0]}", "position in the document (tokens)", "difference (nats per token)"
-        )
+        title = f"Difference to {scores.labels[0]}"
+        style(panel, title, where, "difference in loss (nats per token)", "above 0: worse than it; 95% intervals")
         panel.axhline(0, color=INK, linewidth=0.8)
-        for number, label in enumerate(labels[1:], 1):
-            color = COLORS[number % len(COLORS)]
-            for first, (row, cells) in enumerate(scores.differences.items()):
-                if label in cells:
-                    one, (start, stop) = cells[label], ranges[row]
-                    panel.plot([start, stop], [one.mean] * 2, color=color, linewidth=2, label=None if first else label)
-                    panel.fill_between([start, stop], one.low, one.high, color=color, alpha=0.15, linewidth=0)
-        panel.legend(frameon=False)
+        for number, label in enumerate(scores.labels[1:], 1):
+            cells = {row: cells[label] for row, cells in scores.differences.items() if label in cells}
+            _draw_steps(panel, ranges, cells, number, label, bands=True)
+        _legend(panel)
     save(figure, picture)
     return picture
 
 
 def draw_contexts(scores: Scores, picture: Path) -> Path:
-    """Draw the loss of the final block against the context before it."""
-    figure, (ax,) = panels(1)
-    style(ax, "Loss on the final block", "tokens before the block", "loss (nats per token)")
-    _draw_curves(ax, scores, {row: int(row[0]) for row in scores.cells})
+    """Draw the loss of the final block against the context before it, and the differences to the first model."""
+    figure, (ax, *rest) = panels(1 + (len(scores.labels) > 1))
+    places = {row: int(row[0]) for row in scores.cells}
+    style(ax, "Loss on the final block", "tokens before the block", "loss (nats per token)", _about(scores))
+    _draw_curves(ax, scores.cells, scores.labels, places, 0)
+    for panel in rest:
+        title = f"Difference to {scores.labels[0]}"
+        subtitle = "above 0: worse than it; 95% intervals"
+        style(panel, title, "tokens before the block", "difference in loss (nats per token)", subtitle)
+        panel.axhline(0, color=INK, linewidth=0.8)
+        _draw_curves(panel, scores.differences, scores.labels[1:], places, 1)
     save(figure, picture)
     return picture
 
@@ -63,11 +65,13 @@ def draw_contexts(scores: Scores, picture: Path) -> Path:
 def draw_lengths(scores: Scores, picture: Path) -> Path:
     """Draw the mean score against the length."""
     figure, (ax,) = panels(1)
-    means = {row: int(row[0]) for row in scores.cells if row[1] == "mean"}
-    count = len({row[1] for row in scores.cells}) - 1
-    samples = next(iter(scores.cells[next(iter(means))].values())).samples // count
-    style(ax, "RULER", "length (tokens)", "score", f"mean of {count} tasks, {samples} samples each, 95% intervals")
-    _draw_curves(ax, scores, means)
+    means = {row: int(row[0]) for row in scores.cells if row[1] == MEAN}
+    tasks = list(dict.fromkeys(row[1] for row in scores.cells if row[1] != MEAN))
+    samples = sorted({cells[label].samples for row, cells in scores.cells.items() if row[1] != MEAN for label in cells})
+    what = f"the mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+    subtitle = f"{what}, {'/'.join(map(str, samples))} samples of each, {scores.about}, 95% intervals"
+    style(ax, "RULER", "length (tokens)", "score (of 100)", subtitle)
+    _draw_curves(ax, scores.cells, scores.labels, means, 0)
     ax.set_ylim(-3, 103)
     save(figure, picture)
     return picture
@@ -75,69 +79,96 @@ def draw_lengths(scores: Scores, picture: Path) -> Path:
 
 def draw_tasks(scores: Scores, picture: Path) -> Path:
     """Draw a heat map of the score of each task at each length, a panel for each model."""
-    tasks = [task for task in dict.fromkeys(row[1] for row in scores.cells) if task != "mean"]
-    lengths = list(dict.fromkeys(row[0] for row in scores.cells))
-    return _draw_maps(scores, tasks, lengths, lambda task, length: (length, task), "task", picture)
+    tasks = list(dict.fromkeys(row[1] for row in scores.cells))
+    return _draw_maps(scores, tasks, "task", "RULER by task", picture)
 
 
 def draw_depths(scores: Scores, picture: Path) -> Path:
     """Draw the heat map of a needle: depth by length, a panel for each model."""
-    depths = sorted({row[1] for row in scores.cells if row[1] != "mean"}, key=float)
-    lengths = list(dict.fromkeys(row[0] for row in scores.cells))
-    return _draw_maps(
-        scores, depths, lengths, lambda depth, length: (length, depth), "depth of the needle (%)", picture
-    )
+    depths = sorted({row[1] for row in scores.cells if row[1] != MEAN}, key=float)
+    return _draw_maps(scores, [*depths, MEAN], "depth of the needle (%)", "A needle in a haystack", picture)
 
 
-def labels_of(scores: Scores) -> list[str]:
-    """Return the models of a table."""
-    return list(next(iter(scores.cells.values())))
+def _about(scores: Scores) -> str:
+    """Return of what, and of how many, a picture is."""
+    counts = {interval.samples for cells in scores.cells.values() for interval in cells.values()}
+    few = "/".join(map(str, sorted(counts))) if len(counts) < 4 else f"{min(counts)} to {max(counts)}"
+    intervals = ", 95% intervals" if len(scores.labels) == 1 else ""
+    return f"{few} {scores.about}{intervals}"
 
 
-def _draw_curves(ax, scores: Scores, places: dict) -> None:
-    labels = labels_of(scores)
-    for number, label in enumerate(labels):
-        cells = [scores.cells[row][label] for row in places]
-        x = list(places.values())
+def _legend(ax) -> None:
+    """Draw a legend that covers nothing: below the panel."""
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, fontsize=9)
+
+
+def _draw_steps(ax, ranges: dict, cells: dict[tuple, Interval], number: int, label: str, bands: bool) -> None:
+    color = COLORS[number % len(COLORS)]
+    for first, (row, one) in enumerate(cells.items()):
+        start, stop = ranges[row]
+        ax.plot([start, stop], [one.mean] * 2, color=color, linewidth=2, label=None if first else label)
+        if bands and one.low is not None:
+            ax.fill_between([start, stop], one.low, one.high, color=color, alpha=0.15, linewidth=0)
+
+
+def _draw_curves(ax, rows: dict, labels: list[str], places: dict, first: int) -> None:
+    """Draw a curve for each model; each a little beside the others, so that equal ones are seen."""
+    for number, label in enumerate(labels, first):
+        cells = {row: rows[row][label] for row in places if label in rows[row]}
+        shift = 1 + 0.015 * (number - first - (len(labels) - 1) / 2)
+        known = [(one.mean - one.low, one.high - one.mean) if one.low is not None else (0, 0) for one in cells.values()]
         ax.errorbar(
-            x, [one.mean for one in cells],
-            yerr=[[one.mean - one.low for one in cells], [one.high - one.mean for one in cells]],
-            marker=MARKS[number % len(MARKS)], color=COLORS[number % len(COLORS)], linewidth=2, capsize=3, label=label,
+            [places[row] * shift for row in cells], [one.mean for one in cells.values()],
+            yerr=list(zip(*known, strict=True)) if known else None,
+            marker=MARKS[number % len(MARKS)], color=COLORS[number % len(COLORS)], capsize=3, label=label,
         )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(places.values()), [short(place) for place in places.values()])
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    _legend(ax)
 
 
-def _draw_maps(scores: Scores, rows: list[str], lengths: list[str], key, ylabel: str, picture: Path) -> Path:
-    labels, plt = labels_of(scores), pyplot()
-    width, height = 1.6 + 0.75 * max(len(lengths), 3), 1.6 + 0.36 * max(len(rows), 5)
+def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture: Path) -> Path:
+    labels, plt = scores.labels, pyplot()
+    lengths = list(dict.fromkeys(row[0] for row in scores.cells))
+    width, height = 2.2 + 0.7 * max(len(lengths), 2), 1.9 + 0.34 * max(len(rows), 5)
     figure, axs = plt.subplots(
-        1, len(labels), figsize=(width * len(labels) + 0.9, height), dpi=150, squeeze=False, layout="constrained"
-    )
-    counts = {
-        interval.samples for row, cells in scores.cells.items() if row[1] != "mean" for interval in cells.values()
-    }
+        1, len(labels), figsize=(width * len(labels) + 0.9, height), dpi=150, squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    counts = {one.samples for row, cells in scores.cells.items() if row[1] != MEAN for one in cells.values()}
     for ax, label in zip(axs[0], labels, strict=True):
-        values = [[scores.cells[key(row, length)][label].mean for length in lengths] for row in rows]
+        values = [[scores.cells[length, row][label].mean for length in lengths] for row in rows]
         image = ax.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                ax.text(
-                    x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=INK if value > 60 else "white"
-                )
-        ax.set_title(label, loc="left", fontweight="bold", color=INK, fontsize=10)
+                color = INK if value > 60 else "white"
+                ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+        ax.set_title(_folded(label), loc="left", color=INK, fontsize=9)
         ax.set_xticks(range(len(lengths)), [short(int(length)) for length in lengths])
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xlabel("length (tokens)", color=INK)
+        # white lines between cells, and a wider one above the mean
+        ax.set_xticks([x - 0.5 for x in range(1, len(lengths))], minor=True)
+        ax.set_yticks([y - 0.5 for y in range(1, len(rows))], minor=True)
+        ax.grid(which="minor", color="white", linewidth=1.5)
+        ax.tick_params(which="minor", length=0)
+        if rows[-1] == MEAN:
+            ax.axhline(len(rows) - 1.5, color="white", linewidth=5)
         for side in ax.spines.values():
             side.set_visible(False)
     axs[0][0].set_ylabel(ylabel, color=INK)
     samples = "/".join(map(str, sorted(counts)))
-    figure.colorbar(image, ax=list(axs[0]), label=f"score, {samples} samples a cell", fraction=0.05, pad=0.02)
+    word = "sample" if samples == "1" else "samples"
+    figure.colorbar(image, ax=list(axs[0]), label="score (of 100)", fraction=0.05, pad=0.02)
+    figure.suptitle(f"{title}: {samples} {word} a cell, {scores.about}", x=0.01, ha="left", fontsize=10, color=INK)
     save(figure, picture, tight=False)
     return picture
+
+
+def _folded(label: str) -> str:
+    """Return a label in lines that fit over a panel."""
+    return label.replace(" (", "\n(")
 
 
 def short(tokens: int) -> str:

@@ -26,7 +26,8 @@ def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
         return ratio_interval([(b[key][0] - a[key][0]) * a[key][1] for key in both], [a[key][1] for key in both])
 
     title = "Loss by position" if task == "position" else "Loss on the final block"
+    unit = "nats per token, less is better"
     complete = sorted(
         (row for row in rows if len(rows[row]) == len(by_model)), key=lambda row: int(row[0].partition("-")[0])
     )
-    return Scores.of(f"{title}: {source}", (name,), "nats per token", complete, list(by_model), interval, difference)
+    return Scores.of(title, source, (name,), unit, 4, complete, list(by_model), interval, difference)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.config import UserError
+from inplace_ttt.environment import World
 from inplace_ttt.evaluation import documents
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, evaluation_config
@@ -20,7 +21,7 @@ from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.evaluation.reading_scores import table
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
-from inplace_ttt.evaluation.share import Meter, Share, asked_to_end, say_speed
+from inplace_ttt.evaluation.share import Meter, Share, asked_to_end, say_done, say_speed
 from inplace_ttt.job import SLOW, Job
 
 NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at a time"
@@ -29,11 +30,11 @@ NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at
 class ReadingTask:
     """``position`` and ``final-block``: the same documents read by each model."""
 
-    digits = 4
-
-    def __init__(self, arguments: Arguments, asked: list[Asked]):
+    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
         """Choose the documents. Raises UserError."""
-        self.arguments, self.asked, self.task = arguments, asked, arguments.task
+        self.arguments, self.asked, self.task, self.notes = arguments, asked, arguments.task, []
+        paths = {one.model.path for one in asked if one.model.checkpoint}
+        self.configs = {path: evaluation_config(path, arguments.overrides, world.size) for path in paths}
         one_tokenizer(asked, NO_COMPARISON)
         trained = next((one.model.longest() for one in asked if one.model.longest()), 0)
         make = self._positions if self.task == "position" else self._blocks
@@ -48,7 +49,9 @@ class ReadingTask:
         edges = options.ranges or self.arguments.overrides.get("train.eval_positions")
         if edges is not None and (len(edges) < 2 or edges[0] >= length):
             raise UserError(f"--ranges {','.join(map(str, edges))}: name two edges or more, the first below --length")
-        ranges = PositionRanges(tuple(edges)) if edges else PositionRanges.equal(length)
+        ranges = PositionRanges.equal(length)
+        if edges:  # as far as documents are read
+            ranges = PositionRanges((*(edge for edge in edges if edge < length), min(edges[-1], length)))
         chosen = self._documents(Selection(length, options.min_length or length, options.samples, options.seed))
         settings = self._settings(chosen, length) | dict(ranges=list(ranges.edges))
         return [Reading(one, ranges) for one in chosen.documents], [0] * len(chosen.documents), settings
@@ -68,6 +71,12 @@ class ReadingTask:
 
     def _settings(self, chosen: Chosen, length: int) -> dict:
         seed = self.arguments.options.seed
+        trained = max((one.model.longest() for one in self.asked), default=0)
+        if trained and length > trained:
+            self.notes.append(f"{length} tokens are more than the {trained} that the model was trained to read")
+        asked_for = self.arguments.options.samples
+        if len(chosen.documents) < asked_for:
+            self.notes.append(f"{len(chosen.documents)} documents are long enough, of --samples {asked_for}")
         return dict(documents=chosen.source, count=len(chosen.documents), length=length, seed=seed)
 
     def _documents(self, selection: Selection) -> Chosen:
@@ -76,7 +85,10 @@ class ReadingTask:
         return chosen
 
     def prepare(self, job: Job) -> None:
-        """Do nothing: the documents are there."""
+        """Say what a reader must know of the documents, which are there."""
+        if job.world.rank == 0:
+            for note in self.notes:
+                print(f"note: {note}", flush=True)
 
     def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
         """Measure what is not known yet. Every rank calls it."""
@@ -88,6 +100,8 @@ class ReadingTask:
                 if (one.column.digest, self.task, digest) not in results.known
             ]
             if not left:
+                if job.world.rank == 0:
+                    say_done(f"{self.task} of {one.column.label}", len(self.digests))
                 continue
             left.sort(key=lambda i: -len(self.readings[i].document.tokens))
             name = f"{self.task} of {one.column.label}"
@@ -97,7 +111,7 @@ class ReadingTask:
             if read != one.model.path:
                 if reader is not None:
                     reader.close()
-                config = evaluation_config(one.model.path, self.arguments.overrides, job.world.size)
+                config = self.configs[one.model.path]
                 reader, read = CheckpointReader(one.model.path, config, job, self.longest), one.model.path
             self._read_checkpoint(one, name, left, results, job, reader)
 

@@ -5,6 +5,7 @@ pictures. While an evaluation runs each rank appends to ``samples.rank_N.jsonl``
 finds there what is done.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from inplace_ttt.config import UserError
 from inplace_ttt.files import read_json, read_json_lines, write_json, write_text
 
 SAMPLES, RESULTS = "samples.jsonl", "results.json"
+# Settings whose other values make another evaluation; others, such as more samples or lengths, extend one
+FIXED = ("documents", "length", "block", "ranges", "seed", "template", "num_fewshot", "limit")
 Key = tuple[str, str, str]  # (the model's digest, task, the sample's digest)
 
 
@@ -38,18 +41,30 @@ class Results:
     def __init__(self, folder: Path, rank: int):
         self.folder, self.path = folder, folder / f"samples.rank_{rank}.jsonl"
         self.known: dict[Key, dict] = {}
-        self._file = None
+        self._file, self.made = None, False
 
-    def claim(self) -> None:
-        """Make the folder, and mark it as ours. Raise UserError where it holds something that is no evaluation."""
+    def claim(self, task: str, settings: dict, columns: list[Column]) -> None:
+        """Make the folder, and mark it as ours. Raise UserError where it holds something that is no evaluation, or
+        the results of another one, which these would replace."""
         folder = self.folder
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file: name a folder")
         ours = (folder / RESULTS).is_file() or any(folder.glob("samples*.jsonl"))
         if folder.is_dir() and not ours and any(folder.iterdir()):
             raise UserError(f"--output {folder} holds something else than an evaluation: name another folder")
+        if (folder / RESULTS).is_file():
+            _check_same(folder, task, settings, columns)
+        self.made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
+
+    def unclaim(self) -> None:
+        """Take back what ``claim`` has made, where nothing was measured."""
+        if self.path.is_file() and not self.path.stat().st_size:
+            self.path.unlink()
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def open(self) -> None:
         """Read what is done. Every rank reads the same, before any writes."""
@@ -80,6 +95,22 @@ class Results:
         write_json(self.folder / RESULTS, results)
         for path in self.folder.glob("samples.rank_*.jsonl"):
             path.unlink(missing_ok=True)
+
+
+def _check_same(folder: Path, task: str, settings: dict, columns: list[Column]) -> None:
+    """Raise UserError where a folder has results that are none of this evaluation's."""
+    before = read_results(folder)
+    there = before["settings"] if isinstance(before.get("settings"), dict) else {}
+    named = [(one.path, one.fast_weights) for one in columns]
+    gone = [one.label for one in before["columns"] if (one.path, one.fast_weights) not in named]
+    why = f"is of the task {before['task']}" if before["task"] != task else None
+    if gone:
+        why = why or f"has results of {', '.join(gone)}, which this command does not name"
+    for key in FIXED:
+        if key in settings and there.get(key) != settings[key]:
+            why = why or f"was made with {key}={there.get(key)}, and not {settings[key]}"
+    if why:
+        raise UserError(f"--output {folder} {why}: name another folder, or remove this one")
 
 
 def read_samples(folder: Path) -> Iterable[dict]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inplace_ttt.job import SLOW, Job, JobStopped
+from inplace_ttt.job import ASKED_TO_STOP, SLOW, Job, JobStopped
 
 LINE = 30.0  # seconds between lines where there is no terminal
 LOOK = 0.1  # seconds between two looks at ranks that are still at work
@@ -37,6 +37,7 @@ class Share:
         Raises JobStopped, on all ranks, where one was asked to stop and something is left to do.
         """
         try:
+            self.job.stop.answer = f"{self.name}: asked to stop, the batches at hand are finished"
             while not self.job.stop.received and (number := self.store.add("next", 1) - 1) < len(self.costs):
                 self.job.watch.mark(f"{self.name}, part {number + 1} of {len(self.costs)}", SLOW)
                 yield number
@@ -70,7 +71,7 @@ class Share:
 def asked_to_end(name: str, done: int, total: int) -> JobStopped:
     """Return what ends a job that was asked to stop before all its samples were done."""
     return JobStopped(
-        f"{name} was asked to stop: {done} of {total} samples are done, and the same command goes on", 130
+        f"{name} was asked to stop: {done} of {total} samples are done, and the same command goes on", ASKED_TO_STOP
     )
 
 
@@ -123,8 +124,19 @@ class Meter:
 
 def say_speed(name: str, samples: int, tokens: float, seconds: float) -> None:
     """Print how fast samples were done."""
-    print(f"{name}: {samples} samples, {tokens / 1e6:.2f}M tokens in {duration(seconds)}, "
-          f"{tokens / max(seconds, 1e-9):,.0f} tokens a second", flush=True)  # fmt: skip
+    each = f"{tokens / 1e6:.2f} million tokens" if tokens >= 1e6 else f"{tokens:,.0f} tokens"
+    speed = tokens / max(seconds, 1e-9)
+    print(f"{name}: {counted(samples, 'sample')} of {each} in {duration(seconds)}, {speed:,.0f} a second", flush=True)
+
+
+def say_done(name: str, samples: int) -> None:
+    """Print that nothing is left to do."""
+    print(f"{name}: all {counted(samples, 'sample')} were done before", flush=True)
+
+
+def counted(number: int, word: str) -> str:
+    """Return 1 sample or 2 samples."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL, RESAMPLES, SEED = 0.95, 10_000, 0
+LEAST = 10  # samples of a group for which there is an interval: of fewer the bootstrap knows too little
 
 
 @dataclass(frozen=True)
@@ -13,22 +14,32 @@ class Interval:
     """A mean with the bounds of its confidence interval."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # None: too few samples for an interval (``LEAST``)
+    high: float | None
     samples: int  # of all groups
+    paired: bool = True  # of a difference: each sample is one of both models
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Tell whether zero lies outside of the interval."""
-        return not self.low <= 0.0 <= self.high
+    def excludes_zero(self, digits: int) -> bool:
+        """Tell whether zero lies outside of the interval, also when rounded to so many digits."""
+        if self.low is None or self.high is None:
+            return False
+        return round(self.low, digits) > 0 or round(self.high, digits) < 0
+
+
+def _interval(mean: float, resampled: np.ndarray, groups: Sequence[np.ndarray], level: float, paired: bool) -> Interval:
+    samples = sum(group.size for group in groups)
+    if min(group.size for group in groups) < LEAST:
+        return Interval(float(mean), None, None, samples, paired)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean), float(low), float(high), samples, paired)
 
 
 def mean_interval(groups: Sequence[Sequence[float]], level: float = LEVEL) -> Interval:
     """Return the plain mean of the groups' means (of one group: its mean) with a bootstrap interval.
 
     Samples are drawn anew with replacement inside each group, so groups keep their weights: RULER's score is the mean
-    of its tasks, whatever their numbers of samples. With one sample, or samples that are all alike, the interval has no
-    width: the bootstrap knows no other outcome.
+    of its tasks, whatever their numbers of samples. Where samples are all alike the interval has no width, for the
+    bootstrap knows no other outcome.
 
     Args:
         groups: scores by task.
@@ -40,9 +51,7 @@ def mean_interval(groups: Sequence[Sequence[float]], level: float = LEVEL) -> In
     means = np.zeros(RESAMPLES)
     for array in arrays:
         means += array[generator.integers(array.size, size=(RESAMPLES, array.size))].mean(axis=1)
-    low, high = np.quantile(means / len(arrays), [(1 - level) / 2, (1 + level) / 2])
-    mean = float(np.mean([array.mean() for array in arrays]))
-    return Interval(mean, float(low), float(high), sum(array.size for array in arrays))
+    return _interval(np.mean([array.mean() for array in arrays]), means / len(arrays), arrays, level, True)
 
 
 def difference_interval(
@@ -72,21 +81,20 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float], level: float
         raise ValueError("a ratio needs at least one sample")
     drawn = np.random.default_rng(SEED).integers(top.size, size=(RESAMPLES, top.size))
     ratios = top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(top.sum() / bottom.sum()), float(low), float(high), int(top.size))
+    return _interval(top.sum() / bottom.sum(), ratios, [top], level, True)
 
 
 def unpaired_interval(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], level: float = LEVEL
 ) -> Interval:
     """Return mean(second) - mean(first) of groups where the two models answered different samples."""
-    generator, means = np.random.default_rng(SEED), []
+    generator, means, arrays = np.random.default_rng(SEED), [], []
     for groups in (first, second):
         total = np.zeros(RESAMPLES)
         for group in groups:
             array = np.asarray(group, dtype=np.float64)
+            arrays.append(array)
             total += array[generator.integers(array.size, size=(RESAMPLES, array.size))].mean(axis=1)
         means.append(total / len(groups))
-    low, high = np.quantile(means[1] - means[0], [(1 - level) / 2, (1 + level) / 2])
     mean = np.mean([np.mean(group) for group in second]) - np.mean([np.mean(group) for group in first])
-    return Interval(float(mean), float(low), float(high), sum(map(len, first)) + sum(map(len, second)))
+    return _interval(mean, means[1] - means[0], arrays, level, False)

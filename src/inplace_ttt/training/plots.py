@@ -8,7 +8,7 @@ from inplace_ttt.training.records import read_metrics
 
 WITHOUT, WITHOUT_LABEL = "loss_without_fast_weights", "held out, fast weights off"
 INK, GRID = "#333333", "#dddddd"
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")  # Okabe and Ito's
 
 
 def pyplot():

@@ -88,10 +88,7 @@ class Fitter:
 
     def _too_short(self, index: int, size: int) -> UserError:
         needed = self._make(index, size).tokens + self.task.new_tokens
-        return UserError(
-            f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens: use "
-            f"a longer one, or leave the task out"
-        )
+        return UserError(f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens")
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``, which does not depend on how many there are."""

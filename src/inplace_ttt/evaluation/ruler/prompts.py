@@ -8,7 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -124,10 +124,11 @@ def _made(orders: list[Order], start: Callable, workers: int) -> Iterator[tuple[
     workers = min(workers, len(blocks), 1 + tokens // WORTHWHILE)
     if workers < 2:
         start()
-        yield from map(_make, [(_size(order), *block) for order in orders for block in blocks if block[0] == order])
+        sizes = _sizes(orders, map(_size, orders))
+        yield from map(_make, [(sizes[order], order, indices) for order, indices in blocks])
         return
     with multiprocessing.get_context("spawn").Pool(workers, _start_process, (start,)) as pool:
-        sizes = dict(zip(orders, pool.imap(_size, orders), strict=True))
+        sizes = _sizes(orders, pool.imap(_size, orders))
         yield from pool.imap_unordered(_make, [(sizes[order], order, indices) for order, indices in blocks])
 
 
@@ -144,8 +145,21 @@ def _start(tokenizer_folder: str, data: Path | None) -> None:
     _process.update(tokenizer=load_tokenizer(tokenizer_folder), sources=Sources(data))
 
 
-def _size(order: Order) -> int:
-    return _fitter(order).size
+def _size(order: Order) -> int | str:
+    """Return the size of an order's haystack, or why there is none."""
+    try:
+        return _fitter(order).size
+    except UserError as error:
+        return str(error)
+
+
+def _sizes(orders: list[Order], found: Iterable[int | str]) -> dict[Order, int]:
+    """Return the sizes by order. Raises UserError with all reasons why there are not some."""
+    sizes = dict(zip(orders, found, strict=True))
+    reasons = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
+    if reasons:
+        raise UserError("; ".join(reasons))
+    return sizes
 
 
 def _make(block: tuple[int, Order, range]) -> tuple[Order, list[Sample]]:
