@@ -161,7 +161,7 @@ def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture
     samples = "/".join(map(str, sorted(counts)))
     word = "sample" if samples == "1" else "samples"
     figure.colorbar(image, ax=list(axs[0]), label="score (of 100)", fraction=0.05, pad=0.02)
-    figure.suptitle(f"{title}: {samples} {word} a cell, {scores.about}", x=0.01, ha="left", fontsize=10, color=INK)
+    figure.suptitle(f"{title}\n{samples} {word} a cell, {scores.about}", x=0.01, ha="left", fontsize=10, color=INK)
     save(figure, picture, tight=False)
     return picture
 

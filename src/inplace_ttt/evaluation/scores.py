@@ -76,7 +76,8 @@ class Scores:
         """Print the table: 95% intervals in brackets, the number of samples beside. Where the models do not fit side by
         side, each has lines of its own."""
         wide = self._table(side_by_side=True)
-        if len(self.labels) > 3 or console.measure(wide).maximum > console.width:
+        needed = console.measure(wide, options=console.options.update(max_width=10_000)).maximum
+        if needed > console.width:
             wide = self._table(side_by_side=False)
         console.print(wide)
         notes = []
