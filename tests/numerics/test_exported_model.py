@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, StaticCache
+from transformers.generation.configuration_utils import CompileConfig
 
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
@@ -40,6 +41,7 @@ def build(variant):
     for name, parameter in model.named_parameters():
         if "ttt" in name:
             parameter.data.normal_(0, 0.3)
+    model.generation_config.eos_token_id = None  # answers have the length that is asked for
     return model
 
 
@@ -117,7 +119,7 @@ def test_the_file_equals_the_operation(variant, monkeypatch):
                 place += size
         whole = model(text, labels=text)
         whole.loss.backward()
-        updates = [row.update for rows in cache.fast_weights.layers.values() for row in rows]
+        updates = [total for state in cache.fast_weights.layers.values() for total in state.sums]
         return [*parts, *updates, whole.logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
     by_operation = read()
@@ -237,14 +239,225 @@ def test_gradients_flow_through_the_updates(model):
 
 
 def test_what_cannot_work_is_refused(model):
-    from transformers import DynamicCache
+    from transformers import DynamicCache, QuantizedCache
 
-    with pytest.raises(ValueError, match="need a FastWeightCache"):
-        model(texts(1, 5), past_key_values=DynamicCache(config=model.config))
-    with pytest.raises(ValueError, match="no place for fast weights"):
-        model.generate(texts(1, 5), cache_implementation="static")
+    filled = DynamicCache(config=model.config)
+    base = (Qwen3ForCausalLM if isinstance(model, QWEN3) else LlamaForCausalLM)(model.config)
+    base(texts(1, 5), past_key_values=filled)
+    with pytest.raises(ValueError, match="was filled without: fast weights need a cache of their own"):
+        model(texts(1, 5), past_key_values=filled)
+    with pytest.raises(ValueError, match=r"cache_implementation=quantized has no place for fast weights: use static"):
+        model.generate(texts(1, 5), cache_implementation="quantized")
+    assert QuantizedCache
     with pytest.raises(NotImplementedError, match="cannot unread"):
         exported.FastWeightCache(config=model.config).crop(3)
+    for call in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(NotImplementedError, match="use generate with a batch of prompts"):
+            call([[1, 2, 3]])
+    with pytest.raises(ValueError, match="several documents in one row cannot be continued"):
+        model(texts(1, 6), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=True)
+    with pytest.raises(ValueError, match="give one of them"):
+        model.generate(texts(1, 5), fast_weights=model.read(texts(1, 40)), past_key_values=DynamicCache())
+
+
+@torch.no_grad()
+def test_caches_that_others_make(model):
+    """The default cache of a forward, and an empty cache of transformers, dynamic or static."""
+    from transformers import DynamicCache, StaticCache
+
+    text = texts(2, 70)
+    whole = model(text, use_cache=False).logits
+    for cache in (None, DynamicCache(), DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=80)):
+        given = {} if cache is None else dict(past_key_values=cache)
+        first = model(text[:, :37], **given)
+        parts, cache = [first.logits], first.past_key_values
+        for place in range(37, 70):
+            parts.append(model(text[:, place : place + 1], past_key_values=cache).logits)
+        assert close(torch.cat(parts, dim=1), whole), type(cache)
+        cache.reset()
+        assert close(model(text, past_key_values=cache).logits, whole)
+
+
+@torch.no_grad()
+def test_packed_rows_are_read_as_their_documents(model):
+    """By positions that start anew, for one row or several, and by cu_seq_lens_q."""
+    lengths = [[30, 1, 39], [5, 65]]
+    for rows in (lengths[:1], lengths[1:], lengths):
+        text = texts(len(rows), 70)
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+        packed = model(text, position_ids=positions).logits
+        for number, row in enumerate(rows):
+            alone = [model(part[None]).logits[0] for part in text[number].split(row)]
+            assert close(packed[number], torch.cat(alone))
+
+
+def test_gradient_checkpointing(model):
+    """Of both kinds: gradients equal those without, also where two forwards come before their backwards."""
+    texts_ = texts(2, 60, 1), texts(2, 50, 2)
+    expected = None
+    model.train()
+    for options in (None, dict(use_reentrant=False), dict(use_reentrant=True)):
+        model.zero_grad()
+        if options:
+            model.gradient_checkpointing_enable(options)
+            model.enable_input_require_grads()
+        if options and options["use_reentrant"] and model.config.ttt_target == "input_embed":
+            with pytest.raises(ValueError, match="use_reentrant=False"):
+                model(texts_[0])
+            continue
+        losses = [model(text, labels=text).loss for text in texts_]
+        (losses[0] + 2 * losses[1]).backward()
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        expected = expected or found
+        assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    model.gradient_checkpointing_disable()
+    model.eval()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_books_in_every_way_of_generating(model):
+    """Beams, several returned sequences, embeddings instead of tokens, static caches: each as the text before it."""
+    book, question = texts(1, 64, 1), texts(2, 12, 2)
+    read = model.read(book)
+    options = dict(max_new_tokens=20, do_sample=False)
+    plain = model.generate(question, fast_weights=read, **options)
+    assert torch.equal(plain, model.generate(question, fast_weights=read, cache_implementation="static", **options))
+    beams = model.generate(question, fast_weights=read, num_beams=3, num_return_sequences=2, **options)
+    alone = [
+        model.generate(row[None], fast_weights=read, num_beams=3, num_return_sequences=2, **options) for row in question
+    ]
+    assert torch.equal(beams, torch.cat(alone)) and len(beams) == 4
+    sampled = model.generate(
+        question, fast_weights=read, num_return_sequences=2, do_sample=True, top_k=1, max_new_tokens=20
+    )
+    assert torch.equal(sampled[::2], plain) and torch.equal(sampled[1::2], plain)
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(question), fast_weights=read, **options)
+    assert torch.equal(embedded, plain[:, 12:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [1, 7, 16, 50])
+def test_reading_in_parts(model, part):
+    book, mask = texts(2, 100, 1), torch.ones(2, 100, dtype=torch.long)
+    mask[1, :30] = 0
+    whole, parts = model.read(book, attention_mask=mask), model.read(book, attention_mask=mask, part=part)
+    assert whole.counts == parts.counts == [100 % CHUNK, 70 % CHUNK]
+    for layer, state in whole.layers.items():
+        for row in range(2):
+            assert close(parts.layers[layer].sum_of(row, torch.device("cpu")), state.sum_of(row, torch.device("cpu")))
+            assert close(parts.layers[layer].tail_of(row, whole.counts[row]), state.tail_of(row, whole.counts[row]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_caches_in_one_graph(variant):
+    """A batch whose chunks end at different steps: the answers of the dynamic cache, by one graph that nothing records
+    anew, also in a second generation."""
+    model, lengths = build(variant), [40, 25, 9]
+    batch, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
+    for number, length in enumerate(lengths):
+        batch[number, 40 - length :], mask[number, 40 - length :] = texts(1, length, length)[0], 1
+    options = dict(attention_mask=mask, max_new_tokens=2 * CHUNK + 5, do_sample=False)
+    expected = model.generate(batch, **options)
+    torch._dynamo.reset()
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    graphs = []
+    for _ in range(2):
+        found = model.generate(batch, cache_implementation="static", compile_config=compile_config, **options)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert torch.equal(found, expected)
+    assert graphs[0] == graphs[1] and not torch._dynamo.utils.counters["graph_break"]
+
+
+@torch.no_grad()
+def test_a_compiled_loop_of_ones_own():
+    """Which folds full chunks itself, and is told where it forgets it."""
+    model, text = build("qwen3"), texts(2, 60)
+    whole = model(text, use_cache=False).logits
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for folds in (True, False):
+        cache = StaticCache(model.config, max_cache_len=80)
+        parts = [model(text[:, :20], past_key_values=cache).logits]
+        for place in range(20, 60):
+            if folds:
+                cache.fold()
+            positions = torch.full((2, 1), place)
+            if not folds and place == 2 * CHUNK:
+                with pytest.raises(RuntimeError, match=r"call past_key_values\.fold\(\) before each compiled step"):
+                    step(text[:, place : place + 1], past_key_values=cache, position_ids=positions)
+                break
+            parts.append(step(text[:, place : place + 1], past_key_values=cache, position_ids=positions).logits)
+        if folds:
+            assert close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "clipped", "input_embed, no projection"])
+def test_adapters(variant):
+    """LoRA on all linear layers, down-projections with fast weights among them: as if it were merged; what makes the
+    targets is left out, and refused where it is named."""
+    from peft import LoraConfig, get_peft_model
+
+    text, options = texts(2, 70), dict(max_new_tokens=30, do_sample=False)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(build(variant).double(), config).double().eval()
+    adapters = {name: one for name, one in adapted.named_parameters() if "lora" in name}
+    assert any("down_proj" in name for name in adapters) and not any("ttt" in name for name in adapters)
+    for one in adapters.values():
+        one.data.normal_(0, 0.2)
+    adapted(text, labels=text).loss.backward()
+    assert all(one.grad.abs().max() > 0 for one in adapters.values())
+    with torch.no_grad():
+        logits, generated = adapted(text).logits, adapted.generate(input_ids=text[:, :30], **options)
+        merged = adapted.merge_and_unload()
+        assert close(merged(text).logits, logits) and torch.equal(merged.generate(text[:, :30], **options), generated)
+    for name in ("ttt_conv", "ttt_proj")[: 1 + build(variant).config.ttt_proj]:
+        with pytest.raises(ValueError, match="is not supported"):
+            get_peft_model(build(variant), LoraConfig(r=4, target_modules=[name]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["qwen3", "clipped"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_layers(variant, place, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    text, options, model = texts(2, 70), dict(max_new_tokens=30, do_sample=False), build(variant)
+    logits, generated = model(text).logits, model.generate(text[:, :30], **options)
+    if place == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    assert close(model(text).logits, logits) and torch.equal(model.generate(text[:, :30], **options), generated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["qwen3", "clipped"])
+def test_quantised_layers(variant):
+    """Int8 weights by torchao: what the same model computes with the numbers that they stand for."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    text, quantised, plain = texts(2, 70), build(variant), build(variant)
+    before = plain(text).logits
+    quantize_(quantised, Int8WeightOnlyConfig())
+    weights = {name: module.weight for name, module in quantised.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in plain.named_modules():
+        if name in weights and type(weights[name]) is not torch.nn.Parameter:
+            module.weight.data = weights[name].dequantize()
+    assert close(quantised(text).logits, plain(text).logits) and not close(plain(text).logits, before)
+    options = dict(max_new_tokens=30, do_sample=False)
+    assert torch.equal(quantised.generate(text[:, :30], **options), plain.generate(text[:, :30], **options))
+
+
+def test_sums_in_two_halves_are_the_sums():
+    total = torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))
+    total[:4] = torch.tensor([0.0, -0.0, 1.00390625, -1.00390625])  # the last two lie between two of bf16
+    high, low = exported._split(total)
+    assert (
+        torch.equal(exported._join(high, low), total) and (high.float() - total).abs().max() <= total.abs().max() / 256
+    )
 
 
 def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):

@@ -205,8 +205,7 @@ class SharedCache:
         cache = _empty_cache(network)
         cache.layers = self.layers
         if self.fast_weights:
-            for layer in self.fast_weights[0].layers:
-                cache.fast_weights.layers[layer] = [own.layers[layer][0] for own in self.fast_weights]
+            cache.fast_weights = exported.FastWeights.join(self.fast_weights)
         return cache
 
 

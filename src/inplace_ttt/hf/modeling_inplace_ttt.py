@@ -14,77 +14,202 @@ the weight that earlier chunks have left, and when it is full adds ``ttt_lr * su
 down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
 is the largest norm of one chunk's update over that of ``W_down``; a larger one is scaled down to it.
 
-Where the package ``inplace_ttt`` is installed, full chunks go through its operation, which has kernels for Hopper GPUs.
+Of a text that goes on, a layer keeps the sum of its updates and the MLP's inputs of the unfinished chunk; z and v are
+made of these when the chunk is full. Where the package ``inplace_ttt`` is installed, chunks go through its operation,
+which has kernels for Hopper GPUs.
 """
 
+import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 try:
     from inplace_ttt.ttt import ChunkTargets, FastWeightState, fast_weight_linear
 except ImportError:
     fast_weight_linear = None
 
+READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
 
-@dataclass
-class RowState:
-    """Hold what one text has written to one layer. Tensors are replaced, never changed: copies may share them."""
 
-    update: Tensor | None = None  # (d, f) fp32, the sum of what full chunks wrote; None: nothing
-    weight: Tensor | None = None  # (d, f), W_down + update in the dtype of the model; None: W_down
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # z (t, f), u (t, d) of the chunk being read
-    count: int = 0  # tokens in it
+class LayerState:
+    """What the texts of a batch have written to one layer, and the inputs of their unfinished chunks.
 
-    def copy(self) -> "RowState":
-        return RowState(self.update, self.weight, list(self.pending), self.count)
+    After a reading these are as they came, row by row. For decoding they lie in buffers of fixed shape: ``update``
+    holds the sums in the dtype of the model, which products read, and ``rest`` what that dtype has rounded away.
+    """
+
+    def __init__(self, rows: int):
+        self.sums: list[Tensor | None] = [None] * rows  # (d, f), fp32 or fp64; None: nothing was written
+        self.tails: list[Tensor | None] = [None] * rows  # (t, d), t < chunk
+        self.update: Tensor | None = None  # (rows, d, f)
+        self.rest: Tensor | None = None  # (rows, d, f), on the host if the model is on a GPU
+        self.inputs: Tensor | None = None  # (rows, chunk, d)
+        self.count: Tensor | None = None  # (rows,) tokens in them, on the device: a graph must not know the number
+
+    def sum_of(self, row: int, device: torch.device) -> Tensor | None:
+        """Return a text's sum of updates (d, f) on a device."""
+        if self.update is None:
+            return None if self.sums[row] is None else self.sums[row].to(device)
+        if self.rest is None:
+            return self.update[row].clone()
+        if self.rest.dtype != torch.int16:
+            return self.rest[row].to(device)
+        return _join(self.update[row], self.rest[row].to(device))
+
+    def put_sum(self, row: int, total: Tensor) -> None:
+        """Replace a text's sum of updates."""
+        if self.update is None:
+            self.sums[row] = total
+        elif self.rest is None:
+            self.update[row] = total
+        else:
+            high, low = _split(total) if self.rest.dtype == torch.int16 else (total, total)
+            self.update[row] = high
+            self.rest[row].copy_(low)
+
+    def tail_of(self, row: int, count: int) -> Tensor | None:
+        """Return the inputs (count, d) of a text's unfinished chunk."""
+        if self.inputs is None:
+            return self.tails[row]
+        return self.inputs[row, :count]
+
+    def put_tail(self, row: int, tail: Tensor | None) -> None:
+        """Replace the inputs of a text's unfinished chunk."""
+        if self.inputs is None:
+            self.tails[row] = None if tail is None else tail.detach().clone()
+        elif tail is not None:
+            self.inputs[row, : len(tail)] = tail
+
+    def fix(self, chunk: int, counts: list[int], like: Tensor, shape: tuple[int, int] | None, always: bool) -> None:
+        """Move everything into buffers of fixed shape.
+
+        Args:
+            like: (rows, t, d), an input of the layer.
+            shape: (d, f) of sums of updates; None: there are none to come.
+            always: also keep room for sums where nothing was written yet, which a graph cannot get later.
+        """
+        rows = len(counts)
+        if self.inputs is None:
+            self.inputs = like.new_zeros(rows, chunk, like.shape[-1])
+            for row, tail in enumerate(self.tails):
+                if tail is not None:
+                    self.inputs[row, : len(tail)] = tail
+            self.tails = [None] * rows
+            self.count = torch.tensor(counts, device=like.device)
+            self.rows = torch.arange(rows, device=like.device)
+            _mark_static(self.inputs, self.count, self.rows)
+        if self.update is None and shape is not None and (always or any(total is not None for total in self.sums)):
+            self.update = like.new_zeros(rows, *shape)
+            if like.dtype in (torch.bfloat16, torch.float16):
+                kind = torch.int16 if like.dtype == torch.bfloat16 else torch.float32
+                place = dict(device="cpu", pin_memory=True) if like.is_cuda else dict(device=like.device)
+                self.rest = torch.zeros(rows, *shape, dtype=kind, **place)
+            for row, total in enumerate(self.sums):
+                if total is not None:
+                    self.put_sum(row, total.to(like.device))
+            self.sums = [None] * rows
+            _mark_static(self.update)
+
+    def step(self, x: Tensor) -> None:
+        """Take one input (rows, 1, d) of each text into its unfinished chunk."""
+        with torch.no_grad():
+            torch._assert_async(
+                (self.count < self.inputs.shape[1]).all(),
+                "a chunk of fast weights is full: call past_key_values.fold() before each compiled step",
+            )
+            self.inputs.index_put_((self.rows, self.count), x[:, 0].to(self.inputs.dtype))
+            self.count.add_(1)
+
+    def recount(self, counts: list[int]) -> None:
+        """Set how many tokens the unfinished chunks hold."""
+        if self.count is not None:
+            self.count.copy_(torch.tensor(counts))
+
+
+def _mark_static(*tensors: Tensor) -> None:
+    """Tell torch.compile that buffers keep their addresses, so that its graphs neither copy nor refuse them."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
 
 class FastWeights:
-    """The fast weights of all TTT layers for each text of a batch."""
+    """The fast weights of all TTT layers for each text of a batch, between two forwards."""
 
     def __init__(self):
-        self.layers: dict[int, list[RowState]] = {}
-        self._stacked: dict[int, tuple[list, Tensor]] = {}
+        self.layers: dict[int, LayerState] = {}
+        self.counts: list[int] = []  # tokens in the unfinished chunk of each text
+        self.embeds: LayerState | None = None  # the embeddings of the unfinished chunks, for ttt_target = input_embed
+        self.mlps: list = []  # the layers that read these texts
+        self.mask: Tensor | None = None  # (rows, t) of the forward that begins, where it gets another form of it
+        self.static = False  # buffers have their final shape after the first forward, for graphs
 
-    def rows(self, layer: int, batch_size: int) -> list[RowState]:
-        rows = self.layers.setdefault(layer, [RowState() for _ in range(batch_size)])
-        if len(rows) != batch_size:
-            raise ValueError(f"these fast weights are of {len(rows)} texts, and the batch has {batch_size}")
-        return rows
+    @property
+    def rows(self) -> int:
+        return len(self.counts)
 
-    def weights(self, layer: int, start: Tensor) -> Tensor:
-        """(batch, d, f): what each text has made of ``start``, laid side by side once after each change."""
-        own = [start if row.weight is None else row.weight for row in self.layers[layer]]
-        known, stacked = self._stacked.get(layer, ([], None))
-        if len(known) != len(own) or any(a is not b for a, b in zip(known, own, strict=True)):
-            stacked = torch.stack(own)
-            self._stacked[layer] = own, stacked
-        return stacked
+    def states(self) -> list[LayerState]:
+        """Return the states of all layers, and of the embeddings if they are kept."""
+        return [*self.layers.values(), *([] if self.embeds is None else [self.embeds])]
+
+    def fold(self) -> None:
+        """Make updates of the chunks that are full. Between forwards, outside of any graph."""
+        full = [row for row, count in enumerate(self.counts) if self.mlps and count == self.mlps[0].chunk]
+        if not full:
+            return
+        for mlp in self.mlps:
+            mlp.fold(self, full)
+        self.counts = [0 if row in full else count for row, count in enumerate(self.counts)]
+        for state in self.states():
+            state.recount(self.counts)
+
+    def recount(self) -> None:
+        """Take the counts from the device, which waits for it."""
+        counts = [state.count for state in self.layers.values() if state.count is not None]
+        if counts:
+            self.counts = counts[0].tolist()
 
     def select(self, indices: list[int]) -> "FastWeights":
-        """The texts with these numbers, which may come more than once."""
+        """Return copies of the texts with these numbers, which may come more than once."""
         chosen = FastWeights()
-        chosen.layers = {layer: [rows[i].copy() for i in indices] for layer, rows in self.layers.items()}
+        chosen.mlps = self.mlps
+        chosen.counts = [self.counts[i] for i in indices]
+        for layer, state in self.layers.items():
+            chosen.layers[layer] = _selected(state, self.counts, indices)
+        if self.embeds is not None:
+            chosen.embeds = _selected(self.embeds, self.counts, indices)
         return chosen
 
+    @classmethod
+    def join(cls, several: list["FastWeights"]) -> "FastWeights":
+        """Return the texts of several batches as one batch."""
+        joined = cls()
+        parts = [one.select(list(range(one.rows))) for one in several]
+        joined.counts = [count for one in parts for count in one.counts]
+        for layer in parts[0].layers:
+            joined.layers[layer] = _concatenated([one.layers[layer] for one in parts])
+        if parts[0].embeds is not None:
+            joined.embeds = _concatenated([one.embeds for one in parts])
+        return joined
+
     def save(self, path: str) -> None:
-        tensors = {}
-        for layer, rows in self.layers.items():
-            for number, row in enumerate(rows):
-                name = f"{layer}.{number}."
-                tensors[name + "count"] = torch.tensor(row.count)
-                if row.update is not None:
-                    tensors[name + "update"] = row.update.contiguous()
-                if row.pending:
-                    for key, parts in zip(("z", "u"), zip(*row.pending, strict=True), strict=True):
-                        tensors[name + key] = torch.cat(parts).contiguous()
+        """Write a safetensors file."""
+        tensors = {"count": torch.tensor(self.counts)}
+        states = dict(self.layers) | ({} if self.embeds is None else {"embeds": self.embeds})
+        for layer, state in states.items():
+            for row, count in enumerate(self.counts):
+                total, tail = state.sum_of(row, torch.device("cpu")), state.tail_of(row, count)
+                if total is not None:
+                    tensors[f"{layer}.{row}.update"] = total.contiguous()
+                if count:
+                    tensors[f"{layer}.{row}.inputs"] = tail.contiguous().clone()
         save_file(tensors, path)
         mask = os.umask(0)
         os.umask(mask)
@@ -97,56 +222,178 @@ class FastWeights:
         try:
             with safe_open(path, framework="pt") as file:
                 present = set(file.keys())
-                for layer, number in sorted({tuple(map(int, name.split(".")[:2])) for name in present}):
-                    names = {key: f"{layer}.{number}.{key}" for key in ("count", "update", "z", "u")}
-                    read = {key: file.get_tensor(name) for key, name in names.items() if name in present}
-                    present -= set(names.values())
-                    pending = [(read["z"], read["u"])] if "z" in read else []
-                    row = RowState(read.get("update"), None, pending, int(read["count"]))
-                    if row.count != sum(len(z) for z, _ in pending) or any(len(z) != len(u) for z, u in pending):
+                found.counts = [int(count) for count in file.get_tensor("count").tolist()]
+                present.discard("count")
+                for name in sorted(present):
+                    layer, row, what = name.split(".")
+                    key = layer if layer == "embeds" else int(layer)
+                    if what not in ("update", "inputs") or (key == "embeds" and what == "update"):
+                        raise ValueError(f"but {name}")
+                    if key == "embeds" and found.embeds is None:
+                        found.embeds = LayerState(found.rows)
+                    state = found.embeds if key == "embeds" else found.layers.setdefault(key, LayerState(found.rows))
+                    values = state.sums if what == "update" else state.tails
+                    if not 0 <= int(row) < found.rows or values[int(row)] is not None:
+                        raise ValueError(f"but {name}")
+                    values[int(row)] = file.get_tensor(name)
+            states = [*found.layers.values(), *([] if found.embeds is None else [found.embeds])]
+            for row, count in enumerate(found.counts):
+                for state in states:
+                    tail = state.tails[row]
+                    if count < 0 or (0 if tail is None else len(tail)) != count:
                         raise ValueError("tokens that do not add up")
-                    if number != len(found.layers.setdefault(layer, [])):
-                        raise ValueError("a text that is missing")
-                    found.layers[layer].append(row)
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"'{path}' holds no fast weights ({error})") from error
-        if present:
-            raise ValueError(f"'{path}' holds no fast weights (but {sorted(present)[0]})")
         return found
 
 
-class FastWeightCache(DynamicCache):
+def _selected(state: LayerState, counts: list[int], indices: list[int]) -> LayerState:
+    chosen = LayerState(len(indices))
+    device = state.update.device if state.update is not None else None
+    for place, row in enumerate(indices):
+        total = state.sums[row] if device is None else state.sum_of(row, device)
+        chosen.sums[place] = total  # replaced, never changed: copies may share it
+        tail = state.tail_of(row, counts[row])
+        chosen.tails[place] = None if tail is None or not counts[row] else tail.clone()
+    return chosen
+
+
+def _concatenated(states: list[LayerState]) -> LayerState:
+    joined = LayerState(0)
+    joined.sums = [total for state in states for total in state.sums]
+    joined.tails = [tail for state in states for tail in state.tails]
+    return joined
+
+
+def _split(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return fp32 numbers as bf16, rounded, and the rest of their bits as int16."""
+    bits = total.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    low = bits - (high << 16)
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def _join(high: Tensor, low: Tensor) -> Tensor:
+    """Return the fp32 numbers that ``_split`` has taken apart."""
+    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+class _FastWeightsInCache:
+    """Makes a cache of transformers hold fast weights beside keys and values."""
+
+    fast_weights: FastWeights
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._choose(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._choose(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._choose([row for row in range(self.fast_weights.rows) for _ in range(repeats)])
+
+    def _choose(self, rows: list[int]) -> None:
+        if self.fast_weights.rows:
+            self.fast_weights = self.fast_weights.select(rows)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.fast_weights = FastWeights()
+
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError("fast weights cannot unread: assisted generation and crop do not work with them")
+
+
+class FastWeightCache(_FastWeightsInCache, DynamicCache):
     """Keys, values and fast weights."""
 
     def __init__(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_weights = fast_weights or FastWeights()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.fast_weights = self.fast_weights.select(beam_idx.tolist())
+    def reset(self) -> None:
+        """Forget everything. (DynamicCache would go on with as many zeros.)"""
+        for layer in self.layers:
+            layer.keys, layer.values, layer.is_initialized = None, None, False
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = 0
+        self.fast_weights = FastWeights()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.fast_weights = self.fast_weights.select(indices.tolist())
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        size = max((len(rows) for rows in self.fast_weights.layers.values()), default=0)
-        self.fast_weights = self.fast_weights.select([i for i in range(size) for _ in range(repeats)])
+class FastWeightStaticCache(_FastWeightsInCache, StaticCache):
+    """Keys, values and fast weights in buffers of fixed shape, for torch.compile and its graphs."""
 
-    def crop(self, *args, **kwargs) -> None:
-        raise NotImplementedError("fast weights cannot unread: assisted generation and crop do not work with them")
+    def __init__(self, *args, fast_weights: FastWeights | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fast_weights = fast_weights or FastWeights()
+        self.fast_weights.static = True
+
+    def fold(self) -> None:
+        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each."""
+        self.fast_weights.recount()
+        self.fast_weights.fold()
+
+    def _choose(self, rows: list[int]) -> None:
+        super()._choose(rows)
+        self.fast_weights.static = True
+
+    def reset(self) -> None:
+        super().reset()
+        self.fast_weights.static = True
+
+
+_WITH_FAST_WEIGHTS = {DynamicCache: FastWeightCache, StaticCache: FastWeightStaticCache}
+
+
+def _adopt(cache) -> None:
+    """Make an empty cache of transformers one of ours, so that whoever holds it goes on with it."""
+    kind = _WITH_FAST_WEIGHTS.get(type(cache))
+    if kind is None or (cache.is_initialized and int(cache.get_seq_length()) > 0):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}{'' if kind is None else ' that was filled without'}: "
+            f"fast weights need a cache of their own; leave it out, or give a new DynamicCache or StaticCache"
+        )
+    cache.__class__ = kind
+    cache.fast_weights = FastWeights()
+    cache.fast_weights.static = kind is FastWeightStaticCache
 
 
 @dataclass
 class Reading:
-    """Hold what a forward of the model tells its TTT layers."""
+    """What a forward of the model tells its layers."""
 
-    fast_weights: FastWeights
-    valid: Tensor | None  # (batch, t): False where a token is padding; None: no padding
-    embedded: Tensor | None  # (batch, t, d), for ttt_target = input_embed
-    going_on: bool  # a later forward continues the texts
+    weights: FastWeights | None = None  # of texts that go on; None: nothing is kept
+    valid: list[Tensor] | None = None  # of each row the places that are no padding; None: all
+    documents: list[list[int]] | None = None  # of each row the bounds of its documents; None: one
+    embedded: Tensor | None = None  # (rows, t, d), for ttt_target = input_embed
+
+
+class ChunkConvolution(nn.Module):
+    """A depthwise convolution along a chunk. (Not nn.Conv1d: what adapts those would not reach the updates.)"""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, kernel))
+
+    def forward(self, u: Tensor) -> Tensor:  # (chunks, t, d)
+        d, _, kernel = self.weight.shape
+        return F.conv1d(u.transpose(1, 2), self.weight, padding=kernel // 2, groups=d).transpose(1, 2)
+
+
+class TargetProjection(nn.Module):
+    """Multiplies by P, not by its transpose. (Not nn.Linear: what adapts or quantises those would not fit.)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(width))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return v @ self.weight
 
 
 class FastWeightMLP(nn.Module):
@@ -161,70 +408,126 @@ class FastWeightMLP(nn.Module):
             mlp.act_fn,
         )
         self.layer, self.chunk, self.eta, self.clip = layer, config.ttt_chunk, config.ttt_lr, config.ttt_clip
-        d = config.hidden_size
-        kernel = config.ttt_conv_kernel
-        self.ttt_conv = nn.Conv1d(d, d, kernel, padding=kernel // 2, groups=d, bias=False)
-        self.ttt_proj = nn.Linear(d, d, bias=False) if config.ttt_proj else None  # its weight is P: c P, not c P^T
+        self.shape = config.hidden_size, config.intermediate_size  # of W_down
+        self.ttt_conv = ChunkConvolution(config.hidden_size, config.ttt_conv_kernel)
+        self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
         self.reads_embeddings = config.ttt_target == "input_embed"
-        self.reading: Reading | None = None
+        self.reading: Reading | None = None  # set for each forward by the decoder layer's hook
 
     def forward(self, x: Tensor) -> Tensor:
-        reading = self.reading
-        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        u = reading.embedded if self.reads_embeddings else x
-        rows = reading.fast_weights.rows(self.layer, x.shape[0])
-        for row in rows:
-            if row.weight is None:  # nothing was written yet, or it was loaded from a file
-                row.pending = [(a.to(z), b.to(u)) for a, b in row.pending]
-                if row.update is not None:
-                    row.update = row.update.to(x.device, _sum_dtype(self.down_proj.weight))
-                    row.weight = self._sum(row.update)
+        reading, self.reading = self.reading or Reading(), None
+        z = self._inner(x)
+        if reading.weights is None:
+            return self._pieces(z, reading.embedded if self.reads_embeddings else x, reading)
         if x.shape[1] == 1 and reading.valid is None:
-            return self._one_token(z, u, rows)
-        out = torch.zeros_like(x)
-        for number, row in enumerate(rows):
-            here = slice(None) if reading.valid is None else reading.valid[number].nonzero().squeeze(1)
-            out[number, here] = self._read(row, z[number, here], u[number, here])
+            return self._step(x, z, reading.weights)
+        return self._read(x, z, reading)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+
+    def _step(self, x: Tensor, z: Tensor, weights: FastWeights) -> Tensor:
+        """Read one token of every text, inside a graph if need be. Between two chunk ends nothing is learned."""
+        state = weights.layers[self.layer]
+        if not torch.compiler.is_compiling():
+            state.fix(self.chunk, weights.counts, x, self.shape, weights.static)
+        out = self.down_proj(z)
+        if state.update is not None:
+            out = out + torch.bmm(z, state.update.transpose(1, 2).to(z.dtype))
+        state.step(x)
         return out
 
-    def _one_token(self, z: Tensor, u: Tensor, rows: list[RowState]) -> Tensor:
-        """A step of decoding, all texts at once; one weight is read per text, as without fast weights."""
-        start = self.down_proj.weight
-        if all(row.weight is None for row in rows):
-            out = self.down_proj(z)
-        elif len(rows) == 1:
-            out = F.linear(z, rows[0].weight)
+    def _pieces(self, z: Tensor, u: Tensor, reading: Reading) -> Tensor:
+        """Read texts of which nothing is kept."""
+        if reading.valid is None and reading.documents is None:
+            return self._chunks(z, u, None)[0]
+        out = torch.zeros_like(u, dtype=z.dtype)
+        for row in range(len(z)):
+            here = slice(None) if reading.valid is None else reading.valid[row]
+            bounds = [0, len(z[row, here])] if reading.documents is None else reading.documents[row]
+            parts = [
+                self._chunks(z[row : row + 1, here][:, a:b], u[row : row + 1, here][:, a:b], None)[0]
+                for a, b in itertools.pairwise(bounds)
+            ]
+            out[row, here] = torch.cat(parts, dim=1)[0].to(out.dtype)
+        return out
+
+    def _read(self, x: Tensor, z: Tensor, reading: Reading) -> Tensor:
+        """Read more tokens of texts that go on."""
+        weights = reading.weights
+        if reading.valid is None and len(set(weights.counts)) == 1:
+            out = self._read_rows(list(range(len(x))), x, z, reading.embedded, weights)
         else:
-            out = z @ self.reading.fast_weights.weights(self.layer, start).transpose(1, 2)
-        for number, row in enumerate(rows):
-            self._write(row, z[number], u[number])
+            out = torch.zeros_like(x, dtype=z.dtype)
+            for row in range(len(x)):
+                here = slice(None) if reading.valid is None else reading.valid[row]
+                parts = (None if one is None else one[row : row + 1, here] for one in (x, z, reading.embedded))
+                out[row, here] = self._read_rows([row], *parts, weights)[0].to(out.dtype)
+        if weights.static:
+            lengths = [x.shape[1]] * len(x) if reading.valid is None else list(map(len, reading.valid))
+            counts = [(count + more) % self.chunk for count, more in zip(weights.counts, lengths, strict=True)]
+            weights.layers[self.layer].fix(self.chunk, counts, x, self.shape, True)
         return out
 
-    def _read(self, row: RowState, z: Tensor, u: Tensor) -> Tensor:
-        """(t, f), (t, d) -> (t, d): apply, then update, chunk by chunk."""
-        alike = z.dtype == u.dtype == self.down_proj.weight.dtype  # under autocast they are not
-        if fast_weight_linear is not None and row.count + len(z) >= self.chunk and alike:
-            return self._read_by_operation(row, z, u)
-        parts = []
-        while len(z):
-            size = min(self.chunk - row.count, len(z))
-            parts.append(F.linear(z[:size], self.down_proj.weight if row.weight is None else row.weight))
-            if size + row.count == self.chunk or self.reading.going_on:
-                self._write(row, z[:size], u[:size])
-            z, u = z[size:], u[size:]
-        return torch.cat(parts) if parts else u
+    def _read_rows(
+        self, rows: list[int], x: Tensor, z: Tensor, embedded: Tensor | None, weights: FastWeights
+    ) -> Tensor:
+        """Read as many tokens of some texts whose chunks are equally full."""
+        state, pending = weights.layers[self.layer], weights.counts[rows[0]]
+        totals = [state.sum_of(row, x.device) for row in rows]
+        total = None
+        if any(one is not None for one in totals):
+            dtype = _sum_dtype(z)
+            zero = z.new_zeros(self.shape, dtype=dtype)
+            total = torch.stack([zero if one is None else one.to(dtype) for one in totals])
+        u = embedded if self.reads_embeddings else x
+        if pending:
+            before = torch.stack([state.tail_of(row, pending) for row in rows]).to(x)
+            z = torch.cat([self._inner(before).to(z.dtype), z], dim=1)
+            x = torch.cat([before, x], dim=1)
+            u = x
+            if self.reads_embeddings:
+                tails = torch.stack([weights.embeds.tail_of(row, pending) for row in rows]).to(embedded)
+                u = torch.cat([tails, embedded], dim=1)
+        out, total = self._chunks(z, u, total)
+        left = x.shape[1] % self.chunk
+        for place, row in enumerate(rows):
+            if total is not None:
+                state.put_sum(row, total[place].detach())
+            state.put_tail(row, x[place, x.shape[1] - left :] if left else None)
+        return out[:, pending:]
 
-    def _read_by_operation(self, row: RowState, z: Tensor, u: Tensor) -> Tensor:
-        """``_read`` by the package's operation, beginning with the tokens of the unfinished chunk."""
-        pending, weight = row.count, self.down_proj.weight
-        z, u = (torch.cat(parts) for parts in zip(*row.pending, (z, u), strict=True))
-        update = row.update
-        if update is None:
-            update = weight.new_zeros(weight.shape, dtype=_sum_dtype(weight))
-        z, u = z[:, None], u[:, None]  # one text
+    def _chunks(self, z: Tensor, u: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Apply, then update, chunk by chunk: (rows, t, f), (rows, t, d) from a chunk's start on -> (rows, t, d).
+
+        ``total``: (rows, d, f), what was written before; returned with what is written here.
+        """
+        weight, length = self._plain_weight(z, u), z.shape[1]
+        if length < self.chunk:
+            return self._product(z, total, weight), total
+        if fast_weight_linear is not None and weight is not None:
+            return self._by_operation(z, u, total, weight)
+        whole = length - length % self.chunk
+        rows, d = u.shape[0], u.shape[2]
+        v = self.ttt_conv(u[:, :whole].reshape(-1, self.chunk, d))
+        v = (v if self.ttt_proj is None else self.ttt_proj(v)).reshape(rows, whole, d)
+        parts, limit = [], None if self.clip is None else self.clip * self.weight_norm()
+        for start in range(0, length, self.chunk):
+            here = slice(start, start + self.chunk)
+            parts.append(self._product(z[:, here], total, weight))
+            if start < whole:
+                written = self._written(v[:, here], z[:, here], limit)
+                total = written if total is None else total + written
+        return torch.cat(parts, dim=1), total
+
+    def _by_operation(self, z: Tensor, u: Tensor, total: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """``_chunks`` by the package's operation."""
+        rows = len(z)
+        if total is None:
+            total = weight.new_zeros(rows, *weight.shape, dtype=_sum_dtype(weight))
+        z, u = z.transpose(0, 1), u.transpose(0, 1)
         ids = torch.arange(len(z), dtype=torch.int32, device=z.device) // self.chunk
         targets = ChunkTargets(u, self.ttt_conv.weight, None if self.ttt_proj is None else self.ttt_proj.weight, ids)
-        state = FastWeightState(update[None], z[:0], u[:0])
         out, state = fast_weight_linear(
             z,
             targets,
@@ -232,42 +535,73 @@ class FastWeightMLP(nn.Module):
             eta=self.eta,
             chunk_size=self.chunk,
             clip=self.clip,
-            initial_state=state,
+            initial_state=FastWeightState(total, z[:0], u[:0]),
             output_final_state=True,
         )
-        row.update, row.count, row.pending = state.updates[0], state.unfinished, []
-        row.weight = self._sum(row.update)
-        if row.count and self.reading.going_on:
-            row.pending = [(z[-row.count :, 0].clone(), u[-row.count :, 0].clone())]
-        return out[pending:, 0]
+        return out.transpose(0, 1), state.updates
 
-    def _write(self, row: RowState, z: Tensor, u: Tensor) -> None:
-        """Add tokens to the chunk that is being read; a full one becomes an update."""
-        row.count += len(z)
-        if row.count < self.chunk:
-            row.pending.append((z.clone(), u.clone()))  # not views, which would keep all of a prompt
-            return
-        z, u = (torch.cat(parts) for parts in zip(*row.pending, (z, u), strict=True))
-        v = self.ttt_conv(u.t()[None])[0].t()
-        if self.ttt_proj is not None:
-            v = v @ self.ttt_proj.weight
-        written = self.eta * (_fp32(v).t() @ _fp32(z))
-        if self.clip is not None:
-            limit = self.clip * _fp32(self.down_proj.weight.detach()).norm()
-            written = written * (limit / written.norm()).clamp(max=1)
-        row.update = written if row.update is None else row.update + written
-        row.weight, row.pending, row.count = self._sum(row.update), [], 0
+    def _product(self, z: Tensor, total: Tensor | None, weight: Tensor | None) -> Tensor:
+        """(rows, t, f) -> (rows, t, d) by W_down and what was written to it."""
+        if total is None:
+            return self.down_proj(z)
+        if weight is not None and len(z) == 1 and z.shape[1] > 1:
+            return F.linear(z, (_wide(weight) + total[0]).to(weight.dtype))
+        return self.down_proj(z) + torch.bmm(z, total.transpose(1, 2).to(z.dtype))
 
-    def _sum(self, update: Tensor) -> Tensor:
-        return (_fp32(self.down_proj.weight) + update).to(self.down_proj.weight.dtype)
+    def _written(self, v: Tensor, z: Tensor, limit: Tensor | None) -> Tensor:
+        """Return the update (rows, d, f) of a full chunk, clipped."""
+        written = self.eta * torch.bmm(_wide(v).transpose(1, 2), _wide(z))
+        if limit is not None:
+            norms = written.flatten(1).norm(dim=1)[:, None, None]
+            written = written * (limit.to(written) / norms).clamp(max=1)
+        return written
+
+    @torch.no_grad()
+    def fold(self, weights: FastWeights, rows: list[int]) -> None:
+        """Make an update of the inputs of these texts' full chunks."""
+        state = weights.layers[self.layer]
+        limit = None if self.clip is None else self.clip * self.weight_norm()
+        for row in rows:
+            x = state.tail_of(row, self.chunk)[None]
+            u = weights.embeds.tail_of(row, self.chunk)[None] if self.reads_embeddings else x
+            v = self.ttt_conv(u)
+            written = self._written(v if self.ttt_proj is None else self.ttt_proj(v), self._inner(x), limit)[0]
+            total = state.sum_of(row, x.device)
+            state.put_sum(row, written if total is None else total + written)
+
+    def weight_norm(self) -> Tensor:
+        """Return the norm of W_down, also where it is offloaded or quantised, or an adapter adds to it."""
+        if self.down_proj.weight.is_meta:
+            from accelerate.utils import align_module_device
+
+            with align_module_device(self.down_proj):
+                return self._weight_norm()
+        return self._weight_norm()
+
+    def _weight_norm(self) -> Tensor:
+        weight = getattr(self.down_proj, "base_layer", self.down_proj).weight
+        weight = (weight if type(weight) is nn.Parameter else weight.dequantize()).detach()
+        for name in getattr(self.down_proj, "active_adapters", ()):
+            if not getattr(self.down_proj, "merged", False):
+                weight = weight + self.down_proj.get_delta_weight(name).detach().to(weight)
+        return _wide(weight).norm()
+
+    def _plain_weight(self, z: Tensor, u: Tensor) -> Tensor | None:
+        """Return W_down if it is what its module multiplies by and nothing else is done there."""
+        module = self.down_proj
+        plain = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
+        hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        if not plain or hooked or not z.dtype == u.dtype == module.weight.dtype or module.weight.device != z.device:
+            return None
+        return module.weight
 
 
-def _sum_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    """fp64 stays as it is."""
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype of sums: fp32, or fp64 if it is that."""
     return tensor.to(_sum_dtype(tensor))
 
 
@@ -281,78 +615,282 @@ class FastWeightsMixin:
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
             self.model.layers[layer].mlp = mlp
             self.fast_mlps.append(mlp)
+        self._book: FastWeights | None = None  # of the generation that begins
         if self.fast_mlps:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            self.model.register_forward_hook(self._after, always_call=True)
+            self.model.register_forward_hook(self._after, with_kwargs=True)
+            for layer in self.model.layers:
+                layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
         self.post_init()
 
+    def _init_weights(self, module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ChunkConvolution):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, TargetProjection):
+            nn.init.eye_(module.weight)
+
     def _before(self, model, args, kwargs):
-        """Tell the TTT layers what is read; the model's own forward knows nothing of them."""
+        """Tell the layers what is read; the model's own forward knows nothing of it."""
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        going_on = cache is not None or bool(kwargs.get("use_cache"))
-        if cache is None and going_on:
-            cache = kwargs["past_key_values"] = FastWeightCache(config=self.config)
-        if cache is not None and not isinstance(cache, FastWeightCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: fast weights need a FastWeightCache")
-        tokens = embeds if embeds is not None else kwargs["input_ids"]
-        valid = kwargs.get("attention_mask")
-        if valid is not None:
-            valid = valid[:, -tokens.shape[1] :].bool() if isinstance(valid, Tensor) and valid.dim() == 2 else None
-            valid = None if valid is None or bool(valid.all()) else valid
-        embedded = None
+        tokens = kwargs.get("inputs_embeds")
+        tokens = kwargs["input_ids"] if tokens is None else tokens
+        rows, length = tokens.shape[:2]
+        reading = Reading()
         if any(mlp.reads_embeddings for mlp in self.fast_mlps):
-            embedded = embeds if embeds is not None else model.embed_tokens(kwargs["input_ids"])
-        reading = Reading(cache.fast_weights if cache is not None else FastWeights(), valid, embedded, going_on)
-        for mlp in self.fast_mlps:
-            mlp.reading = reading
+            embeds = kwargs.get("inputs_embeds")
+            reading.embedded = model.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
+        step = length == 1 and torch.compiler.is_compiling()
+        if not step:
+            self._check(model, kwargs)
+            reading.documents = _documents(kwargs, rows, length)
+        cache = self._cache_of(model, kwargs, reading.documents is not None)
+        if cache is not None:
+            weights = reading.weights = cache.fast_weights
+            if not step:
+                weights = reading.weights = self._open(cache, rows)
+        if not step:
+            reading.valid = self._valid(kwargs.get("attention_mask"), length, reading.weights)
+            if reading.weights is not None and reading.embedded is not None and length == 1 and reading.valid is None:
+                weights.embeds.fix(self.config.ttt_chunk, weights.counts, reading.embedded, None, False)
+        kwargs[READING] = reading
         return args, kwargs
 
-    def _after(self, *_):
+    def _cache_of(self, model, kwargs: dict, packed: bool):
+        """Return the cache of texts that go on, made here if none was given; None where nothing is kept."""
+        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is None:
+            if packed and use:
+                raise ValueError("several documents in one row cannot be continued: read them with use_cache=False")
+            wanted = self.config.use_cache and not packed if use is None else use
+            recomputes = model.is_gradient_checkpointing and model.training
+            kwargs["use_cache"] = bool(wanted) and not recomputes
+            if not kwargs["use_cache"]:
+                return None
+            cache = kwargs["past_key_values"] = FastWeightCache(config=self.config)
+        elif not isinstance(cache, _FastWeightsInCache):
+            _adopt(cache)
+        return cache
+
+    def _open(self, cache, rows: int) -> FastWeights:
+        """Return a cache's fast weights for a batch; of a book each text goes to as many rows."""
+        weights = cache.fast_weights
+        if not weights.rows:
+            weights.counts = [0] * rows
+        elif weights.rows != rows:
+            fresh = not cache.is_initialized or int(cache.get_seq_length()) == 0
+            if rows % weights.rows or not fresh:
+                raise ValueError(f"these fast weights are of {weights.rows} texts, and the batch has {rows}")
+            mask, static, repeats = weights.mask, weights.static, rows // weights.rows
+            weights = cache.fast_weights = weights.select([row for row in range(weights.rows) for _ in range(repeats)])
+            weights.mask, weights.static = mask, static
         for mlp in self.fast_mlps:
-            mlp.reading = None  # the fast weights of a batch end with it
+            weights.layers.setdefault(mlp.layer, LayerState(rows))
+            if mlp.reads_embeddings and weights.embeds is None:
+                weights.embeds = LayerState(rows)
+        weights.mlps = self.fast_mlps
+        return weights
+
+    def _check(self, model, kwargs: dict) -> None:
+        if kwargs.get("cache") is not None:
+            raise ValueError(CONTINUOUS)
+        again = getattr(getattr(model.layers[0], "_gradient_checkpointing_func", None), "keywords", {})
+        recomputes = model.is_gradient_checkpointing and model.training and torch.is_grad_enabled()
+        if recomputes and again.get("use_reentrant", True) and self.fast_mlps[0].reads_embeddings:
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True loses gradients of ttt_target=input_embed: enable it "
+                "with gradient_checkpointing_kwargs=dict(use_reentrant=False)"
+            )
+        for mlp in self.fast_mlps:
+            for module in (mlp.ttt_conv, mlp.ttt_proj):
+                if module is not None and type(module) not in (ChunkConvolution, TargetProjection):
+                    raise ValueError(
+                        f"layer {mlp.layer} has a {type(module).__name__} in the place of ttt_conv or ttt_proj: what "
+                        f"makes the targets of fast weights cannot be adapted or quantised; leave these modules out"
+                    )
+
+    def _valid(self, mask, length: int, weights: FastWeights | None) -> list[Tensor] | None:
+        """Return the places of each row that are no padding; None where there is none."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            if length == 1:
+                return None
+            mask = None if weights is None else weights.mask
+            if mask is None:
+                raise ValueError(
+                    "attention_mask has four dimensions, which do not say what is padding or a document of its own: "
+                    "give one of two dimensions, or position_ids that start anew with each document"
+                )
+        here = mask[:, -length:].bool()
+        return None if bool(here.all()) else [row.nonzero().squeeze(1) for row in here]
+
+    def _after(self, model, args, kwargs, output):
+        """Count what was read, and learn from the chunks that are full."""
+        reading = kwargs.get(READING)
+        if reading is None or reading.weights is None:
+            return
+        weights, embedded = reading.weights, reading.embedded
+        weights.mask = None
+        length = (kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[1]
+        step = length == 1 and reading.valid is None
+        if embedded is not None and step:
+            weights.embeds.step(embedded)
+        if torch.compiler.is_compiling():
+            return
+        chunk, rows = self.config.ttt_chunk, weights.rows
+        lengths = [length] * rows if reading.valid is None else list(map(len, reading.valid))
+        counts = [count + more for count, more in zip(weights.counts, lengths, strict=True)]
+        if step:
+            weights.counts = counts
+            weights.fold()
+            return
+        if embedded is not None:
+            for row in range(rows):
+                here = slice(None) if reading.valid is None else reading.valid[row]
+                tail = weights.embeds.tail_of(row, weights.counts[row])
+                whole = (
+                    embedded[row, here]
+                    if not weights.counts[row]
+                    else torch.cat([tail.to(embedded), embedded[row, here]])
+                )
+                left = len(whole) % chunk
+                weights.embeds.put_tail(row, whole[len(whole) - left :] if left else None)
+        weights.counts = [count % chunk for count in counts]
+        for state in weights.states():
+            state.recount(weights.counts)
+        if weights.static and embedded is not None:
+            weights.embeds.fix(chunk, weights.counts, embedded, None, True)
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_) -> FastWeights:
-        """The fast weights after texts (batch, t) were read, to be saved, and given to ``generate`` or a cache."""
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, part: int | None = None, **_
+    ) -> FastWeights:
+        """The fast weights after texts (batch, t) were read, to be saved, and given to ``generate`` or a cache.
+
+        ``part``: tokens read at a time; by default eight chunks, or 8192.
+        """
         cache = FastWeightCache(config=self.config)
-        self(input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        part = part or max(8 * self.config.ttt_chunk, 8192)
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        for start in range(0, input_ids.shape[1], part):
+            stop = min(start + part, input_ids.shape[1])
+            self(
+                input_ids[:, start:stop],
+                attention_mask=None if attention_mask is None else attention_mask[:, :stop],
+                position_ids=None if positions is None else positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return cache.fast_weights
 
     def load_fast_weights(self, path: str) -> FastWeights:
         """Read fast weights that were saved. Raises ValueError where they are not of this model."""
         found = FastWeights.load(path)
+        if not set(found.layers) <= {mlp.layer for mlp in self.fast_mlps}:
+            raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
+        width = self.config.hidden_size
         for mlp in self.fast_mlps:
-            for row in found.layers.get(mlp.layer, []):
-                of = mlp.down_proj.weight.shape
-                shapes = [(row.update, of)] + [
-                    (a, (len(a), n)) for z, u in row.pending for a, n in ((z, of[1]), (u, of[0]))
-                ]
+            state = found.layers.setdefault(mlp.layer, LayerState(found.rows))
+            for total, tail in zip(state.sums, state.tails, strict=True):
+                shapes = [(total, mlp.shape), (tail, None if tail is None else (len(tail), width))]
                 if any(tensor is not None and tuple(tensor.shape) != tuple(shape) for tensor, shape in shapes):
                     raise ValueError(f"'{path}' holds the fast weights of another model: their shapes differ")
-        if set(found.layers) != {mlp.layer for mlp in self.fast_mlps}:
-            raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
+        if max(found.counts, default=0) >= self.config.ttt_chunk:
+            raise ValueError(f"'{path}' holds the fast weights of another model: their chunks are longer")
         return found
 
     def generate(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         """As transformers' own; ``fast_weights`` of one text are given to all of the batch."""
-        if fast_weights is not None:
-            tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            size = len(next(iter(fast_weights.layers.values())))
-            texts = list(range(size)) if size > 1 else [0] * tokens.shape[0]
-            kwargs["past_key_values"] = FastWeightCache(config=self.config, fast_weights=fast_weights.select(texts))
-        return super().generate(*args, **kwargs)
+        if fast_weights is not None and kwargs.get("past_key_values") is not None:
+            raise ValueError("fast_weights and past_key_values: a cache has fast weights of its own; give one of them")
+        self._book = fast_weights
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._book = None
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if self.fast_mlps and generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise ValueError(
-                    f"cache_implementation={generation_config.cache_implementation} has no place for fast weights: "
-                    f"use the default"
-                )
-            model_kwargs["past_key_values"] = FastWeightCache(config=self.config)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values") is not None
+        if self.fast_mlps and not given and generation_config.use_cache and kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation={kind} has no place for fast weights: use static, or the default")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if self.fast_mlps and cache is not None:
+            if not isinstance(cache, _FastWeightsInCache):
+                _adopt(cache)
+            if self._book is not None and not given:
+                static, cache.fast_weights = cache.fast_weights.static, self._book.select(list(range(self._book.rows)))
+                cache.fast_weights.static = static
+        return result
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        weights = getattr(inputs.get("past_key_values"), "fast_weights", None)
+        if weights is not None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            weights.mask = attention_mask  # what goes to the forward may have four dimensions
+        return inputs
+
+    def get_compiled_call(self, compile_config=None):
+        """Return the compiled forward for one token, with what must happen outside of its graph before and after."""
+        call = super().get_compiled_call(compile_config)
+        if not self.fast_mlps:
+            return call
+
+        def step(*args, **kwargs):
+            weights = kwargs["past_key_values"].fast_weights
+            out = call(*args, **kwargs)
+            weights.counts = [count + 1 for count in weights.counts]
+            weights.fold()
+            return out
+
+        return step
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(CONTINUOUS)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(CONTINUOUS)
+
+
+CONTINUOUS = (
+    "continuous batching mixes texts in one row and keeps no fast weights: use generate with a batch of prompts"
+)
+
+
+def _hand_over(layer, args, kwargs):
+    """Give the Reading of a forward to a layer's MLP; also when a checkpointed layer runs again."""
+    reading = kwargs.pop(READING, None)
+    if isinstance(layer.mlp, FastWeightMLP):
+        layer.mlp.reading = reading
+    return args, kwargs
+
+
+def _documents(kwargs: dict, rows: int, length: int) -> list[list[int]] | None:
+    """Return the bounds of each row's documents where positions start anew in it, as attention has it."""
+    lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    if lengths is not None and rows == 1:
+        bounds = [int(bound) for bound in lengths]
+        return [bounds] if len(bounds) > 2 else None
+    if length == 1 or positions is None or positions.dim() != 2 or kwargs.get("attention_mask") is not None:
+        return None
+    starts = (positions[:, 1:] - positions[:, :-1]) != 1
+    if not bool(starts.any()):
+        return None
+    bounds = [[0, *(place + 1 for place in row.nonzero().squeeze(1).tolist()), length] for row in starts]
+    return bounds * rows if len(bounds) == 1 else bounds
 
 
 # What a config.json says of fast weights, and what it means where it does not say it
