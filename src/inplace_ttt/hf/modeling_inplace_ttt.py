@@ -896,7 +896,7 @@ def _documents(kwargs: dict, rows: int, length: int) -> list[list[int]] | None:
 # What a config.json says of fast weights, and what it means where it does not say it
 FAST_WEIGHT_KEYS = dict(
     ttt_mode=True,
-    ttt_layers=(),
+    ttt_layers=[],
     ttt_chunk=1024,
     ttt_lr=1.0,
     ttt_clip=None,
@@ -909,11 +909,13 @@ FAST_WEIGHT_KEYS = dict(
 class InPlaceTTTQwen3Config(Qwen3Config):
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
+        self.ttt_layers = list(self.ttt_layers)
 
 
 class InPlaceTTTLlamaConfig(LlamaConfig):
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
+        self.ttt_layers = list(self.ttt_layers)
 
 
 class InPlaceTTTQwen3ForCausalLM(FastWeightsMixin, Qwen3ForCausalLM):
