@@ -349,8 +349,13 @@ def test_reading_in_parts(model, part):
             assert close(parts.layers[layer].tail_of(row, whole.counts[row]), state.tail_of(row, whole.counts[row]))
 
 
+QUICK = ("qwen3", "input_embed, no projection")  # of what takes seconds for each variant
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [*QUICK, *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v not in QUICK)]
+)
 def test_static_caches_in_one_graph(variant):
     """A batch whose chunks end at different steps: the answers of the dynamic cache, by one graph that nothing records
     anew, also in a second generation."""
