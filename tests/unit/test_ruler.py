@@ -3,17 +3,21 @@
 import itertools
 import math
 import re
+import time
 from collections import Counter
 from random import Random
 
 import pytest
 
 from inplace_ttt.config import UserError
-from inplace_ttt.evaluation.ruler import TASKS, make_tasks
+from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.evaluation.ruler import TASKS, make_tasks, prompts
 from inplace_ttt.evaluation.ruler.fit import Fitter
 from inplace_ttt.evaluation.ruler.metric import score
 from inplace_ttt.evaluation.ruler.needles import DEPTHS, NOISE
+from inplace_ttt.evaluation.ruler.prompts import Rendering
 from inplace_ttt.evaluation.ruler.sources import Sources
+from inplace_ttt.evaluation.ruler.task import Draft
 from ruler_data import write_ruler_data
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -218,6 +222,27 @@ def test_samples_fit_and_fill(tasks, length):
 def test_a_length_that_holds_no_sample_is_named(tasks):
     with pytest.raises(UserError, match=r"--lengths 200 is too short for cwe, which needs \d+ tokens"):
         Fitter(tasks["cwe"], 200, 7, lambda draft: draft.prompt, count_tokens)
+
+
+def test_a_tokenizer_that_makes_no_tokens_ends(tasks):
+    with pytest.raises(UserError, match=r"makes 0 tokens of .* words or lines"):
+        Fitter(tasks["vt"], 4096, 42, lambda draft: draft.prompt, lambda text: 0)
+
+
+def test_chat_templates_are_tried_first(monkeypatch):
+    tokenizer = train_tokenizer(["some words " * 50], 300)
+    with pytest.raises(UserError, match="has no chat template"):
+        Rendering(tokenizer, "chat")
+    tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
+    rendering = Rendering(tokenizer, "chat")
+    assert rendering.render(Draft("What?", " It is", ())) == "<u>What?</u><a> It is"
+    tokenizer.chat_template = "{{ messages.nothing.there }}"
+    with pytest.raises(UserError, match="the tokenizer's chat template fails"):
+        Rendering(tokenizer, "chat")
+    monkeypatch.setattr(prompts, "PATIENCE", 0.1)
+    monkeypatch.setattr(Rendering, "render", lambda self, draft: time.sleep(0.5))
+    with pytest.raises(UserError, match="makes no prompt in 0 s"):
+        Rendering(tokenizer, "chat")
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -13,6 +13,7 @@ from inplace_ttt.evaluation.ruler.task import Draft, Task
 FINE_FROM, FULL = 16384, 0.975
 LEAST = 5  # parts of a haystack: needles lie between them
 ATTEMPTS = 20
+GROWTH = 4  # words or lines of a haystack for which a tokenizer makes one token at the least
 NEAR = 200  # a share of the size by which a guess is made larger, to find a size that does not fit
 
 
@@ -64,6 +65,11 @@ class Fitter:
         tokens = self._make(0, low).tokens
         if tokens > self.room:
             raise self._too_short(0, low)
+        if GROWTH * tokens < low:
+            raise UserError(
+                f"{self.task.name} at {self.length}: the tokenizer makes {tokens} tokens of {low} words or lines: use a "
+                f"model with a tokenizer of its own"
+            )
         high = None  # the smallest size that is known not to fit
         while high is None or high - low > 1:
             guess = int(low * self.room / tokens)  # the longer a sample, the nearer is this

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
+from inplace_ttt.environment import within
 from inplace_ttt.evaluation.ruler import TASKS, make_tasks
 from inplace_ttt.evaluation.ruler.fit import Fitter, Sample
 from inplace_ttt.evaluation.ruler.needles import needle_at_depth
@@ -28,6 +29,7 @@ from inplace_ttt.signals import end_with_parent
 VERSION = 1  # of the generators: samples of others are made anew
 TEMPLATES = ("base", "chat")
 BLOCK = 10  # samples that a process makes at a time
+PATIENCE = 20.0  # seconds in which a chat template renders a short question
 WORTHWHILE = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
 
 
@@ -57,6 +59,27 @@ class Rendering:
         self.tokenizer, self.template = tokenizer, template
         if template == "chat" and not tokenizer.chat_template:
             raise UserError("--template chat: the model's tokenizer has no chat template; use --template base")
+        if template == "chat":
+            self._check_that_it_ends()
+
+    def _check_that_it_ends(self) -> None:
+        """Raise UserError where the chat template, which is a program of its maker's, fails or runs on."""
+        failed: list[UserError] = []
+
+        def run() -> bool:
+            try:
+                self.render(Draft("A question.", "", ()))
+            except UserError as error:
+                failed.append(error)
+            return True
+
+        if within(PATIENCE, run) is None:
+            raise UserError(
+                f"--template chat: the tokenizer's chat template makes no prompt in {PATIENCE:.0f} s; use "
+                f"--template base"
+            )
+        if failed:
+            raise failed[0]
 
     def render(self, draft: Draft) -> str:
         """Return the prompt of a draft."""
