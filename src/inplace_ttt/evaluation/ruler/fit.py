@@ -67,8 +67,8 @@ class Fitter:
             raise self._too_short(0, low)
         if GROWTH * tokens < low:
             raise UserError(
-                f"{self.task.name} at {self.length}: the tokenizer makes {tokens} tokens of {low} words or lines: use a "
-                f"model with a tokenizer of its own"
+                f"{self.task.name} at {self.length}: the tokenizer makes {tokens} tokens of {low} words or lines: use "
+                f"a model with a tokenizer of its own"
             )
         high = None  # the smallest size that is known not to fit
         while high is None or high - low > 1:
