@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -119,7 +121,8 @@ def test_the_file_equals_the_operation(variant, monkeypatch):
                 place += size
         whole = model(text, labels=text)
         whole.loss.backward()
-        updates = [total for state in cache.fast_weights.layers.values() for total in state.sums]
+        layers = cache.fast_weights.layers.values()
+        updates = [state.sum_of(row, torch.device("cpu")) for state in layers for row in range(2)]
         return [*parts, *updates, whole.logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
     by_operation = read()
@@ -459,10 +462,130 @@ def test_quantised_layers(variant):
 def test_sums_in_two_halves_are_the_sums():
     total = torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))
     total[:4] = torch.tensor([0.0, -0.0, 1.00390625, -1.00390625])  # the last two lie between two of bf16
-    high, low = exported._split(total)
-    assert (
-        torch.equal(exported._join(high, low), total) and (high.float() - total).abs().max() <= total.abs().max() / 256
-    )
+    rounded, rest = exported._split(total, torch.bfloat16)
+    assert torch.equal(exported._join(rounded, rest), total) and rest.dtype == torch.int16
+    assert ((rounded.float() - total).abs() <= total.abs() / 256).all()
+
+
+def sums(book):
+    device = torch.device("cpu")
+    return [state.sum_of(row, device) for state in book.layers.values() for row in range(book.rows)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_books_in_files(dtype, tmp_path):
+    """Exactly, or in half the space; also of texts whose sums lie in buffers."""
+    model, text = build("qwen3").to(dtype), texts(2, 50)
+    for book in (model.read(text), model.read(text[:1])):
+        book.save(tmp_path / "exact")
+        book.save(tmp_path / "half", dtype=torch.bfloat16)
+        exact, half = (model.load_fast_weights(tmp_path / name) for name in ("exact", "half"))
+        for one, there, rounded in zip(sums(book), sums(exact), sums(half), strict=True):
+            assert torch.equal(one, there) and ((rounded - one).abs() <= one.abs() / 256).all()
+        assert exact.counts == book.counts == [50 % CHUNK] * book.rows
+        again, cache = model.generate, dict(max_new_tokens=20, do_sample=False)
+        question = texts(book.rows, 7, 3)
+        assert torch.equal(again(question, fast_weights=exact, **cache), again(question, fast_weights=book, **cache))
+        number = sum(one.numel() for one in sums(book))
+        each = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 4, torch.float64: 8}[dtype]
+        inputs = book.rows * 2 * (50 % CHUNK) * 64 * dtype.itemsize
+        for name, size in (("exact", each), ("half", 2)):
+            assert number * size + inputs <= (tmp_path / name).stat().st_size < number * size + inputs + 4000
+    with pytest.raises(ValueError, match="bfloat16"):
+        book.save(tmp_path / "x", dtype=torch.float16)
+
+
+@torch.no_grad()
+def test_reading_on_from_a_book(tmp_path):
+    model, text = build("qwen3"), texts(1, 90)
+    first = model.read(text[:, :40], name="one")
+    before = sums(first)
+    both = model.read(text[:, 40:], fast_weights=first, name="two")
+    assert all(torch.equal(a, b) for a, b in zip(before, sums(first), strict=True)) and first.counts == [40 % CHUNK]
+    assert [[one["name"] for one in row] for row in both.texts] == [["one", "two"]] and len(first.texts[0]) == 1
+    assert both.counts == [90 % CHUNK] and both.texts[0][1]["tokens"] == 50
+    # attention begins anew, fast weights go on
+    cache = exported.FastWeightCache(config=model.config, fast_weights=first.select([0]))
+    logits = model(text[:, 40:], past_key_values=cache, use_cache=True).logits
+    assert all(torch.equal(a, b) for a, b in zip(sums(cache.fast_weights), sums(both), strict=True))
+    assert not close(logits, model(text[:, 40:]).logits)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), text[:, :40]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    assert model.read(padded, mask, name=["one"]).texts == first.texts  # padding is nothing that was read
+    with pytest.raises(ValueError, match="of 2 texts"):
+        model.read(texts(3, 20), fast_weights=model.read(texts(2, 20)))
+
+
+class Words:
+    """A tokenizer, as far as books ask."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def get_vocab(self):
+        return {word: number for number, word in enumerate(self.words)}
+
+
+@torch.no_grad()
+def test_books_know_who_has_read_them(tmp_path):
+    path, model = tmp_path / "book", build("qwen3")
+    model.read(texts(1, 40), tokenizer=Words("a", "b")).save(path)
+    other = build("qwen3")
+    other.model.layers[1].self_attn.q_proj.weight.data += 0.1  # of no TTT layer
+    for taker in (model, build("qwen3").bfloat16()):
+        taker.load_fast_weights(path)
+        taker.load_fast_weights(path, tokenizer=Words("a", "b"))
+    with pytest.raises(ValueError, match="another model"):
+        other.load_fast_weights(path)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        model.load_fast_weights(path, tokenizer=Words("b", "a"))
+    other.load_fast_weights(path, tokenizer=Words("b", "a"), check=False)
+    again = exported.FastWeights.load(path)
+    assert again.texts[0][0]["tokens"] == 40 and len(again.texts[0][0]["sha256"]) == 64
+    path.write_bytes(path.read_bytes())  # the file is there while its sums are in use
+    again.save(path)
+    assert all(torch.equal(a, b) for a, b in zip(sums(again), sums(exported.FastWeights.load(path)), strict=True))
+
+
+FAULTS = {
+    "no tensor 'count'": lambda tensors, about: tensors.pop("count"),
+    "is no list of numbers": lambda tensors, about: tensors.update(count=torch.ones(1)),
+    "do not add up": lambda tensors, about: tensors.update(count=torch.tensor([3])),
+    "a tensor '0.1.update'": lambda tensors, about: tensors.update({"0.1.update": tensors["0.0.update"].clone()}),
+    "a tensor 'x'": lambda tensors, about: tensors.update(x=torch.ones(1)),
+    "layers \\[0, 1, 2\\]": lambda tensors, about: tensors.update(
+        {"1.0.update": torch.ones(64, 128), "1.0.inputs": torch.ones(8, 64)}
+    ),
+    "another kind": lambda tensors, about: tensors.update({"0.0.update": torch.ones(64, 128, dtype=torch.int64)}),
+    "does not belong": lambda tensors, about: tensors.update({"0.0.rest": torch.ones(64, 128, dtype=torch.int16)}),
+    "shapes differ": lambda tensors, about: tensors.update({"0.0.update": torch.ones(64, 127)}),
+    "not finite": lambda tensors, about: tensors["0.0.update"].fill_(float("nan")),
+    "not of the format": lambda tensors, about: about.update(format="book"),
+    "damaged description": lambda tensors, about: about.update(model=[1]),
+    "list of other texts": lambda tensors, about: about.update(texts=[[], []]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_books_are_refused(fault, tmp_path):
+    path, model = tmp_path / "book", build("qwen3")
+    model.read(texts(1, 40)).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, about = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+    FAULTS[fault](tensors, about)
+    save_file(tensors, path, metadata=dict(about=json.dumps(about)))
+    with pytest.raises(ValueError, match=fault):
+        model.load_fast_weights(path)
+    for content in (b"", b"x" * 100, path.read_bytes()[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="holds no fast weights"):
+            model.load_fast_weights(path)
+    save_file(tensors, path, metadata=dict(about="[" * 100_000))
+    with pytest.raises(ValueError, match="holds no fast weights"):
+        model.load_fast_weights(path)
 
 
 def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):

@@ -1,6 +1,5 @@
 """Tokenizers: any of Hugging Face's, or a byte-level BPE trained on the spot."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,9 +58,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest that is the same for tokenizers that give every text the same numbers."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()
+    from inplace_ttt.hf.modeling_inplace_ttt import fingerprint_of_tokenizer  # has to stand alone in that file
+
+    return fingerprint_of_tokenizer(tokenizer)
 
 
 def entries_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -19,8 +19,11 @@ made of these when the chunk is full. Where the package ``inplace_ttt`` is insta
 which has kernels for Hopper GPUs.
 """
 
+import hashlib
 import itertools
+import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,44 +38,50 @@ try:
 except ImportError:
     fast_weight_linear = None
 
+BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
+REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
 
 
 class LayerState:
     """What the texts of a batch have written to one layer, and the inputs of their unfinished chunks.
 
-    After a reading these are as they came, row by row. For decoding they lie in buffers of fixed shape: ``update``
-    holds the sums in the dtype of the model, which products read, and ``rest`` what that dtype has rounded away.
+    A sum of updates is exact: in fp32 (fp64 for such models), or in the dtype of the model beside the bits that this
+    rounds away, which lie on the host until the next chunk is full. Sums and rests are replaced, never changed, so
+    that copies share them. For decoding, sums and inputs lie in buffers of fixed shape.
     """
 
     def __init__(self, rows: int):
-        self.sums: list[Tensor | None] = [None] * rows  # (d, f), fp32 or fp64; None: nothing was written
+        self.sums: list[Tensor | None] = [None] * rows  # (d, f); None: nothing was written, or it lies in `update`
+        self.rests: list[Tensor | None] = [None] * rows  # (d, f), see _split; None: nothing was rounded away
         self.tails: list[Tensor | None] = [None] * rows  # (t, d), t < chunk
-        self.update: Tensor | None = None  # (rows, d, f)
-        self.rest: Tensor | None = None  # (rows, d, f), on the host if the model is on a GPU
+        self.update: Tensor | None = None  # (rows, d, f), in the dtype of the model
         self.inputs: Tensor | None = None  # (rows, chunk, d)
         self.count: Tensor | None = None  # (rows,) tokens in them, on the device: a graph must not know the number
 
+    def rounded_sum_of(self, row: int) -> Tensor | None:
+        """Return a text's sum of updates (d, f) as products read it."""
+        return self.sums[row] if self.update is None else self.update[row]
+
     def sum_of(self, row: int, device: torch.device) -> Tensor | None:
-        """Return a text's sum of updates (d, f) on a device."""
-        if self.update is None:
-            return None if self.sums[row] is None else self.sums[row].to(device)
-        if self.rest is None:
-            return self.update[row].clone()
-        if self.rest.dtype != torch.int16:
-            return self.rest[row].to(device)
-        return _join(self.update[row], self.rest[row].to(device))
+        """Return a text's sum of updates (d, f), exact, on a device."""
+        rounded, rest = self.rounded_sum_of(row), self.rests[row]
+        if rounded is None:
+            return None
+        rounded = rounded.to(device)
+        return _wide(rounded) if rest is None else _join(rounded, rest.to(device, non_blocking=True))
 
     def put_sum(self, row: int, total: Tensor) -> None:
-        """Replace a text's sum of updates."""
+        """Replace a text's sum of updates by an exact one."""
         if self.update is None:
-            self.sums[row] = total
-        elif self.rest is None:
+            self.sums[row], self.rests[row] = total, None
+        elif self.update.dtype == total.dtype:
             self.update[row] = total
         else:
-            high, low = _split(total) if self.rest.dtype == torch.int16 else (total, total)
-            self.update[row] = high
-            self.rest[row].copy_(low)
+            rounded, rest = _split(total, self.update.dtype)
+            self.update[row] = rounded
+            kept = torch.empty(rest.shape, dtype=rest.dtype, pin_memory=rest.is_cuda)
+            self.rests[row] = kept.copy_(rest, non_blocking=True)
 
     def tail_of(self, row: int, count: int) -> Tensor | None:
         """Return the inputs (count, d) of a text's unfinished chunk."""
@@ -103,19 +112,64 @@ class LayerState:
                     self.inputs[row, : len(tail)] = tail
             self.tails = [None] * rows
             self.count = torch.tensor(counts, device=like.device)
-            self.rows = torch.arange(rows, device=like.device)
-            _mark_static(self.inputs, self.count, self.rows)
+            self._mark()
         if self.update is None and shape is not None and (always or any(total is not None for total in self.sums)):
-            self.update = like.new_zeros(rows, *shape)
-            if like.dtype in (torch.bfloat16, torch.float16):
-                kind = torch.int16 if like.dtype == torch.bfloat16 else torch.float32
-                place = dict(device="cpu", pin_memory=True) if like.is_cuda else dict(device=like.device)
-                self.rest = torch.zeros(rows, *shape, dtype=kind, **place)
-            for row, total in enumerate(self.sums):
-                if total is not None:
-                    self.put_sum(row, total.to(like.device))
-            self.sums = [None] * rows
-            _mark_static(self.update)
+            sums, self.sums = self.sums, [None] * rows
+            exact = LayerState(rows)
+            exact.sums, exact.rests = sums, self.rests
+            self.update, self.rests = like.new_zeros(rows, *shape), [None] * rows
+            for row, total in enumerate(sums):
+                if total is not None and total.dtype == like.dtype:
+                    self.update[row], self.rests[row] = total, exact.rests[row]
+                elif total is not None:
+                    self.put_sum(row, exact.sum_of(row, like.device))
+                sums[row] = None
+            self._mark()
+
+    def _mark(self) -> None:
+        self.rows = torch.arange(len(self.count), device=self.count.device)
+        _mark_static(*(one for one in (self.inputs, self.count, self.rows, self.update) if one is not None))
+
+    def select(self, counts: list[int], indices: list[int]) -> "LayerState":
+        """Return copies of the texts with these numbers, which may come more than once."""
+        chosen = LayerState(len(indices))
+        chosen.sums, chosen.rests = [self.sums[i] for i in indices], [self.rests[i] for i in indices]
+        if self.update is not None:
+            chosen.update = self.update[indices]
+        if self.inputs is None:
+            chosen.tails = [self.tails[i] for i in indices]
+        else:
+            chosen.inputs, chosen.count = self.inputs[indices], self.count[indices]
+            chosen._mark()
+        return chosen
+
+    def check(self, counts: list[int]) -> None:
+        """Raise ValueError where what a file holds does not fit together."""
+        kinds = dict(update=self.sums, rest=self.rests, inputs=self.tails)
+        for what, tensors in kinds.items():
+            for tensor in (one for one in tensors if one is not None):
+                if tensor.dim() != 2 or (tensor.dtype in REAL) != (what != "rest"):
+                    raise ValueError(f"'{what}' of another kind: {tensor.dtype}, {tuple(tensor.shape)}")
+        for rounded, rest in zip(self.sums, self.rests, strict=True):
+            fits = rounded is not None and rest is not None and rounded.shape == rest.shape
+            if rest is not None and not (fits and rounded.dtype == torch.bfloat16 and rest.dtype == torch.int16):
+                raise ValueError("a 'rest' that does not belong to its 'update'")
+        for count, tail in zip(counts, self.tails, strict=True):
+            if count < 0 or count != (0 if tail is None else len(tail)):
+                raise ValueError("tokens that do not add up")
+
+    @classmethod
+    def join(cls, several: list["LayerState"], counts: list[list[int]]) -> "LayerState":
+        """Return the texts of several states as those of one."""
+        joined = cls(0)
+        for state, own in zip(several, counts, strict=True):
+            for row, count in enumerate(own):
+                rounded = state.rounded_sum_of(row)
+                joined.sums.append(rounded if state.update is None else rounded.clone())
+                joined.rests.append(state.rests[row])
+                tail = state.tail_of(row, count)
+                joined.tails.append(None if tail is None or not count else tail.clone())
+        return joined
 
     def step(self, x: Tensor) -> None:
         """Take one input (rows, 1, d) of each text into its unfinished chunk."""
@@ -150,6 +204,9 @@ class FastWeights:
         self.mlps: list = []  # the layers that read these texts
         self.mask: Tensor | None = None  # (rows, t) of the forward that begins, where it gets another form of it
         self.static = False  # buffers have their final shape after the first forward, for graphs
+        self.model: str | None = None  # fingerprints of who has read this; None: not known
+        self.tokenizer: str | None = None
+        self.texts: list[list[dict]] = []  # what each row has read, by ``read``: name, tokens, sha256 of their numbers
 
     @property
     def rows(self) -> int:
@@ -157,7 +214,7 @@ class FastWeights:
 
     def states(self) -> list[LayerState]:
         """Return the states of all layers, and of the embeddings if they are kept."""
-        return [*self.layers.values(), *([] if self.embeds is None else [self.embeds])]
+        return [state for _, state in self._named()]
 
     def fold(self) -> None:
         """Make updates of the chunks that are full. Between forwards, outside of any graph."""
@@ -180,102 +237,133 @@ class FastWeights:
         """Return copies of the texts with these numbers, which may come more than once."""
         chosen = FastWeights()
         chosen.mlps = self.mlps
+        chosen.model, chosen.tokenizer = self.model, self.tokenizer
         chosen.counts = [self.counts[i] for i in indices]
-        for layer, state in self.layers.items():
-            chosen.layers[layer] = _selected(state, self.counts, indices)
+        chosen.texts = [list(self.texts[i]) for i in indices] if self.texts else []
+        chosen.layers = {layer: state.select(self.counts, indices) for layer, state in self.layers.items()}
         if self.embeds is not None:
-            chosen.embeds = _selected(self.embeds, self.counts, indices)
+            chosen.embeds = self.embeds.select(self.counts, indices)
         return chosen
 
     @classmethod
     def join(cls, several: list["FastWeights"]) -> "FastWeights":
         """Return the texts of several batches as one batch."""
-        joined = cls()
-        parts = [one.select(list(range(one.rows))) for one in several]
-        joined.counts = [count for one in parts for count in one.counts]
-        for layer in parts[0].layers:
-            joined.layers[layer] = _concatenated([one.layers[layer] for one in parts])
-        if parts[0].embeds is not None:
-            joined.embeds = _concatenated([one.embeds for one in parts])
+        joined, counts = cls(), [one.counts for one in several]
+        joined.counts = [count for own in counts for count in own]
+        for layer in several[0].layers:
+            joined.layers[layer] = LayerState.join([one.layers[layer] for one in several], counts)
+        if several[0].embeds is not None:
+            joined.embeds = LayerState.join([one.embeds for one in several], counts)
         return joined
 
-    def save(self, path: str) -> None:
-        """Write a safetensors file."""
+    def save(self, path: str, dtype: torch.dtype | None = None) -> None:
+        """Write a safetensors file.
+
+        Args:
+            dtype: bfloat16 takes half the space; None is exact, 4 bytes for each number of W_down and text.
+        """
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype={dtype}: fast weights are saved in bfloat16, or exactly (None)")
         tensors = {"count": torch.tensor(self.counts)}
-        states = dict(self.layers) | ({} if self.embeds is None else {"embeds": self.embeds})
-        for layer, state in states.items():
+        for layer, state in self._named():
             for row, count in enumerate(self.counts):
-                total, tail = state.sum_of(row, torch.device("cpu")), state.tail_of(row, count)
-                if total is not None:
-                    tensors[f"{layer}.{row}.update"] = total.contiguous()
+                rounded, rest = state.rounded_sum_of(row), state.rests[row]
+                if rounded is not None:
+                    if rest is not None and rest.dtype != torch.int16:  # of fp16
+                        rounded, rest = rest, None
+                    tensors[f"{layer}.{row}.update"] = rounded.to("cpu", dtype or rounded.dtype)
+                if rest is not None and dtype is None:
+                    tensors[f"{layer}.{row}.rest"] = rest
                 if count:
-                    tensors[f"{layer}.{row}.inputs"] = tail.contiguous().clone()
-        save_file(tensors, path)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(path, 0o666 & ~mask)  # safetensors writes for one user alone
+                    tensors[f"{layer}.{row}.inputs"] = state.tail_of(row, count).cpu()
+        about = dict(format=BOOK, model=self.model, tokenizer=self.tokenizer, texts=self.texts)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # nothing that is shared
+        partial = f"{path}.{os.getpid()}.partial"  # who has the old file open goes on with it
+        try:
+            save_file(tensors, partial, metadata={"about": json.dumps(about)})
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(partial, 0o666 & ~mask)  # safetensors writes for one user alone
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    def _named(self) -> list[tuple[str, LayerState]]:
+        named = [(str(layer), state) for layer, state in self.layers.items()]
+        return named + ([] if self.embeds is None else [("embeds", self.embeds)])
 
     @classmethod
     def load(cls, path: str) -> "FastWeights":
-        """Read what ``save`` wrote. Raises ValueError for a file that holds anything else."""
+        """Read what ``save`` wrote. Raises ValueError for a file that holds anything else.
+
+        Sums stay in the file until they are used.
+        """
         found = cls()
         try:
             with safe_open(path, framework="pt") as file:
-                present = set(file.keys())
-                found.counts = [int(count) for count in file.get_tensor("count").tolist()]
-                present.discard("count")
-                for name in sorted(present):
-                    layer, row, what = name.split(".")
-                    key = layer if layer == "embeds" else int(layer)
-                    if what not in ("update", "inputs") or (key == "embeds" and what == "update"):
-                        raise ValueError(f"but {name}")
-                    if key == "embeds" and found.embeds is None:
-                        found.embeds = LayerState(found.rows)
-                    state = found.embeds if key == "embeds" else found.layers.setdefault(key, LayerState(found.rows))
-                    values = state.sums if what == "update" else state.tails
-                    if not 0 <= int(row) < found.rows or values[int(row)] is not None:
-                        raise ValueError(f"but {name}")
-                    values[int(row)] = file.get_tensor(name)
-            states = [*found.layers.values(), *([] if found.embeds is None else [found.embeds])]
-            for row, count in enumerate(found.counts):
-                for state in states:
-                    tail = state.tails[row]
-                    if count < 0 or (0 if tail is None else len(tail)) != count:
-                        raise ValueError("tokens that do not add up")
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+                found._take_description((file.metadata() or {}).get("about"))
+                names = set(file.keys())
+                if "count" not in names:
+                    raise ValueError("no tensor 'count'")
+                count = file.get_tensor("count")
+                if count.dim() != 1 or count.is_floating_point() or not len(count):
+                    raise ValueError("'count' is no list of numbers")
+                found.counts = [int(one) for one in count.tolist()]
+                if found.texts and len(found.texts) != found.rows:
+                    raise ValueError("a list of other texts")
+                for name in sorted(names - {"count"}):
+                    found._take(name, file.get_tensor(name))
+            for _, state in found._named():
+                state.check(found.counts)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"'{path}' holds no fast weights ({error})") from error
         return found
 
+    def _take_description(self, written: str | None) -> None:
+        """Read what a file says of itself; older ones say nothing."""
+        if written is None:
+            return
+        about = json.loads(written)
+        if not isinstance(about, dict) or about.get("format") != BOOK:
+            raise ValueError(f"not of the format '{BOOK}'")
+        self.model, self.tokenizer, self.texts = (about.get(key) for key in ("model", "tokenizer", "texts"))
+        named = all(isinstance(one, str | None) for one in (self.model, self.tokenizer))
+        rows = self.texts if isinstance(self.texts, list) else [None]
+        lists = all(isinstance(row, list) and all(isinstance(text, dict) for text in row) for row in rows)
+        if not named or not lists:
+            raise ValueError("a damaged description")
 
-def _selected(state: LayerState, counts: list[int], indices: list[int]) -> LayerState:
-    chosen = LayerState(len(indices))
-    device = state.update.device if state.update is not None else None
-    for place, row in enumerate(indices):
-        total = state.sums[row] if device is None else state.sum_of(row, device)
-        chosen.sums[place] = total  # replaced, never changed: copies may share it
-        tail = state.tail_of(row, counts[row])
-        chosen.tails[place] = None if tail is None or not counts[row] else tail.clone()
-    return chosen
+    def _take(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor of a file to its place."""
+        layer, row, what = name.split(".") if name.count(".") == 2 else ("", "", "")
+        if not (layer == "embeds" or layer.isdecimal()) or not row.isdecimal() or not 0 <= int(row) < self.rows:
+            raise ValueError(f"a tensor '{name}'")
+        if layer == "embeds":
+            self.embeds = state = self.embeds or LayerState(self.rows)
+        else:
+            state = self.layers.setdefault(int(layer), LayerState(self.rows))
+        places = dict(inputs=state.tails) | (dict(update=state.sums, rest=state.rests) if layer != "embeds" else {})
+        if what not in places or places[what][int(row)] is not None:
+            raise ValueError(f"a tensor '{name}'")
+        places[what][int(row)] = tensor
 
 
-def _concatenated(states: list[LayerState]) -> LayerState:
-    joined = LayerState(0)
-    joined.sums = [total for state in states for total in state.sums]
-    joined.tails = [tail for state in states for tail in state.tails]
-    return joined
-
-
-def _split(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Return fp32 numbers as bf16, rounded, and the rest of their bits as int16."""
+def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return fp32 numbers rounded to a dtype, and the rest of their bits as int16; of fp16, all of them."""
+    if dtype != torch.bfloat16:
+        return total.to(dtype), total
     bits = total.contiguous().view(torch.int32)
     high = (bits + 0x8000) >> 16
     low = bits - (high << 16)
     return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
-def _join(high: Tensor, low: Tensor) -> Tensor:
+def _join(rounded: Tensor, rest: Tensor) -> Tensor:
     """Return the fp32 numbers that ``_split`` has taken apart."""
-    bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    if rest.dtype != torch.int16:
+        return rest
+    bits = (rounded.contiguous().view(torch.int16).to(torch.int32) << 16) + rest.to(torch.int32)
     return bits.view(torch.float32)
 
 
@@ -463,10 +551,10 @@ class FastWeightMLP(nn.Module):
                 here = slice(None) if reading.valid is None else reading.valid[row]
                 parts = (None if one is None else one[row : row + 1, here] for one in (x, z, reading.embedded))
                 out[row, here] = self._read_rows([row], *parts, weights)[0].to(out.dtype)
-        if weights.static:
+        if weights.static or len(x) > 1:  # the exact sums of a batch take twice the memory
             lengths = [x.shape[1]] * len(x) if reading.valid is None else list(map(len, reading.valid))
             counts = [(count + more) % self.chunk for count, more in zip(weights.counts, lengths, strict=True)]
-            weights.layers[self.layer].fix(self.chunk, counts, x, self.shape, True)
+            weights.layers[self.layer].fix(self.chunk, counts, x, self.shape, weights.static)
         return out
 
     def _read_rows(
@@ -474,12 +562,8 @@ class FastWeightMLP(nn.Module):
     ) -> Tensor:
         """Read as many tokens of some texts whose chunks are equally full."""
         state, pending = weights.layers[self.layer], weights.counts[rows[0]]
-        totals = [state.sum_of(row, x.device) for row in rows]
-        total = None
-        if any(one is not None for one in totals):
-            dtype = _sum_dtype(z)
-            zero = z.new_zeros(self.shape, dtype=dtype)
-            total = torch.stack([zero if one is None else one.to(dtype) for one in totals])
+        writes = pending + x.shape[1] >= self.chunk
+        total = self._sums(state, rows, z, writes)
         u = embedded if self.reads_embeddings else x
         if pending:
             before = torch.stack([state.tail_of(row, pending) for row in rows]).to(x)
@@ -492,10 +576,19 @@ class FastWeightMLP(nn.Module):
         out, total = self._chunks(z, u, total)
         left = x.shape[1] % self.chunk
         for place, row in enumerate(rows):
-            if total is not None:
+            if writes:
                 state.put_sum(row, total[place].detach())
             state.put_tail(row, x[place, x.shape[1] - left :] if left else None)
         return out[:, pending:]
+
+    def _sums(self, state: LayerState, rows: list[int], z: Tensor, exact: bool) -> Tensor | None:
+        """Return the sums (rows, d, f) of these texts; not exact: in the dtype of z where they lie in it, too."""
+        found = [state.sum_of(row, z.device) if exact else state.rounded_sum_of(row) for row in rows]
+        if all(one is None for one in found):
+            return None
+        rounded = not exact and all(one is None or one.dtype == z.dtype for one in found)
+        zero = z.new_zeros(self.shape, dtype=z.dtype if rounded else _sum_dtype(z))
+        return torch.stack([zero if one is None else one.to(zero) for one in found])
 
     def _chunks(self, z: Tensor, u: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Apply, then update, chunk by chunk: (rows, t, f), (rows, t, d) from a chunk's start on -> (rows, t, d).
@@ -765,13 +858,33 @@ class FastWeightsMixin:
 
     @torch.no_grad()
     def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, part: int | None = None, **_
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        part: int | None = None,
+        fast_weights: FastWeights | None = None,
+        name: str | list[str] | None = None,
+        tokenizer=None,
+        **_,
     ) -> FastWeights:
-        """The fast weights after texts (batch, t) were read, to be saved, and given to ``generate`` or a cache.
+        """Read texts, and return the fast weights: to be saved, and given to ``generate`` or a cache.
 
-        ``part``: tokens read at a time; by default eight chunks, or 8192.
+        Keys and values are not kept: what was read is remembered by the fast weights alone.
+
+        Args:
+            input_ids: (batch, t).
+            attention_mask: (batch, t), 0 where there is padding.
+            part: tokens read at a time; by default eight chunks, or 8192.
+            fast_weights: of what was read before, which the texts go on from; stays as it is.
+            name: of the text, or of each, for the list ``texts`` of what was read.
+            tokenizer: whose fingerprint is noted, and compared when the saved fast weights are loaded with one.
         """
+        rows = len(input_ids)
+        before = FastWeights() if fast_weights is None else fast_weights
+        if before.rows not in (0, 1, rows):
+            raise ValueError(f"these fast weights are of {before.rows} texts, and the batch has {rows}")
         cache = FastWeightCache(config=self.config)
+        cache.fast_weights = before.select([0] * rows if before.rows == 1 else list(range(before.rows)))
         part = part or max(8 * self.config.ttt_chunk, 8192)
         positions = None
         if attention_mask is not None:
@@ -786,10 +899,27 @@ class FastWeightsMixin:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return cache.fast_weights
+        found = cache.fast_weights
+        found.model = self.fingerprint()
+        found.tokenizer = before.tokenizer if tokenizer is None else fingerprint_of_tokenizer(tokenizer)
+        names = [name] * rows if isinstance(name, str | None) else list(name)
+        masks = [None] * rows if attention_mask is None else attention_mask.bool()
+        found.texts = [
+            ([] if not before.texts else before.texts[row % before.rows])
+            + [_described(ids if mask is None else ids[mask], called)]
+            for row, (ids, mask, called) in enumerate(zip(input_ids, masks, names, strict=True))
+        ]
+        return found
 
-    def load_fast_weights(self, path: str) -> FastWeights:
-        """Read fast weights that were saved. Raises ValueError where they are not of this model."""
+    def load_fast_weights(self, path: str, tokenizer=None, check: bool = True) -> FastWeights:
+        """Read fast weights that were saved, to the devices of the layers.
+
+        Args:
+            tokenizer: the one that questions are made with.
+            check: refuse what another model has read, or another tokenizer has made.
+
+        Raises ValueError where they are not of this model, and for a file that holds anything else.
+        """
         found = FastWeights.load(path)
         if not set(found.layers) <= {mlp.layer for mlp in self.fast_mlps}:
             raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
@@ -800,9 +930,41 @@ class FastWeightsMixin:
                 shapes = [(total, mlp.shape), (tail, None if tail is None else (len(tail), width))]
                 if any(tensor is not None and tuple(tensor.shape) != tuple(shape) for tensor, shape in shapes):
                     raise ValueError(f"'{path}' holds the fast weights of another model: their shapes differ")
-        if max(found.counts, default=0) >= self.config.ttt_chunk:
+        if max(found.counts) >= self.config.ttt_chunk:
             raise ValueError(f"'{path}' holds the fast weights of another model: their chunks are longer")
+        others = [(found.model, self.fingerprint, "model")]
+        if tokenizer is not None:
+            others.append((found.tokenizer, lambda: fingerprint_of_tokenizer(tokenizer), "tokenizer"))
+        for theirs, fingerprint, what in others if check else ():
+            if theirs is not None and theirs != fingerprint():
+                raise ValueError(
+                    f"'{path}' was read by another {what} ({theirs[:12]}; this one is {fingerprint()[:12]}): read the "
+                    f"texts again by this one, or load with check=False"
+                )
+        whole = []
+        for mlp in self.fast_mlps:
+            place, state = mlp.down_proj.weight.device, found.layers[mlp.layer]
+            if place.type != "meta":
+                state.sums = [None if total is None else total.to(place) for total in state.sums]
+            whole += [total.isfinite().all().cpu() for total in (*state.sums, *state.tails) if total is not None]
+        if not all(whole):
+            raise ValueError(f"'{path}' holds fast weights with numbers that are not finite")
         return found
+
+    def fingerprint(self) -> str:
+        """Return a digest that tells models apart by their weights: the same for one in fp32 and its bf16 copy."""
+        return fingerprint_of_weights(self._whole_parameters())
+
+    def _whole_parameters(self):
+        for prefix, module in self.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if any(tensor.is_meta for tensor in own.values()):  # offloaded
+                from accelerate.utils import align_module_device
+
+                with align_module_device(module, "cpu"):
+                    yield from [(f"{prefix}.{name}", getattr(module, name).detach()) for name in own]
+            elif module is not self.lm_head or not self.config.tie_word_embeddings:
+                yield from ((f"{prefix}.{name}", tensor.detach()) for name, tensor in own.items())
 
     def generate(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         """As transformers' own; ``fast_weights`` of one text are given to all of the batch."""
@@ -863,6 +1025,39 @@ class FastWeightsMixin:
 
     def init_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(CONTINUOUS)
+
+
+def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of weights by their names, shapes, and 64 numbers of each, rounded to bf16."""
+    shapes: dict[str, list[int]] = {}
+    picked: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in named:
+        shapes[name] = list(tensor.shape)
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # others, quantised, are told by their names
+            numbers = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)][:64]
+            kind = torch.bfloat16 if numbers.is_floating_point() else torch.int16
+            picked.setdefault(tensor.device, {})[name] = numbers.to(kind, copy=True).view(torch.int16)
+    content = {}
+    for tensors in picked.values():
+        numbers = torch.cat(list(tensors.values())).tolist()  # waits for each device once
+        for name, tensor in tensors.items():
+            content[name], numbers = numbers[: len(tensor)], numbers[len(tensor) :]
+    listed = [[name, shapes[name], content.get(name)] for name in sorted(shapes)]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def fingerprint_of_tokenizer(tokenizer) -> str:
+    """Return a digest that is the same for tokenizers that give every text the same numbers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _described(ids: Tensor, name: str | None) -> dict:
+    """Return what a list of texts says of one."""
+    numbers = ids.tolist()
+    digest = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+    return dict(name=name, tokens=len(numbers), sha256=digest)
 
 
 CONTINUOUS = (
