@@ -323,7 +323,7 @@ def test_compare(world, measure, tmp_path):
         (["position", "RUN", "--ranges", "5"], "name two edges or more"),
         (["position", "EXPORTED"], "name --documents"),
         (["position", "EXPORTED", "--documents", "/nowhere"], "input '/nowhere' does not exist"),
-        (["position", "RUN", "optim.lr=1"], "optim.lr is not one that an evaluation can set"),
+        (["position", "RUN", "optim.lr=1"], "optim.lr is not one that this command can set"),
         (["position", "RUN", "parallel.dance=1"], "parallel.dance does not exist"),
         (["position", "RUN", "parallel.context_parallel_size=x"], "takes int"),
         (["position", "RUN", "parallel.context_parallel_size=2"], "needs a multiple of 2 processes"),

@@ -62,19 +62,21 @@ class Arguments:
         return self.overrides.get("parallel.timeout_minutes", 10.0)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for a command line that is not understood."""
+
     def error(self, message: str):
         raise UserError(f"{message}; {self.prog} --help shows what there is")
 
 
 def parse(words: list[str]) -> Arguments:
     """Return what the command line asks for. Raises UserError; SystemExit after --help."""
-    parser = _Parser(
+    parser = Parser(
         prog="launch/evaluate.py", usage=argparse.SUPPRESS, description=HELP, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     tasks = parser.add_subparsers(
-        dest="task", required=True, metavar="TASK", parser_class=_Parser, help=argparse.SUPPRESS
+        dest="task", required=True, metavar="TASK", parser_class=Parser, help=argparse.SUPPRESS
     )
     for name, (about, add) in TASKS.items():
         add_options(
@@ -87,8 +89,8 @@ def parse(words: list[str]) -> Arguments:
             f"there is no option {unknown[0]}; launch/evaluate.py {options.task} --help shows what there is"
         )
     named = [*options.models, *rest]
-    models = [user_path(word) for word in named if not _is_key(word)]
-    overrides = dict(_override(word) for word in named if _is_key(word))
+    models = [user_path(word) for word in named if not is_key(word)]
+    overrides = dict(read_key(word) for word in named if is_key(word))
     if not models:
         raise UserError("no model is named: give a run, a checkpoint or a folder in Hugging Face's format")
     modes = [FastWeightMode.parse(word) for word in options.fast_weights.split(",")]
@@ -118,14 +120,14 @@ def _documents(parser: argparse.ArgumentParser) -> None:
         help="prefix of a prepared corpus, or files and folders of text (the held-out documents of the first run)",
     )
     parser.add_argument("--text-key", default="text", help="field of .jsonl and .parquet files that holds text (text)")
-    parser.add_argument("--samples", type=_count, default=32, help="documents (32)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the choice among a corpus's documents (0)")
+    parser.add_argument("--samples", type=count, default=32, help="documents (32)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the choice among a corpus's documents (0)")
 
 
 def _position(parser: argparse.ArgumentParser) -> None:
     _documents(parser)
-    parser.add_argument("--length", type=_tokens, help="tokens read of each document (the model's training length)")
-    parser.add_argument("--min-length", type=_tokens, help="tokens that each document has at least (--length)")
+    parser.add_argument("--length", type=tokens, help="tokens read of each document (the model's training length)")
+    parser.add_argument("--min-length", type=tokens, help="tokens that each document has at least (--length)")
     parser.add_argument(
         "--ranges", type=_token_list, metavar="EDGES", help="edges of the ranges of positions (eight equal ranges)"
     )
@@ -136,11 +138,11 @@ def _final_block(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contexts", type=_token_list, metavar="TOKENS", help="tokens before the block (doubling to the length)"
     )
-    parser.add_argument("--block", type=_tokens, help="tokens whose loss is measured (an eighth of the length)")
+    parser.add_argument("--block", type=tokens, help="tokens whose loss is measured (an eighth of the length)")
 
 
 def _answers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_seed, default=42, help="of the samples (42)")
+    parser.add_argument("--seed", type=seed, default=42, help="of the samples (42)")
     parser.add_argument(
         "--template", choices=["base", "chat"], default="base", help="chat: by the tokenizer's chat template (base)"
     )
@@ -150,8 +152,8 @@ def _answers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kept", type=user_path, default=Path("data/ruler"), metavar="FOLDER", help="keeps samples (data/ruler)"
     )
-    parser.add_argument("--workers", type=_count, help="processes that make samples (one for each core)")
-    parser.add_argument("--batch-tokens", type=_tokens, help="of prompts that are answered together (what fits)")
+    parser.add_argument("--workers", type=count, help="processes that make samples (one for each core)")
+    parser.add_argument("--batch-tokens", type=tokens, help="of prompts that are answered together (what fits)")
 
 
 def _ruler(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +161,7 @@ def _ruler(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=_words, metavar="NAMES", help="niah_single_1,vt,... (all thirteen)")
     parser.add_argument(
         "--samples",
-        type=_count,
+        type=count,
         default=500,
         help="of each task and length (500); all thirteen tasks need lengths of about 4k",
     )
@@ -171,7 +173,7 @@ def _needle(parser: argparse.ArgumentParser) -> None:
                         help="columns of the heat map (1k,2k,4k)")  # fmt: skip
     parser.add_argument("--depths", type=_percents, default=[0, 25, 50, 75, 100], metavar="PERCENT",
                         help="rows: where the needle lies (0,25,50,75,100)")  # fmt: skip
-    parser.add_argument("--samples", type=_count, default=10, help="of each cell (10)")
+    parser.add_argument("--samples", type=count, default=10, help="of each cell (10)")
     parser.add_argument("--haystack", choices=["essay", "noise"], default="essay", help="essays, or one line repeated")
     _answers(parser)
 
@@ -184,9 +186,9 @@ def _harness(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="of lm-evaluation-harness (hellaswag,arc_easy,arc_challenge,mmlu,piqa)",
     )
-    parser.add_argument("--num-fewshot", type=_seed, help="examples before each question (the task's own)")
-    parser.add_argument("--limit", type=_count, help="questions of each task (all)")
-    parser.add_argument("--batch-size", type=_count, default=8, help="questions asked together (8)")
+    parser.add_argument("--num-fewshot", type=seed, help="examples before each question (the task's own)")
+    parser.add_argument("--limit", type=count, help="questions of each task (all)")
+    parser.add_argument("--batch-size", type=count, default=8, help="questions asked together (8)")
 
 
 TASKS = {
@@ -198,17 +200,17 @@ TASKS = {
 }
 
 
-def _is_key(word: str) -> bool:
+def is_key(word: str) -> bool:
     name, equals, _ = word.partition("=")
     return bool(equals) and "/" not in name and "." in name and not Path(word).exists()
 
 
-def _override(word: str) -> tuple[str, object]:
-    """Return the key and value of key=value. Raises UserError for a key that an evaluation cannot set."""
+def read_key(word: str, keys: tuple[str, ...] = KEYS) -> tuple[str, object]:
+    """Return the key and value of key=value. Raises UserError for a key that is not one of ``keys``."""
     name, _, text = word.partition("=")
-    if name not in KEYS:
-        there = "is not one that an evaluation can set" if name in schema_keys() else "does not exist"
-        raise UserError(f"{word}: the key {name} {there}: use one of {', '.join(KEYS)}")
+    if name not in keys:
+        there = "is not one that this command can set" if name in schema_keys() else "does not exist"
+        raise UserError(f"{word}: the key {name} {there}: use one of {', '.join(keys)}")
     kind = schema_keys()[name].type
     try:
         if name == "train.eval_positions":
@@ -222,7 +224,7 @@ def _override(word: str) -> tuple[str, object]:
     return name, value
 
 
-def _tokens(word: str) -> int:
+def tokens(word: str) -> int:
     """Read a number of tokens: 4096 or 4k."""
     number, factor = (word[:-1], 1024) if word[-1:] in "kK" and word else (word, 1)
     if not (number.isascii() and number.isdigit()) or len(number) > 9 or not 1 <= int(number) * factor <= 10**9:
@@ -231,7 +233,7 @@ def _tokens(word: str) -> int:
 
 
 def _token_list(word: str) -> list[int]:
-    found = [0 if one.strip() == "0" else _tokens(one.strip()) for one in word.split(",")]
+    found = [0 if one.strip() == "0" else tokens(one.strip()) for one in word.split(",")]
     if sorted(set(found)) != found:
         raise argparse.ArgumentTypeError(f"'{word}' does not rise: write numbers such as 0,1k,4k")
     return found
@@ -256,13 +258,13 @@ def _words(word: str) -> list[str]:
     return found
 
 
-def _count(word: str) -> int:
+def count(word: str) -> int:
     if not (word.isascii() and word.isdigit()) or not 1 <= int(word[:10]) <= 10**7:
         raise argparse.ArgumentTypeError(f"'{word}' is not a number of 1 or more")
     return int(word)
 
 
-def _seed(word: str) -> int:
+def seed(word: str) -> int:
     if not (word.isascii() and word.isdigit()) or int(word[:12]) > 2**31 - 1:
         raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 0 on")
     return int(word)

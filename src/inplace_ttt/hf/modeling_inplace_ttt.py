@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,13 @@ class LayerState:
                     self.put_sum(row, exact.sum_of(row, like.device))
                 sums[row] = None
             self._mark()
+
+    def round(self, dtype: torch.dtype) -> None:
+        """Keep sums in a dtype where they lie, and the rest of their bits on the host."""
+        for row, total in enumerate(self.sums):
+            if total is not None and total.dtype == torch.float32 and dtype == torch.bfloat16:
+                self.sums[row], rest = _split(total, dtype)
+                self.rests[row] = rest.cpu()
 
     def _mark(self) -> None:
         self.rows = torch.arange(len(self.count), device=self.count.device)
@@ -583,10 +590,12 @@ class FastWeightMLP(nn.Module):
 
     def _sums(self, state: LayerState, rows: list[int], z: Tensor, exact: bool) -> Tensor | None:
         """Return the sums (rows, d, f) of these texts; not exact: in the dtype of z where they lie in it, too."""
-        found = [state.sum_of(row, z.device) if exact else state.rounded_sum_of(row) for row in rows]
+        found = [state.rounded_sum_of(row) for row in rows]
         if all(one is None for one in found):
             return None
         rounded = not exact and all(one is None or one.dtype == z.dtype for one in found)
+        if not rounded:
+            found = [state.sum_of(row, z.device) for row in rows]
         zero = z.new_zeros(self.shape, dtype=z.dtype if rounded else _sum_dtype(z))
         return torch.stack([zero if one is None else one.to(zero) for one in found])
 
@@ -865,6 +874,7 @@ class FastWeightsMixin:
         fast_weights: FastWeights | None = None,
         name: str | list[str] | None = None,
         tokenizer=None,
+        progress: Callable[[int, int], None] | None = None,
         **_,
     ) -> FastWeights:
         """Read texts, and return the fast weights: to be saved, and given to ``generate`` or a cache.
@@ -878,6 +888,7 @@ class FastWeightsMixin:
             fast_weights: of what was read before, which the texts go on from; stays as it is.
             name: of the text, or of each, for the list ``texts`` of what was read.
             tokenizer: whose fingerprint is noted, and compared when the saved fast weights are loaded with one.
+            progress: called with the tokens of a row that are read, and with all.
         """
         rows = len(input_ids)
         before = FastWeights() if fast_weights is None else fast_weights
@@ -899,14 +910,18 @@ class FastWeightsMixin:
                 use_cache=True,
                 logits_to_keep=1,
             )
+            if progress is not None:
+                progress(stop, input_ids.shape[1])
         found = cache.fast_weights
+        for state in found.layers.values():
+            state.round(self.dtype)
         found.model = self.fingerprint()
         found.tokenizer = before.tokenizer if tokenizer is None else fingerprint_of_tokenizer(tokenizer)
         names = [name] * rows if isinstance(name, str | None) else list(name)
         masks = [None] * rows if attention_mask is None else attention_mask.bool()
         found.texts = [
-            ([] if not before.texts else before.texts[row % before.rows])
-            + [_described(ids if mask is None else ids[mask], called)]
+            (before.texts[row % before.rows] if before.texts else [])
+            + [described((ids if mask is None else ids[mask]).tolist(), called)]
             for row, (ids, mask, called) in enumerate(zip(input_ids, masks, names, strict=True))
         ]
         return found
@@ -1012,6 +1027,9 @@ class FastWeightsMixin:
             return call
 
         def step(*args, **kwargs):
+            tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+            if tokens is None or tokens.shape[1] > 1:  # a prompt that is read in parts
+                return self(*args, **kwargs)
             weights = kwargs["past_key_values"].fast_weights
             out = call(*args, **kwargs)
             weights.counts = [count + 1 for count in weights.counts]
@@ -1053,9 +1071,8 @@ def fingerprint_of_tokenizer(tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _described(ids: Tensor, name: str | None) -> dict:
-    """Return what a list of texts says of one."""
-    numbers = ids.tolist()
+def described(numbers: list[int], name: str | None) -> dict:
+    """Return what a list of texts says of one, by its tokens' numbers."""
     digest = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
     return dict(name=name, tokens=len(numbers), sha256=digest)
 

@@ -24,6 +24,7 @@ from inplace_ttt.config import TTT
 from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.ttt import CarryCache, ChunkTargets, fast_weight_linear, histogram
 from inplace_ttt.ttt.layout import SequenceLayout
+from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.target import chunk_target
 
 COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
@@ -115,6 +116,33 @@ class TTTMLP(MLP):
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
+
+    @torch.no_grad()
+    def written(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
+        """Return the sum (d, f / TP) of the updates that some chunks write, without sequence parallelism.
+
+        Args:
+            hidden_states, input_embed: (s, 1, d), as ``forward`` takes them.
+            tokens: (n,) numbers of the tokens of whole chunks, one chunk after the other.
+        """
+        weight = self.linear_fc2.weight
+        if not len(tokens):
+            return torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+        z = self._activate(self.linear_fc1(hidden_states)[0])[tokens]
+        u = (input_embed if self.ttt.target == "input_embed" else hidden_states)[tokens]
+        ids = torch.arange(len(tokens), dtype=torch.int32, device=u.device) // self.ttt.chunk_size
+        projection = None if self.ttt_proj is None else self.ttt_proj.weight
+        _, state = fast_weight_linear(
+            z,
+            ChunkTargets(u, self.ttt_conv.weight, projection, ids),
+            weight,
+            eta=self.ttt.eta,
+            chunk_size=self.ttt.chunk_size,
+            clip=self.ttt.clip,
+            tp_group=self.tp_group,
+            output_final_state=True,
+        )
+        return state.updates[0]
 
     def _activate(self, gate_and_up: Tensor) -> Tensor:
         """Apply the activation as Megatron's MLP does: in one kernel where it may."""

@@ -1,0 +1,113 @@
+"""Read a book with a training checkpoint over context-, tensor- and pipeline-parallel ranks.
+
+What a document has written is a sum over its whole chunks, so each rank adds up those that it holds, and the ranks add
+up their sums. The inputs of the unfinished chunk are gathered from whoever has them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.hf.convert import Described
+from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, LayerState, fingerprint_of_weights
+from inplace_ttt.hf.weights import weight_map
+from inplace_ttt.megatron.mlp import TTTMLP
+from inplace_ttt.megatron.tensors import TensorReader
+from inplace_ttt.training.step import unwrap
+from inplace_ttt.ttt.layout import take_local
+
+Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]  # by layer: sum (d, f); tails (t, d) of inputs, embeddings
+
+
+def read_book(reader: CheckpointReader, reading: Reading, mode: FastWeightMode) -> FastWeights | None:
+    """Read a text; return its fast weights, on the first rank alone. All ranks call it."""
+    recorder = _Recorder(reader, len(reading.document.tokens) - 1)
+    reader.read([reading], mode)
+    written = recorder.finish()
+    if written is None:
+        return None
+    chunk = reader.config.ttt.chunk_size
+    book = FastWeights()
+    book.counts = [recorder.length % chunk]
+    for layer, (total, tail, embeds) in sorted(written.items()):
+        state = book.layers[layer] = LayerState(1)
+        if recorder.whole:
+            state.sums[0] = total
+            state.round(torch.bfloat16)
+        if book.counts[0]:
+            state.tails[0] = tail
+            if embeds is not None:
+                book.embeds = book.embeds or LayerState(1)
+                book.embeds.tails[0] = embeds
+    return book
+
+
+def fingerprint_of_checkpoint(described: Described) -> str:
+    """Return the fingerprint that the exported model has."""
+    model, reader = described.config.model, TensorReader(described.folder)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for row in weight_map(model, described.config.ttt):
+            yield from zip(row.theirs, row.way.split(model, reader.read(row.ours)), strict=True)
+
+    return fingerprint_of_weights(tensors())
+
+
+class _Recorder:
+    """Looks at what enters the TTT layers of this rank while a text is read."""
+
+    def __init__(self, reader: CheckpointReader, length: int):
+        self.groups, self.length = reader.groups, length
+        self.chunk = reader.config.ttt.chunk_size
+        self.whole = length - length % self.chunk  # tokens of whole chunks
+        self.written: Written = {}
+        self.hooks = [
+            module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+            for layer, module in unwrap(reader.model).ttt_modules.items()
+        ]
+
+    def _hook(self, layer: int):
+        def look(module: TTTMLP, args: tuple, kwargs: dict) -> None:
+            if layer not in self.written:  # on other ranks of the same text it may be read more than once
+                self.written[layer] = self._look(module, *args)
+
+        return look
+
+    def _look(self, module: TTTMLP, hidden: Tensor, embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what the document writes to a layer, from this rank's inputs (s, 1, d)."""
+        cp = self.groups.cp
+        places = take_local(torch.arange(len(hidden) * cp.size()), cp.size(), cp.rank(), dim=0).to(hidden.device)
+        inside = (places < self.whole).nonzero().squeeze(1)  # slices begin on chunk boundaries: whole chunks
+        total = module.written(hidden, embeds, inside)
+        dist.all_reduce(total, group=cp)
+        parts = [torch.empty_like(total) for _ in range(self.groups.tp.size())]
+        dist.all_gather(parts, total, group=self.groups.tp)
+        used = embeds if module.ttt.target == "input_embed" else None
+        tails = [None if one is None else self._tail(one, places) for one in (hidden, used)]
+        return torch.cat(parts, dim=1).cpu(), *tails
+
+    def _tail(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return the unfinished chunk's (t, d) of tokens (s, 1, d) that lie on any rank."""
+        tail = tokens.new_zeros(self.length - self.whole, tokens.shape[-1])
+        own = (places >= self.whole) & (places < self.length)
+        tail[places[own] - self.whole] = tokens[own, 0]
+        dist.all_reduce(tail, group=self.groups.cp)
+        return tail.cpu()
+
+    def finish(self) -> Written | None:
+        """Return what all layers have written, on the first rank; None on others."""
+        for hook in self.hooks:
+            hook.remove()
+        groups, found = self.groups, [self.written]
+        if any(group.rank() for group in (groups.tp, groups.cp, groups.dp)):
+            return None
+        if groups.pp.size() > 1:
+            found = [None] * groups.pp.size() if groups.pp.rank() == 0 else None
+            dist.gather_object(self.written, found, dst=dist.get_global_rank(groups.pp, 0), group=groups.pp)
+        if groups.pp.rank():
+            return None
+        return {layer: state for stage in found for layer, state in stage.items()}

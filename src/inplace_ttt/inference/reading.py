@@ -1,0 +1,207 @@
+"""``launch/read_book.py``: read texts once, and keep what the fast weights have learnt from them in a file."""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from inplace_ttt.config import UserError
+from inplace_ttt.data.documents import Report, find_files, read_documents
+from inplace_ttt.data.tokenizer import begins_texts, fingerprint
+from inplace_ttt.environment import World, check_environment
+from inplace_ttt.evaluation.arguments import Parser, is_key, read_key, tokens
+from inplace_ttt.evaluation.documents import Document
+from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.evaluation.models import Named, open_model
+from inplace_ttt.exits import fail
+from inplace_ttt.files import user_path
+from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, described
+from inplace_ttt.job import Job, run_job
+
+HELP = """\
+Read texts once, and save what the fast weights have learnt: launch/read_book.py MODEL FILE [FILE ...] --output BOOK
+
+MODEL is a run's folder (its last checkpoint), a checkpoint, or a folder in Hugging Face's format. A training checkpoint
+is read by all ranks of torchrun together, which share the text (context parallelism), or in the layout of key=value.
+Files are text, .jsonl, .json or .parquet; their texts are read as one, in order.
+
+  python launch/read_book.py exported/ book.txt --output book.safetensors
+  torchrun --nproc-per-node 8 launch/read_book.py runs/my_run book.txt --output book.safetensors
+  python launch/generate.py exported/ --book book.safetensors --prompt "Who killed the count?"
+"""
+SIZES = tuple(f"parallel.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context"))
+KEYS = (*SIZES, "parallel.timeout_minutes", "model.transformer_impl", "train.precision", "ttt.prefix", "ttt.comm_dtype")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read: tokens, and for each file its name and how many of them are its own."""
+
+    tokens: list[int]
+    parts: list[tuple[str, int]]
+
+    def described(self) -> list[dict]:
+        """Return what a book says that it has read."""
+        found, start = [], 0
+        for name, size in self.parts:
+            found.append(described(self.tokens[start : start + size], name))
+            start += size
+        return found
+
+
+def main(words: list[str]) -> int:
+    """Run the command line and return the exit code: 0, 2 the user must change something, 3 or 4 as in training."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    try:
+        options, overrides, mode = _parse(words)
+        world = World.from_environment()
+        check_environment()
+        timeout = overrides.get("parallel.timeout_minutes", 10.0)
+        return run_job(
+            lambda job: _read(options, overrides, mode, job), world, timeout, output=f"--output '{options.output}'"
+        )
+    except UserError as error:
+        return fail(f"error: {error}", 2)
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, object], FastWeightMode]:
+    parser = Parser(prog="launch/read_book.py", usage=argparse.SUPPRESS, description=HELP, allow_abbrev=False)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--output", type=user_path, required=True, metavar="BOOK", help="file to write")
+    parser.add_argument("--text-key", default="text", help="field of .jsonl, .json and .parquet files (text)")
+    parser.add_argument("--fast-weights", default="on", metavar="MODE", help="on, or clip=NUMBER (on)")
+    parser.add_argument("--size", choices=["exact", "bf16"], default="exact", help="bf16: half the space (exact)")
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of a folder's weights")
+    parser.add_argument("--part", type=tokens, help="tokens that a folder's model reads at a time (8 chunks, or 8k)")
+    options, rest = parser.parse_known_args(words)
+    unknown = next((word for word in rest if word.startswith("-")), None)
+    if unknown:
+        raise UserError(f"there is no option {unknown}; launch/read_book.py --help shows what there is")
+    named = [*options.names, *rest]
+    overrides = dict(read_key(word, KEYS) for word in named if is_key(word))
+    named = [word for word in named if not is_key(word)]
+    if len(named) < 2:
+        raise UserError("name a model, and the files to read: launch/read_book.py MODEL FILE --output BOOK")
+    options.model, options.files = user_path(named[0]), named[1:]
+    mode = FastWeightMode.parse(options.fast_weights)
+    if not mode.on:
+        raise UserError("--fast-weights off: without them nothing is learnt; use on or clip=NUMBER")
+    return options, overrides, mode
+
+
+def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, job: Job) -> int:
+    named, world = Named.find(options.model), job.world
+    if not named.has_fast_weights:
+        raise UserError(f"'{options.model}' has no fast weights, which a book is kept in")
+    if os.path.lexists(options.output):
+        raise UserError(f"--output '{options.output}' is there already: remove it, or name another file")
+    if not options.output.resolve().parent.is_dir():
+        raise UserError(f"--output '{options.output}': there is no folder '{options.output.parent}'")
+    tokenizer = named.tokenizer()
+    text = read_text(options.files, options.text_key, tokenizer)
+    largest, entries = max(text.tokens), named.vocabulary()
+    if entries and largest >= entries:
+        raise UserError(f"the tokenizer of '{options.model}' makes token {largest}, and its model knows {entries}")
+    if named.checkpoint is None and (world.size > 1 or overrides):
+        raise UserError(
+            f"'{options.model}' is in Hugging Face's format, which one process reads, without keys: name the run that "
+            f"it was exported from, whose checkpoint {'all ranks' if world.size > 1 else 'any layout'} can read"
+        )
+    started = time.perf_counter()
+    if named.checkpoint is None:
+        book = _by_folder(options, mode, text, named)
+    else:
+        book = _by_checkpoint(options, overrides, mode, text, named, job)
+    if world.rank:
+        return 0
+    book.tokenizer, book.texts = fingerprint(tokenizer), [text.described()]
+    try:
+        book.save(str(options.output), torch.bfloat16 if options.size == "bf16" else None)
+    except Exception as error:  # of safetensors, which has no kinds
+        raise UserError(f"--output '{options.output}' cannot be written: {error}") from error
+    seconds, size = time.perf_counter() - started, options.output.stat().st_size / 2**20
+    print(f"'{options.output}' holds {len(text.tokens):,} tokens, read in {seconds:.0f} s, in {size:.0f} MiB")
+    return 0
+
+
+def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return the texts of files as one. Raises UserError where there is none, and for a file that holds none."""
+    ids, parts = [], []
+    for path in find_files(names):
+        own = []
+        for text in read_documents([path], text_key, Report(strict=True)):
+            text = text if text.endswith("\n") else f"{text}\n"
+            own += tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
+        if not own:
+            raise UserError(f"'{path}' holds no text to read")
+        if not ids and begins_texts(tokenizer):
+            own.insert(0, tokenizer.bos_token_id)
+        ids += own
+        parts.append((path.name, len(own)))
+    return Text(ids, parts)
+
+
+def _by_folder(options: argparse.Namespace, mode: FastWeightMode, text: Text, named: Named) -> FastWeights:
+    """Read by the model of a folder in Hugging Face's format, in parts."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    network = open_model(named.path, options.model.name, mode, device, dtype).network
+    with _progress() as advance:
+        return network.read(torch.tensor([text.tokens], device=device), part=options.part, progress=advance)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _by_checkpoint(
+    options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: Named, job: Job
+) -> FastWeights | None:
+    """Read by a training checkpoint, over all ranks; return the book on the first one."""
+    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading
+    from inplace_ttt.evaluation.position import PositionRanges
+    from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
+    from inplace_ttt.megatron import runtime
+
+    config = layout(named.path, overrides, job.world.size)
+    job.start(config.parallel, 0)
+    reader = CheckpointReader(named.path, config, job, len(text.tokens))
+    job.watch.mark("reading")
+    # the last token has none after it, and is read as the others are: so there is one more to predict
+    document = Document(np.array([*text.tokens, text.tokens[-1]], dtype=np.int64))
+    reading = Reading(document, PositionRanges((0, len(text.tokens))))
+    book = read_book(reader, reading, mode)
+    runtime.agree(None)
+    if book is not None:
+        book.model = fingerprint_of_checkpoint(named.checkpoint)
+    return book
+
+
+def layout(path: Path, overrides: dict[str, object], ranks: int):
+    """Return a checkpoint's configuration for reading one text by so many ranks: those that no key gives another task
+    share its tokens. Raises UserError."""
+    from inplace_ttt.evaluation.checkpoint_reader import evaluation_config
+
+    tensor, pipeline, context = SIZES
+    keys = dict.fromkeys(SIZES, 1) | overrides | {"parallel.sequence_parallel": False}
+    others = int(keys[tensor]) * int(keys[pipeline])
+    if context not in overrides and others > 0 and ranks % others == 0:
+        keys[context] = ranks // others
+    return evaluation_config(path, keys, ranks)
