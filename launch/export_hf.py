@@ -12,6 +12,7 @@ from rich.console import Console
 
 from inplace_ttt.command import run_command
 from inplace_ttt.files import user_path
+from inplace_ttt.hf.calibration import READING_CLIP
 
 
 def main() -> int:
@@ -19,6 +20,13 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, help="a run's folder (its last whole checkpoint), or a checkpoint's")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--base", type=Path, help="folder whose tokenizer and generation config come along")
+    parser.add_argument(
+        "--clip",
+        default=READING_CLIP,
+        metavar="WORD",
+        help=f"how updates are clipped while the model reads: trained, none, p50, p95, p99 (quantiles of the updates "
+        f"in training, layer by layer) or a number ({READING_CLIP})",
+    )
     parser.add_argument("--no-tokenizer", action="store_true", help="take no tokenizer along")
     arguments = parser.parse_args()
     return run_command(lambda: export(arguments))
@@ -32,7 +40,12 @@ def export(arguments: argparse.Namespace) -> None:
     console, output = Console(stderr=True), user_path(arguments.output)
     with bytes_bar(console, "exporting") as advance:
         export_checkpoint(
-            user_path(arguments.checkpoint), output, arguments.base, advance, tokenizer=not arguments.no_tokenizer
+            user_path(arguments.checkpoint),
+            output,
+            arguments.base,
+            advance,
+            tokenizer=not arguments.no_tokenizer,
+            clip=arguments.clip,
         )
     has_tokenizer = any((output / name).is_file() for name in TOKENIZER)
     console.print(

@@ -14,7 +14,7 @@ from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.evaluation.share import counted
-from inplace_ttt.hf.convert import describe_checkpoint
+from inplace_ttt.hf.convert import describe_checkpoint, reading_keys
 from inplace_ttt.job import SLOW, Job
 from inplace_ttt.megatron import runtime
 from inplace_ttt.validation import precision, transformer_impl, validate
@@ -76,7 +76,7 @@ class CheckpointReader:
         """Build and load. ``length``: of the longest text. Raises UserError, on all ranks."""
         from inplace_ttt.megatron.checkpoint import Checkpointer
         from inplace_ttt.megatron.model import build_model
-        from inplace_ttt.training.step import Stepper
+        from inplace_ttt.training.step import Stepper, unwrap
 
         self.config = config
         config.data.seq_length = padded_length(config, length)
@@ -96,8 +96,15 @@ class CheckpointReader:
                 flush=True,
             )
         self.model.eval()
+        self.modules, self.clips = unwrap(self.model).ttt_modules, self._clips(path)
         self.stepper = Stepper(config, self.model, self.model.config, self.groups)
         self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
+
+    def _clips(self, path: Path) -> dict[int, float | None]:
+        """Return the clip of each TTT layer, as the exported model would have it."""
+        layers = ttt_layers(self.config.ttt, self.config.model.num_layers)
+        clip = reading_keys(describe_checkpoint(path))["ttt_clip"] if layers else None
+        return dict(zip(layers, clip if isinstance(clip, list) else [clip] * len(layers), strict=True))
 
     @property
     def device(self) -> torch.device:
@@ -116,9 +123,9 @@ class CheckpointReader:
         mine = [readings[number] if number < len(readings) else None
                 for number in range(self.groups.dp.rank() * each, (self.groups.dp.rank() + 1) * each)]  # fmt: skip
         batches = [self._batch(one or readings[0], length) for one in mine]
-        clip, self.config.ttt.clip = self.config.ttt.clip, mode.clip or self.config.ttt.clip
+        for layer, module in self.modules.items():
+            module.clip = mode.clip_of(self.clips[layer])
         sums = self.stepper.sums_of_each(batches, [(one or readings[0]).ranges for one in mine], fast_weights=mode.on)
-        self.config.ttt.clip = clip
         found = [None] * self.groups.dp.size()
         if found[1:]:
             dist.all_gather_object(found, sums, group=self.groups.dp)
@@ -141,6 +148,6 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Free the model."""
-        self.stepper = self.model = None
+        self.stepper = self.model = self.modules = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """How an evaluation uses fast weights."""
 
+import math
 from dataclasses import dataclass
 
 from inplace_ttt.config import UserError
@@ -10,23 +11,35 @@ class FastWeightMode:
     """Choose how an evaluation uses fast weights: as the model says itself, not at all, or clipped."""
 
     on: bool = True
-    clip: float | None = None  # None: as the model's configuration says
+    clip: float | None = None  # infinite: no clipping; None: as the model's configuration says
 
     @classmethod
     def parse(cls, word: str) -> "FastWeightMode":
-        """Read ``on``, ``off`` or ``clip=0.002``. Raise UserError for anything else."""
+        """Read ``on``, ``off``, ``clip=0.002`` or ``clip=none``. Raise UserError for anything else."""
         if word in ("on", "off"):
             return cls(on=word == "on")
+        if word == "clip=none":
+            return cls(clip=math.inf)
         number = word.removeprefix("clip=")
         try:
             clip = float(number)
         except ValueError:
             clip = 0.0
         if number == word or not 0 < clip < float("inf"):
-            raise UserError(f"--fast-weights {word} is not understood: use on, off or clip=NUMBER, such as clip=0.002")
+            raise UserError(
+                f"--fast-weights {word} is not understood: use on, off, clip=none or clip=NUMBER, such as clip=0.002"
+            )
         return cls(clip=clip)
+
+    def clip_of(self, own: float | None) -> float | None:
+        """Return the clip of a layer whose own is given."""
+        if self.clip is None:
+            return own
+        return None if math.isinf(self.clip) else self.clip
 
     def __str__(self) -> str:
         if not self.on:
             return "off"
-        return "on" if self.clip is None else f"clip={self.clip:g}"
+        if self.clip is None:
+            return "on"
+        return "clip=none" if math.isinf(self.clip) else f"clip={self.clip:g}"

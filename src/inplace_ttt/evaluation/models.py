@@ -175,8 +175,7 @@ def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.devi
             settings = kind.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
             if not mode.on:
                 settings.ttt_mode = False
-            if mode.clip is not None:
-                settings.ttt_clip = mode.clip
+            settings.ttt_clip = mode.clip_of(settings.ttt_clip)
         else:
             kind, settings = AutoModelForCausalLM, AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with warnings.catch_warnings(), _quiet():

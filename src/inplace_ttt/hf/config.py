@@ -252,6 +252,9 @@ def read_ttt(config: dict, place: str) -> TTT:
     layers = config.get("ttt_layers")
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
         raise UserError(f"{place} says ttt_layers={layers!r}, where there should be a list of layer numbers from 0")
+    _check_calibration(config, len(layers), place)
+    if isinstance(config.get("ttt_clip"), list):  # calibrated for reading: training knows nothing of it
+        keys = _Keys({**config, "ttt_clip": None}, place)
     read = dict(
         chunk_size=keys.whole,
         eta=keys.factor,
@@ -265,21 +268,40 @@ def read_ttt(config: dict, place: str) -> TTT:
     return TTT(layers=[layer for layer in layers if layer < config["num_hidden_layers"]], **values)
 
 
+def _check_calibration(config: dict, layers: int, place: str) -> None:
+    """Raise UserError where what a config.json says of updates, layer by layer, is not that."""
+    norms = config.get("ttt_update_norms")
+    if isinstance(norms, dict):
+        named = {f"ttt_update_norms.{name}": numbers for name, numbers in norms.items()}
+    else:
+        named = {} if norms is None else {"ttt_update_norms": {}}
+    if isinstance(config.get("ttt_clip"), list):
+        named["ttt_clip"] = config["ttt_clip"]
+    for key, numbers in named.items():
+        least = 0.0 if key == "ttt_clip" else -1.0  # a layer may have written nothing
+        fits = isinstance(numbers, list) and len(numbers) == layers
+        if not fits or not all(_is_number(one) and one > least for one in numbers):
+            raise UserError(f"{place} says {key}={_shown(numbers)}, where there should be a number for each TTT layer")
+
+
 # fields of Model that a config.json has no key for: the class has nothing else, or only training knows them
 NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "qk_layernorm"}
 
 
-def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | None = None) -> dict:
+def write_config(
+    config: Config, dtype: str, base: dict | None, tokens: dict | None = None, reading: dict | None = None
+) -> dict:
     """Return the config.json of a model; raise UserError for what no class of transformers can say.
 
     ``base``: the config.json that it was imported from, whose other keys are kept. ``tokens``: eos_token_id and
-    bos_token_id.
+    bos_token_id. ``reading``: what the exported model alone knows: ttt_clip where it is not that of the training, and
+    ttt_update_norms.
     """
     model, ttt = config.model, config.ttt
     family = "qwen3" if model.qk_layernorm else "llama"
     rope = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     written = dict(base or {})
-    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", *_WINDOW_KEYS):
+    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", "ttt_update_norms", *_WINDOW_KEYS):
         written.pop(old, None)
     fields = dict(
         num_layers=dict(num_hidden_layers=model.num_layers),
@@ -314,7 +336,7 @@ def write_config(config: Config, dtype: str, base: dict | None, tokens: dict | N
         written |= dict(architectures=[name])
         written["auto_map"] = dict(AutoConfig=f"{CODE}.{configuration}", AutoModelForCausalLM=f"{CODE}.{name}")
         written |= dict(ttt_mode=True, ttt_layers=ttt_layers(ttt, model.num_layers))
-        written |= {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}
+        written |= {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()} | (reading or {})
     return written
 
 

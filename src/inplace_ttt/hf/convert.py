@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, UserError, config_from_values
+from inplace_ttt.config import Config, Model, UserError, config_from_values, ttt_layers
 from inplace_ttt.files import own_umask, read_json, write_json
+from inplace_ttt.hf.calibration import READING_CLIP, choose_clip, update_norms
 from inplace_ttt.hf.companions import (
     CONFIG,
     FOLDER,
@@ -148,11 +149,13 @@ def export_checkpoint(
     base: Path | None = None,
     advance: Advance = lambda size, total: None,
     tokenizer: bool = True,
+    clip: str = READING_CLIP,
 ) -> Config:
     """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
 
     ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
-    ``tokenizer``: whether one comes along. Raises UserError for anything of the model that cannot be written.
+    ``tokenizer``: whether one comes along. ``clip``: how updates are clipped while the exported model reads, see
+    ``choose_clip``. Raises UserError for anything of the model that cannot be written.
     """
     described = describe_checkpoint(checkpoint)
     folder, config = described.folder, described.config
@@ -176,11 +179,12 @@ def export_checkpoint(
     came_with = base or described.base()
     base_config, generation = read_base(came_with, CONFIG), read_base(came_with, GENERATION)
     tokens = token_ids(words, base_config, generation, strict=words != came_with)
-    write_config(config, "float32", base_config, tokens)  # raises before anything is written
+    reading = reading_keys(described, clip)
+    write_config(config, "float32", base_config, tokens, reading)  # raises before anything is written
 
     with fresh_folder(output) as partial:
         dtype = _write_shards(partial, rows, model, reader, advance)
-        hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config, tokens)
+        hf_config = write_config(config, str(dtype).removeprefix("torch."), base_config, tokens, reading)
         write_json(partial / CONFIG, hf_config, indent=2)
         if generation or tokens:
             write_json(partial / GENERATION, {**(generation or {}), **tokens}, indent=2)
@@ -190,6 +194,18 @@ def export_checkpoint(
             copy_companions(words, partial, TOKENIZER)
             name_tokenizer_class(partial)
     return config
+
+
+def reading_keys(described: "Described", clip: str = READING_CLIP) -> dict:
+    """Return ttt_clip and ttt_update_norms of a checkpoint's exported model; ``clip``: see ``choose_clip``."""
+    config = described.config
+    norms = update_norms(described.folder, ttt_layers(config.ttt, config.model.num_layers))
+    trained = config.ttt.clip
+    if described.run is None:  # imported: as it came
+        came_with = read_base(described.base(), CONFIG) or {}
+        norms = norms or came_with.get("ttt_update_norms")
+        trained = came_with.get("ttt_clip") if trained is None else trained
+    return dict(ttt_clip=choose_clip(clip, trained, norms, f"'{described.folder}'"), ttt_update_norms=norms)
 
 
 def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorReader, advance: Advance) -> torch.dtype:

@@ -12,7 +12,8 @@ This file lies in every exported folder and needs torch and transformers alone:
 In a TTT layer ``W_down`` is the start of every document. Its tokens are read in chunks of ``ttt_chunk``; a chunk sees
 the weight that earlier chunks have left, and when it is full adds ``ttt_lr * sum_t v_t z_t^T``, with z the input of the
 down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
-is the largest norm of one chunk's update over that of ``W_down``; a larger one is scaled down to it.
+is the largest norm of one chunk's update over that of ``W_down``, of each TTT layer or of all; a larger one is scaled
+down to it. ``ttt_update_norms`` says how large updates were in training: their quantiles, layer by layer.
 
 Of a text that goes on, a layer keeps the sum of its updates and the MLP's inputs of the unfinished chunk; z and v are
 made of these when the chunk is full. Where the package ``inplace_ttt`` is installed, chunks go through its operation,
@@ -503,6 +504,8 @@ class FastWeightMLP(nn.Module):
             mlp.act_fn,
         )
         self.layer, self.chunk, self.eta, self.clip = layer, config.ttt_chunk, config.ttt_lr, config.ttt_clip
+        if isinstance(self.clip, list | tuple):  # calibrated by training, for each TTT layer
+            self.clip = self.clip[list(config.ttt_layers).index(layer)]
         self.shape = config.hidden_size, config.intermediate_size  # of W_down
         self.ttt_conv = ChunkConvolution(config.hidden_size, config.ttt_conv_kernel)
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
@@ -713,6 +716,9 @@ class FastWeightsMixin:
     def __init__(self, config):
         super().__init__(config)
         self.fast_mlps = []
+        clip, layers = self.config.ttt_clip, self.config.ttt_layers
+        if isinstance(clip, list | tuple) and len(clip) != len(layers):
+            raise ValueError(f"ttt_clip={clip} has not one number for each of ttt_layers={layers}")
         for layer in self.config.ttt_layers if self.config.ttt_mode else ():
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
             self.model.layers[layer].mlp = mlp
@@ -1115,6 +1121,7 @@ FAST_WEIGHT_KEYS = dict(
     ttt_proj=True,
     ttt_target="hidden_states",
     ttt_conv_kernel=5,
+    ttt_update_norms=None,
 )
 
 

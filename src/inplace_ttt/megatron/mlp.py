@@ -61,6 +61,7 @@ class TTTMLP(MLP):
             config=config, submodules=submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size
         )
         self.ttt, self.cp_group = ttt, pg_collection.cp
+        self.clip = ttt.clip  # an evaluation may set another
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
@@ -98,7 +99,7 @@ class TTTMLP(MLP):
             cu_seqlens=layout.cu_seqlens,
             cp_group=self.cp_group,
             plan=layout.plan,
-            clip=self.ttt.clip,
+            clip=self.clip,
             tp_group=self.tp_group,
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
             prefix=self.ttt.prefix,
@@ -138,7 +139,7 @@ class TTTMLP(MLP):
             weight,
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
-            clip=self.ttt.clip,
+            clip=self.clip,
             tp_group=self.tp_group,
             output_final_state=True,
         )

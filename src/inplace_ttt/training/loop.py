@@ -20,6 +20,7 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.exits import LASTING
+from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import agree, device
@@ -105,7 +106,7 @@ class Recorder:
     def histograms(self) -> dict[str, dict]:
         """Return the files of a checkpoint that hold the last histograms of update norms."""
         content = self.metrics.histograms.contents() if self.outputs else None
-        return {} if content is None else {update_histograms.FILE: content}
+        return {} if content is None else {HISTOGRAMS: content}
 
     def end(self, why: str) -> None:
         if self.outputs:

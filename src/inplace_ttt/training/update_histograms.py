@@ -8,9 +8,7 @@ import torch.distributed as dist
 from inplace_ttt.megatron.runtime import device
 from inplace_ttt.ttt import histogram
 
-FILE = "update_histograms.json"  # in a checkpoint; older ones have none
 NOTED = 32  # histograms of one run that a checkpoint holds, the last ones
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 Sparse = dict[str, int]  # bin -> count; bins without counts are absent
 
@@ -47,7 +45,7 @@ def quantiles(histograms: dict[str, Sparse]) -> dict[str, float]:
     for layer, sparse in histograms.items():
         if sparse:
             counts = dense(sparse)
-            for name, q in QUANTILES.items():
+            for name, q in histogram.QUANTILES.items():
                 # what lies above all bins is infinite, which JSON does not know
                 found[f"update_norm_{name}/layer_{layer}"] = min(histogram.quantile(counts, q), 10.0**histogram.HIGHEST)
     return found
