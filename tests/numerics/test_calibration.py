@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -79,11 +78,7 @@ def test_exported_and_read(tmp_path):
     noted(tmp_path / "imported", {0: [0.1], 2: [0.5]})
     export_checkpoint(tmp_path / "imported", tmp_path / "out", clip="p95")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert (
-        config["ttt_clip"]
-        == config["ttt_update_norms"]["p95"]
-        == [pytest.approx(0.1, rel=0.2), pytest.approx(0.5, rel=0.2)]
-    )
+    assert config["ttt_clip"] == config["ttt_update_norms"]["p95"] == pytest.approx([0.1, 0.5], rel=0.2)
     clipped = exported.InPlaceTTTQwen3ForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert [mlp.clip for mlp in clipped.fast_mlps] == config["ttt_clip"]
     by_operation = clipped(text).logits
@@ -99,11 +94,9 @@ def test_exported_and_read(tmp_path):
     assert json.loads((tmp_path / "none/config.json").read_text())["ttt_clip"] is None
     for key, value in [("ttt_clip", [0.1]), ("ttt_clip", [0.1, -1]), ("ttt_update_norms", {"p50": [1]}),
                        ("ttt_update_norms", [1, 2])]:  # fmt: skip
-        shutil.rmtree(tmp_path / "again")
         (tmp_path / "out/config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UserError, match=f"says {key}.*a number for each TTT layer"):
-            import_checkpoint(tmp_path / "out", tmp_path / "again")
-        (tmp_path / "again").mkdir(exist_ok=True)
+            import_checkpoint(tmp_path / "out", tmp_path / "damaged")
     with pytest.raises(ValueError, match="has not one number for each"):
         exported.InPlaceTTTQwen3ForCausalLM(exported.InPlaceTTTQwen3Config(**{**config, "ttt_clip": [0.1]}))
 
