@@ -85,7 +85,7 @@ def test_a_plain_model_runs_without_its_code(folders, tmp_path):
 
 @pytest.mark.parametrize("word", ["", "yes", "clip", "clip=", "clip=x", "clip=0", "clip=-1", "clip=inf", "clip=nan"])
 def test_modes_that_are_none(word):
-    with pytest.raises(UserError, match="use on, off or clip=NUMBER"):
+    with pytest.raises(UserError, match="use on, off, clip=none or clip=NUMBER"):
         FastWeightMode.parse(word)
 
 

@@ -254,6 +254,8 @@ def test_what_cannot_work_is_refused(model):
     assert QuantizedCache
     with pytest.raises(NotImplementedError, match="cannot unread"):
         exported.FastWeightCache(config=model.config).crop(3)
+    with pytest.raises(NotImplementedError, match="as assisted generation"):
+        model.generate(texts(1, 30), prompt_lookup_num_tokens=3)
     for call in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="use generate with a batch of prompts"):
             call([[1, 2, 3]])
@@ -466,6 +468,43 @@ def test_quantised_layers(variant):
     assert close(quantised(text).logits, plain(text).logits) and not close(plain(text).logits, before)
     options = dict(max_new_tokens=30, do_sample=False)
     assert torch.equal(quantised.generate(text[:, :30], **options), plain.generate(text[:, :30], **options))
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 300), (1, 1024), (1, 8192), (3, 1000), (300, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_of_grouped_heads(rows, length, dtype):
+    """Equals torch's own, in spans of keys and whole."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    random_state = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, tokens, 8, generator=random_state, dtype=torch.float64).to(dtype)
+        for heads, tokens in ((8, 1), (2, length), (2, length))
+    )
+    mask = torch.rand(rows, 1, 1, length, generator=random_state) > 0.3
+    mask[:, :, :, 0] = True
+    found, _ = exported.grouped_attention(module, query, key, value, mask, scaling=0.7)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(one.double() for one in (query, key, value)), attn_mask=mask, scale=0.7, enable_gqa=True
+    ).transpose(1, 2)
+    assert found.shape == exact.shape and found.dtype == dtype
+    assert (found.double() - exact).abs().max() < {torch.float64: 1e-12, torch.bfloat16: 0.03}[dtype]
+
+
+@torch.no_grad()
+def test_generation_leaves_the_model_as_it_was():
+    """generate() attends by grouped_attention; nothing else does."""
+    model = build("qwen3")
+    model.config._attn_implementation, used = "sdpa", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(exported.AttentionInterface._global_mapping, exported.GROUPED,
+                      lambda *a, **k: used.append(1) or exported.grouped_attention(*a, **k))  # fmt: skip
+        cache = StaticCache(model.config, max_cache_len=2300)
+        model.generate(texts(1, 5), max_new_tokens=3, past_key_values=cache)
+        assert used and model.config._attn_implementation == "sdpa" and cache.layers[0].keys.shape[2] == 2304
+        used.clear()
+        model(texts(1, 5))
+        assert not used
 
 
 def test_sums_in_two_halves_are_the_sums():

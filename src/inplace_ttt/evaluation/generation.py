@@ -10,16 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.models import Model
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
-GROUPED = "inplace_ttt_grouped"  # the name of our attention in transformers
 LOOK = 8  # tokens between two looks whether all answers have ended
 ROUND = 64  # tokens
 
@@ -254,7 +251,7 @@ def _can_share(network: PreTrainedModel) -> bool:
     """Tell whether all layers keep keys and values of the whole text, and know positions by rotation alone: others keep
     a window, or something else, and may not take a mask of rows that begin at different places."""
     config = network.config
-    plain = config._attn_implementation in ("sdpa", GROUPED) and getattr(config, "rope_parameters", None)
+    plain = config._attn_implementation in ("sdpa", exported.GROUPED) and getattr(config, "rope_parameters", None)
     return bool(plain) and all(type(layer) is DynamicLayer for layer in _empty_cache(network).layers)
 
 
@@ -264,27 +261,6 @@ def rounded(length: int) -> int:
 
 
 def _use_attention(network: PreTrainedModel) -> None:
-    """Let a model attend by ``grouped_attention``, if it attends by torch's own."""
+    """Let a model attend by the exported model's ``grouped_attention``, if it attends by torch's own."""
     if network.config._attn_implementation == "sdpa":
-        AttentionInterface.register(GROUPED, grouped_attention)
-        AttentionMaskInterface.register(GROUPED, sdpa_mask)
-        network.set_attn_implementation(GROUPED)
-
-
-def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
-    """Attend as transformers' ``sdpa``, but read the keys and values of grouped heads once for a single token.
-
-    Args:
-        query: (rows, heads, tokens, size).
-        key, value: (rows, key-value heads, length, size).
-    """
-    plain = options.get("position_bias") is None and not options.get("dropout")
-    groups = getattr(module, "num_key_value_groups", 1)
-    if query.shape[2] > 1 or groups == 1 or attention_mask is None or attention_mask.dtype != torch.bool or not plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    rows, heads, _, size = query.shape
-    scale = options.get("scaling") or size**-0.5
-    scores = torch.matmul(query.view(rows, heads // groups, groups, size) * scale, key.transpose(2, 3)).float()
-    scores = scores.masked_fill(~attention_mask, float("-inf"))  # (rows, 1, 1, length)
-    out = torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)
-    return out.reshape(rows, heads, 1, value.shape[-1]).transpose(1, 2), None
+        network.set_attn_implementation(exported.GROUPED)

@@ -32,7 +32,19 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 try:
     from inplace_ttt.ttt import ChunkTargets, FastWeightState, fast_weight_linear
@@ -40,6 +52,7 @@ except ImportError:
     fast_weight_linear = None
 
 BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
+SPAN = 256  # keys that grouped_attention reads together at least
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
 
@@ -402,7 +415,7 @@ class _FastWeightsInCache:
         self.fast_weights = FastWeights()
 
     def crop(self, *args, **kwargs) -> None:
-        raise NotImplementedError("fast weights cannot unread: assisted generation and crop do not work with them")
+        raise NotImplementedError(ASSISTED)
 
 
 class FastWeightCache(_FastWeightsInCache, DynamicCache):
@@ -454,6 +467,9 @@ def _adopt(cache) -> None:
             f"past_key_values is a {type(cache).__name__}{'' if kind is None else ' that was filled without'}: "
             f"fast weights need a cache of their own; leave it out, or give a new DynamicCache or StaticCache"
         )
+    for layer in cache.layers:
+        if type(layer) is StaticLayer and not layer.is_initialized and layer.max_cache_len >= SPAN * 8:
+            layer.max_cache_len += -layer.max_cache_len % SPAN  # for grouped_attention
     cache.__class__ = kind
     cache.fast_weights = FastWeights()
     cache.fast_weights.static = kind is FastWeightStaticCache
@@ -492,6 +508,50 @@ class TargetProjection(nn.Module):
         return v @ self.weight
 
 
+def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """Attend as transformers' ``sdpa``, but for a single token read the keys and values of grouped heads once.
+
+    With a mask, which static caches need, ``sdpa`` repeats them for every query head. Keys are read in spans, so that
+    a long text of one row also fills a GPU.
+
+    Args:
+        query: (rows, heads, tokens, size).
+        key, value: (rows, key-value heads, length, size).
+        attention_mask: (rows, 1, tokens, length), True where a token attends.
+    """
+    plain = options.get("position_bias") is None and not options.get("dropout")
+    groups = getattr(module, "num_key_value_groups", 1)
+    if query.shape[2] > 1 or groups == 1 or attention_mask is None or attention_mask.dtype != torch.bool or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows, heads, _, size = query.shape
+    length, pairs = key.shape[2], rows * key.shape[1]
+    scale = options.get("scaling") or size**-0.5
+    spans = 1  # so that there are some products for each multiprocessor of a GPU
+    while pairs * spans < 256 and length % (2 * spans) == 0 and length // (2 * spans) >= SPAN:
+        spans *= 2
+    asked = (query * scale).reshape(pairs, 1, groups, size).expand(-1, spans, -1, -1).reshape(-1, groups, size)
+    keys, values = (one.reshape(pairs * spans, length // spans, -1) for one in (key, value))
+    scores = _wide_product(asked, keys.transpose(1, 2)).view(rows, -1, spans, groups, length // spans)
+    allowed = attention_mask.view(rows, -1, spans, 1, length // spans)
+    weights = scores.masked_fill(~allowed, float("-inf")).transpose(2, 3).flatten(3).softmax(dim=-1)
+    weights = weights.view(rows, -1, groups, spans, length // spans).transpose(2, 3).to(value.dtype)
+    parts = _wide_product(weights.reshape(pairs * spans, groups, -1), values)
+    out = parts.view(rows, -1, spans, groups, value.shape[-1]).sum(2).to(value.dtype)
+    return out.reshape(rows, heads, 1, -1).transpose(1, 2), None
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of two batches of matrices in fp32, as attention kernels add up."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.bmm, "dtype"):
+        return torch.ops.aten.bmm.dtype(a, b, torch.float32)
+    return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
+
+
+GROUPED = "inplace_ttt_grouped"  # its name in transformers
+AttentionInterface.register(GROUPED, grouped_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
+
+
 class FastWeightMLP(nn.Module):
     """A gated MLP whose down-projection learns while it reads."""
 
@@ -510,11 +570,13 @@ class FastWeightMLP(nn.Module):
         self.ttt_conv = ChunkConvolution(config.hidden_size, config.ttt_conv_kernel)
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
         self.reads_embeddings = config.ttt_target == "input_embed"
+        self.computes_in = torch.float32  # the dtype of the last forward
         self.reading: Reading | None = None  # set for each forward by the decoder layer's hook
 
     def forward(self, x: Tensor) -> Tensor:
         reading, self.reading = self.reading or Reading(), None
         z = self._inner(x)
+        self.computes_in = z.dtype
         if reading.weights is None:
             return self._pieces(z, reading.embedded if self.reads_embeddings else x, reading)
         if x.shape[1] == 1 and reading.valid is None:
@@ -684,12 +746,24 @@ class FastWeightMLP(nn.Module):
         return self._weight_norm()
 
     def _weight_norm(self) -> Tensor:
-        weight = getattr(self.down_proj, "base_layer", self.down_proj).weight
-        weight = (weight if type(weight) is nn.Parameter else weight.dequantize()).detach()
+        base = getattr(self.down_proj, "base_layer", self.down_proj)
+        weight = base.weight.detach() if type(base.weight) is nn.Parameter else self._dequantised(base)
         for name in getattr(self.down_proj, "active_adapters", ()):
             if not getattr(self.down_proj, "merged", False):
                 weight = weight + self.down_proj.get_delta_weight(name).detach().to(weight)
         return _wide(weight).norm()
+
+    @torch.no_grad()
+    def _dequantised(self, module: nn.Module, block: int = 1024) -> Tensor:
+        """Return the weight (d, f) that a quantised layer multiplies by: all such layers say it by their products."""
+        d, f = self.shape
+        weight = torch.empty(d, f, dtype=torch.float32, device=module.weight.device)
+        for start in range(0, f, block):
+            size = min(block, f - start)
+            rows = torch.zeros(1, size, f, dtype=self.computes_in, device=weight.device)
+            rows[0, range(size), range(start, start + size)] = 1
+            weight[:, start : start + size] = module(rows)[0].t()
+        return weight
 
     def _plain_weight(self, z: Tensor, u: Tensor) -> Tensor | None:
         """Return W_down if it is what its module multiplies by and nothing else is done there."""
@@ -991,14 +1065,19 @@ class FastWeightsMixin:
         """As transformers' own; ``fast_weights`` of one text are given to all of the batch."""
         if fast_weights is not None and kwargs.get("past_key_values") is not None:
             raise ValueError("fast_weights and past_key_values: a cache has fast weights of its own; give one of them")
-        self._book = fast_weights
+        self._book, before = fast_weights, self.config._attn_implementation
+        if self.fast_mlps and before == "sdpa":
+            self.config._attn_implementation = GROUPED
         try:
             return super().generate(*args, **kwargs)
         finally:
-            self._book = None
+            self._book, self.config._attn_implementation = None, before
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values") is not None
+        mode = args[0] if args else kwargs.get("generation_mode")
+        if self.fast_mlps and getattr(mode, "value", None) == "assisted_generation":
+            raise NotImplementedError(ASSISTED)
         if self.fast_mlps and not given and generation_config.use_cache and kind not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation={kind} has no place for fast weights: use static, or the default")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -1083,6 +1162,10 @@ def described(numbers: list[int], name: str | None) -> dict:
     return dict(name=name, tokens=len(numbers), sha256=digest)
 
 
+ASSISTED = (
+    "fast weights cannot unread tokens, as assisted generation (assistant_model, prompt_lookup_num_tokens) and crop "
+    "do: generate without"
+)
 CONTINUOUS = (
     "continuous batching mixes texts in one row and keeps no fast weights: use generate with a batch of prompts"
 )
