@@ -4,7 +4,10 @@ python launch/benchmark.py layer                                   # one MLP lay
 torchrun --nproc-per-node 2 launch/benchmark.py prefix             # chunk states between context-parallel ranks
 python launch/benchmark.py model model.num_layers=12 ...           # a step at Qwen3-4B's shapes, on against off
 torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # over packed documents
-python launch/benchmark.py decode                                  # the exported model, token by token, on against off
+python launch/benchmark.py decode --after 512 4096 32768 131072     # the exported model, token by token, on against off
+python launch/benchmark.py decode --after 2048 --rows 8 32 --tokens 2048
+python launch/benchmark.py prefill                                 # the exported model reads a prompt
+python launch/benchmark.py book                                    # the first token after a loaded book
 
 Prints a table, and writes the numbers (JSON) and a picture to --output.
 """
@@ -77,8 +80,17 @@ def parse_arguments() -> argparse.Namespace:
     attention.add_argument("--rounds", type=_positive, default=7)
     decode = commands.add_parser("decode")
     decode.add_argument("overrides", nargs="*", help=overrides_help)
-    decode.add_argument("--tokens", type=_positive, default=1024, help="to decode with each (1024)")
-    decode.add_argument("--rounds", type=_positive, default=16)
+    decode.add_argument("--after", type=_positive, nargs="+", default=[512], help="tokens read before (512)")
+    decode.add_argument("--rows", type=_positive, nargs="+", default=[1], help="texts of a batch (1)")
+    decode.add_argument("--tokens", type=_positive, default=128, help="to decode with each (128)")
+    prefill = commands.add_parser("prefill")
+    prefill.add_argument("overrides", nargs="*", help=overrides_help)
+    prefill.add_argument("--lengths", type=_positive, nargs="+", default=[4096, 32768], help="of prompts (4096 32768)")
+    prefill.add_argument("--rounds", type=_positive, default=3)
+    book = commands.add_parser("book")
+    book.add_argument("overrides", nargs="*", help=overrides_help)
+    book.add_argument("--prompt", type=_positive, default=64, help="tokens that are asked after the book (64)")
+    book.add_argument("--rounds", type=_positive, default=7)
     return parser.parse_args()
 
 
@@ -182,13 +194,35 @@ def run_attention(arguments):
 
 def run_decode(arguments):
     from inplace_ttt.benchmarks import decode
-    from inplace_ttt.config import UserError
 
-    if arguments.tokens < arguments.rounds:
-        raise UserError(f"--tokens={arguments.tokens} is less than --rounds={arguments.rounds}: ask for more tokens")
+    with exported_models(arguments) as models:
+        return decode.decode(models, arguments.after, arguments.rows, arguments.tokens), {}
+
+
+def run_prefill(arguments):
+    from inplace_ttt.benchmarks import decode
+
+    with exported_models(arguments) as models:
+        return decode.prefill(models, arguments.lengths, arguments.rounds), {}
+
+
+def run_book(arguments):
+    from inplace_ttt.benchmarks import decode
+
+    with exported_models(arguments) as models:
+        return decode.book(models, arguments.prompt, arguments.rounds), {}
+
+
+@contextlib.contextmanager
+def exported_models(arguments):
+    """The models of benchmarks of the exported model, on the GPU."""
+    import torch
+
+    from inplace_ttt.benchmarks.decode import Models
+
     config = configuration(arguments.overrides)
-    with fits(f"model.num_layers={config.model.num_layers}", "fewer layers"):
-        return decode.measure(config, arguments.tokens, arguments.rounds), {}
+    with fits(f"model.num_layers={config.model.num_layers}", "fewer layers, shorter texts or fewer rows"):
+        yield Models.build(config, torch.device("cuda", torch.cuda.current_device()))
 
 
 def configuration(overrides: list[str]):
@@ -211,6 +245,8 @@ COMMANDS = {
     "model": run_model,
     "attention": run_attention,
     "decode": run_decode,
+    "prefill": run_prefill,
+    "book": run_book,
 }
 
 
@@ -258,7 +294,9 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
         "attention": ("documents", "implementation", "ratio", "Attention, forward and backward", "time / torch's"),
-        "decode": ("layers", "ttt", "ratio", "Decoding one text", "time a token / without fast weights"),
+        "decode": ("texts", "variant", "ratio", "Decoding", "time a step / the faster one without fast weights"),
+        "prefill": ("tokens", "variant", "ratio", "Reading a prompt", "time / without fast weights"),
+        "book": ("prompt", "file", "load_ms", "Loading a book", "milliseconds"),
     }[command]
     ranks = series == "ranks"
     names = list(dict.fromkeys(record[series] for record in records))
@@ -268,7 +306,8 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
     for number, name in enumerate(names):
         values = {record[groups]: record[key] for record in records if record[series] == name}
         x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
-        color = "#9aa4af" if name in ("plain", "off", "torch") else COLORS[number % len(COLORS)]
+        is_base = str(name).split(",")[0] in ("plain", "off", "torch")
+        color = "#9aa4af" if is_base else COLORS[number % len(COLORS)]
         bars = ax.bar(x, list(values.values()), width * 0.92, color=color, label=f"{name} ranks" if ranks else name)
         ax.bar_label(bars, fmt="%.3f" if ranks else "%.2f", fontsize=8)
     ax.set_xticks(range(len(places)), [str(place) for place in places])

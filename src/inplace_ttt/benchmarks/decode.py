@@ -1,80 +1,230 @@
-"""Decoding with the exported model, fast weights on against off: one text, token by token."""
+"""The exported model in transformers: decoding, prefill and loaded books, beside the model without fast weights."""
 
+import contextlib
 import statistics
+import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from inplace_ttt.benchmarks.timing import ratio
 from inplace_ttt.config import Config
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import write_config
 
-
-class Text:
-    """A model with random weights that has read a prompt of ``prompt`` tokens and goes on from it."""
-
-    def __init__(self, config: Config, prompt: int, device: torch.device):
-        keys = write_config(config, "bfloat16", base=None)
-        kind = getattr(exported, keys["architectures"][0])  # transformers' own class without fast weights
-        with torch.device(device):
-            torch.manual_seed(0)
-            self.model = kind._from_config(kind.config_class.from_dict(keys), dtype=torch.bfloat16).eval()
-        self.tokens = torch.randint(0, config.model.vocab_size, (1, prompt), device=device)
-        self.cache = None
-        self.read(self.tokens)
-
-    @torch.no_grad()
-    def read(self, tokens: torch.Tensor) -> None:
-        found = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.tokens = found.past_key_values, found.logits[:, -1:].argmax(-1)
-
-    def decode(self, count: int) -> None:
-        for _ in range(count):
-            self.read(self.tokens)
+BASE, OURS = "off", "on"
+GIB = 2**30
 
 
-def measure(config: Config, tokens: int, rounds: int) -> list[dict]:
-    """Return a record with fast weights and one without; each decodes ``tokens``, in ``rounds`` parts in turns.
+@dataclass(frozen=True)
+class Models:
+    """Both models, with random weights, and a text that the one with fast weights has read: its state is not zero."""
 
-    The prompt is one chunk, so every token is decoded with weights that were learned; with ``tokens`` a multiple of the
-    chunk size an update is paid as often as in a long text.
+    base: PreTrainedModel
+    ours: PreTrainedModel
+    book: exported.FastWeights
+
+    @classmethod
+    def build(cls, config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> "Models":
+        """Make them on a device."""
+        # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of
+        # the two models torch gives to it depends on their masks, so neither gets it
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        configs = {BASE: replace(config, ttt=replace(config.ttt, enabled=False)), OURS: config}
+        made = {}
+        for name, variant in configs.items():
+            keys = write_config(variant, str(dtype).removeprefix("torch."), base=None)
+            kind = getattr(exported, keys["architectures"][0])  # transformers' own class without fast weights
+            with torch.device(device):
+                torch.manual_seed(0)
+                made[name] = kind._from_config(kind.config_class.from_dict(keys), dtype=dtype).eval()
+            made[name].generation_config.eos_token_id = None
+        for mlp in made[OURS].fast_mlps:
+            mlp.ttt_conv.weight.data.normal_(0, 1e-3)
+        ids = torch.randint(1, config.model.vocab_size, (1, config.ttt.chunk_size), device=device)
+        return cls(made[BASE], made[OURS], made[OURS].read(ids))
+
+
+class _Clock:
+    """A streamer that notes when each token is there."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def decode(models: Models, after: list[int], rows: list[int], tokens: int) -> list[dict]:
+    """Return what a step takes, with dynamic caches and with static ones in a compiled graph, after so many tokens.
+
+    Keys and values of what came before are zeros, which takes as long. Chunks of a batch end at different steps.
     """
-    # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of the
-    # two models torch gives to it depends on their masks, so neither gets it
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    device = torch.device("cuda", torch.cuda.current_device())
-    configs = {"off": replace(config, ttt=replace(config.ttt, enabled=False)), "on": config}
-    texts = {name: Text(variant, config.ttt.chunk_size, device) for name, variant in configs.items()}
-    for text in texts.values():
-        text.decode(min(16, tokens))  # kernels are loaded, libraries have chosen
-    times = {name: [] for name in texts}
-    for _ in range(rounds):
-        for name, text in texts.items():
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            text.decode(tokens // rounds)
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - started) / (tokens // rounds))
-    return [
-        dict(
-            ttt=name,
-            layers=config.model.num_layers,
-            prompt=config.ttt.chunk_size,
-            decoded=tokens // rounds * rounds,
-            ms_per_token=1e3 * statistics.median(times[name]),
-            slowest_round_ms=1e3 * max(times[name]),
-            device_ms_per_token=_device_ms(text),
-            ratio=ratio(times[name], times["off"]),
-        )
-        for name, text in texts.items()
-    ]
+    records = []
+    for number in rows:
+        for length in after:
+            found = []
+            for name, model in ((BASE, models.base), (OURS, models.ours)):
+                book = models.book if name == OURS else None
+                for static in (False, True):
+                    variant = f"{name}, {'static' if static else 'dynamic'}"
+                    place = dict(variant=variant, texts=f"{number} x {length}")
+                    found.append(place | _decoded(models, model, book, number, length, tokens, static))
+            # of whatever cache is the faster one without fast weights
+            best, best_mean = (min(one[key] for one in found[:2]) for key in ("ms_per_step", "mean_ms"))
+            records += [
+                one | dict(ratio=one["ms_per_step"] / best, mean_ratio=one["mean_ms"] / best_mean) for one in found
+            ]
+    return records
 
 
-def _device_ms(text: Text, count: int = 16) -> float:
-    """Return the milliseconds of kernels a token: what is left where the host does not limit (CUDA graphs)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        text.decode(count)
+def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int, tokens: int, static: bool) -> dict:
+    steps = []
+    _reset_peak(model.device)
+    for _ in range(2 if static else 1):  # the first generation records the graph
+        cache = filled_cache(model, book, rows, after, tokens + 2, static)
+        ids = torch.randint(1, model.config.vocab_size, (rows, after + 1), device=model.device)
+        clock = _Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens + 1,
+            min_new_tokens=tokens + 1, do_sample=False, streamer=clock,
+        )  # fmt: skip
+        steps = [1e3 * (b - a) for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
+        del cache
+    other = models.base if model is models.ours else models.ours
+    return dict(
+        tokens=len(steps),
+        ms_per_step=statistics.median(steps),
+        mean_ms=statistics.fmean(steps),
+        slowest_ms=max(steps),
+        peak_gib=_peak(model.device) - _weight_bytes(other) / GIB,
+    )
+
+
+def filled_cache(model: PreTrainedModel, book, rows: int, after: int, room: int, static: bool):
+    """Return a cache that holds ``after`` tokens of zeros, and the fast weights of a book."""
+    config, device, dtype = model.config, model.device, model.dtype
+    if book is not None:
+        kind = exported.FastWeightStaticCache if static else exported.FastWeightCache
+    else:
+        kind = StaticCache if static else DynamicCache
+    cache = kind(config=config, max_cache_len=_rounded(after + room)) if static else kind(config=config)
+    shape = rows, config.num_key_value_heads, after, getattr(config, "head_dim", None) or 128
+    keys = torch.zeros(shape, dtype=dtype, device=device)
+    for number in range(config.num_hidden_layers):
+        cache.update(keys, keys, number)
+    if book is not None:
+        weights = book.select([0] * rows)
+        chunk = config.ttt_chunk
+        weights.counts = [(after + row * chunk // rows) % chunk for row in range(rows)]
+        weights.mlps, weights.static = model.fast_mlps, static
+        like = torch.zeros(rows, 1, config.hidden_size, dtype=dtype, device=device)
+        for mlp in model.fast_mlps:
+            state = weights.layers[mlp.layer]
+            state.tails = [like[row].expand(count, -1) for row, count in enumerate(weights.counts)]
+            state.fix(chunk, weights.counts, like, mlp.shape, always=True)
+        cache.fast_weights = weights
+    return cache
+
+
+def _rounded(length: int) -> int:
+    return -(-length // 256) * 256
+
+
+def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
+    """Return what reading a prompt takes: without fast weights, by the package, and by the exported file alone."""
+    records = []
+    for length in lengths:
+        ids = torch.randint(1, models.base.config.vocab_size, (1, length), device=models.base.device)
+        variants = {BASE: (models.base, True), "package": (models.ours, True), "file": (models.ours, False)}
+        times, peaks = {name: [] for name in variants}, {}
+        for number in range(rounds + 1):
+            for name, (model, package) in variants.items():
+                other = models.base if model is models.ours else models.ours
+                with _package(package), torch.no_grad():
+                    _reset_peak(model.device)
+                    started = _now(model.device)
+                    model(ids, use_cache=True, logits_to_keep=1)
+                    if number:  # the first one does not count
+                        times[name].append(_now(model.device) - started)
+                        peaks[name] = _peak(model.device) - _weight_bytes(other) / GIB
+        for name, found in times.items():
+            records.append(
+                dict(
+                    variant=name,
+                    tokens=length,
+                    seconds=statistics.median(found),
+                    ratio=statistics.median(a / b for a, b in zip(found, times[BASE], strict=True)),
+                    peak_gib=peaks[name],
+                )
+            )
+    return records
+
+
+def book(models: Models, prompt: int, rounds: int) -> list[dict]:
+    """Return what a saved book adds to the time to the first token, its file being in the page cache."""
+    ids = torch.randint(1, models.ours.config.vocab_size, (1, prompt), device=models.ours.device)
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    records = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size, dtype in (("exact", None), ("bf16", torch.bfloat16)):
+            path = Path(folder) / size
+            models.book.save(str(path), dtype)
+            loads, firsts = [], []
+            for number in range(rounds + 1):
+                started = _now(models.ours.device)
+                found = models.ours.load_fast_weights(str(path))
+                loaded = _now(models.ours.device)
+                models.ours.generate(ids, fast_weights=found, **options)
+                finished = _now(models.ours.device)
+                if number:
+                    loads.append(1e3 * (loaded - started))
+                    firsts.append(1e3 * (finished - loaded))
+            records.append(
+                dict(
+                    file=size,
+                    mib=path.stat().st_size / 2**20,
+                    load_ms=statistics.median(loads),
+                    prompt=prompt,
+                    first_token_ms=statistics.median(firsts),
+                )
+            )
+    return records
+
+
+@contextlib.contextmanager
+def _package(used: bool) -> Iterator[None]:
+    """Let the exported file compute chunks itself, as where the package is not installed."""
+    before = exported.fast_weight_linear
+    exported.fast_weight_linear = before if used else None
+    try:
+        yield
+    finally:
+        exported.fast_weight_linear = before
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / count / 1e3
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return sum(tensor.nbytes for tensor in model.parameters())
