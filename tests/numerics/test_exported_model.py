@@ -1,5 +1,6 @@
 """The exported model, in transformers alone, computes what the trained model computes, however it is read."""
 
+import copy
 import json
 import os
 import random
@@ -403,6 +404,70 @@ def test_a_compiled_loop_of_ones_own():
             parts.append(step(text[:, place : place + 1], past_key_values=cache, position_ids=positions).logits)
         if folds:
             assert close(torch.cat(parts, dim=1), whole)
+
+
+@torch.no_grad()
+def test_copies_of_caches(model, tmp_path):
+    """A prompt that is read once and asked often, as transformers' guides do it; what is written holds no model."""
+    text, options = texts(2, 40), dict(max_new_tokens=25, do_sample=False)
+    expected = model.generate(text, **options)
+    for kind in (lambda: exported.FastWeightCache(config=model.config), lambda: StaticCache(model.config, 80)):
+        cache = kind()
+        model(text[:, :30], past_key_values=cache)
+        for _ in range(2):
+            copied = copy.deepcopy(cache)
+            assert copied.fast_weights.mlps[0] is model.fast_mlps[0]
+            assert torch.equal(model.generate(text, past_key_values=copied, **options), expected)
+        torch.save(cache, tmp_path / "cache")
+        assert (tmp_path / "cache").stat().st_size < sum(p.nbytes for p in model.parameters())
+        loaded = torch.load(tmp_path / "cache", weights_only=False)
+        assert torch.equal(model.generate(text, past_key_values=loaded, **options), expected)
+
+
+COMPILED = """
+import torch
+from transformers import DynamicCache
+from inplace_ttt.hf import modeling_inplace_ttt as exported
+
+torch.set_grad_enabled(False)
+torch.manual_seed(0)
+config = exported.InPlaceTTTQwen3Config(
+    vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, ttt_layers=[1], ttt_chunk=16, ttt_lr=0.05, ttt_target="TARGET",
+)
+model = exported.InPlaceTTTQwen3ForCausalLM(config).eval()
+model.fast_mlps[0].ttt_conv.weight.normal_(0, 0.3)
+model.generation_config.eos_token_id = None
+text, options = torch.randint(1, 99, (2, 40)), dict(max_new_tokens=40, do_sample=False)
+expected, whole = model.generate(text, **options), model(text, use_cache=False).logits
+compiled = torch.compile(model, backend="aot_eager")
+assert torch.equal(compiled.generate(text, **options), expected)
+cache = DynamicCache(config=config)
+parts = [compiled(text[:, :10], past_key_values=cache).logits]
+for place in range(10, 40):
+    cache.fold()
+    parts.append(compiled(text[:, place : place + 1], past_key_values=cache).logits)
+assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-5
+model.forward = torch.compile(model.forward, backend="aot_eager")
+for more in ({}, dict(cache_implementation="static"), dict(num_beams=3)):
+    forward, model.forward = model.forward, type(model).forward.__get__(model)
+    expected = model.generate(text, **options, **more)
+    model.forward = forward
+    assert torch.equal(model.generate(text, **options, **more), expected), more
+cache = DynamicCache(config=config)
+first = model.generate(text[:, :20], past_key_values=cache, max_new_tokens=12, do_sample=False)
+again = torch.cat([first, text[:, :9]], dim=1)
+found = model.generate(again, past_key_values=cache, **options)
+model.forward = type(model).forward.__get__(model)
+assert torch.equal(found, model.generate(again, **options))
+"""
+
+
+@pytest.mark.parametrize("target", ["hidden_states", pytest.param("input_embed", marks=pytest.mark.slow)])
+def test_compiled_by_users(target):
+    """torch.compile of the model or of its forward, with any cache; in a process without Megatron's stand-ins."""
+    command = [sys.executable, "-c", COMPILED.replace("TARGET", target)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
 
 
 @torch.no_grad()

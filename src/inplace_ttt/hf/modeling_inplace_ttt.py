@@ -20,6 +20,7 @@ made of these when the chunk is full. Where the package ``inplace_ttt`` is insta
 which has kernels for Hopper GPUs.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -55,6 +56,11 @@ BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
 SPAN = 256  # keys that grouped_attention reads together at least
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
+
+
+def _eagerly(function):
+    """Keep a function that looks at numbers out of the graphs of torch.compile."""
+    return torch.compiler.disable(function, reason="fast weights read several tokens, and begin a text, outside graphs")
 
 
 class LayerState:
@@ -225,9 +231,22 @@ class FastWeights:
         self.mlps: list = []  # the layers that read these texts
         self.mask: Tensor | None = None  # (rows, t) of the forward that begins, where it gets another form of it
         self.static = False  # buffers have their final shape after the first forward, for graphs
+        self.fixed = False  # they have it
+        self.steps = 0  # forwards that were counted
+        self.asked: int | None = None  # `steps` when generate asked for the last forward
         self.model: str | None = None  # fingerprints of who has read this; None: not known
         self.tokenizer: str | None = None
         self.texts: list[list[dict]] = []  # what each row has read, by ``read``: name, tokens, sha256 of their numbers
+
+    def __deepcopy__(self, memo: dict) -> "FastWeights":
+        copied = memo[id(self)] = FastWeights()
+        copied.__dict__.update(
+            {key: value if key == "mlps" else copy.deepcopy(value, memo) for key, value in self.__dict__.items()}
+        )
+        return copied
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "mlps": []}  # the next forward knows them
 
     @property
     def rows(self) -> int:
@@ -248,6 +267,12 @@ class FastWeights:
         for state in self.states():
             state.recount(self.counts)
 
+    def advance(self) -> None:
+        """Count one token more of each text, and learn from the chunks that are full."""
+        self.counts = [count + 1 for count in self.counts]
+        self.steps += 1
+        self.fold()
+
     def recount(self) -> None:
         """Take the counts from the device, which waits for it."""
         counts = [state.count for state in self.layers.values() if state.count is not None]
@@ -258,6 +283,7 @@ class FastWeights:
         """Return copies of the texts with these numbers, which may come more than once."""
         chosen = FastWeights()
         chosen.mlps = self.mlps
+        chosen.fixed, chosen.steps, chosen.asked = self.fixed, self.steps, self.asked
         chosen.model, chosen.tokenizer = self.model, self.tokenizer
         chosen.counts = [self.counts[i] for i in indices]
         chosen.texts = [list(self.texts[i]) for i in indices] if self.texts else []
@@ -414,6 +440,11 @@ class _FastWeightsInCache:
         super().reset()
         self.fast_weights = FastWeights()
 
+    def fold(self) -> None:
+        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each."""
+        self.fast_weights.recount()
+        self.fast_weights.fold()
+
     def crop(self, *args, **kwargs) -> None:
         raise NotImplementedError(ASSISTED)
 
@@ -441,11 +472,6 @@ class FastWeightStaticCache(_FastWeightsInCache, StaticCache):
         super().__init__(*args, **kwargs)
         self.fast_weights = fast_weights or FastWeights()
         self.fast_weights.static = True
-
-    def fold(self) -> None:
-        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each."""
-        self.fast_weights.recount()
-        self.fast_weights.fold()
 
     def _choose(self, rows: list[int]) -> None:
         super()._choose(rows)
@@ -597,6 +623,7 @@ class FastWeightMLP(nn.Module):
         state.step(x)
         return out
 
+    @_eagerly
     def _pieces(self, z: Tensor, u: Tensor, reading: Reading) -> Tensor:
         """Read texts of which nothing is kept."""
         if reading.valid is None and reading.documents is None:
@@ -612,6 +639,7 @@ class FastWeightMLP(nn.Module):
             out[row, here] = torch.cat(parts, dim=1)[0].to(out.dtype)
         return out
 
+    @_eagerly
     def _read(self, x: Tensor, z: Tensor, reading: Reading) -> Tensor:
         """Read more tokens of texts that go on."""
         weights = reading.weights
@@ -818,26 +846,42 @@ class FastWeightsMixin:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs["input_ids"] if tokens is None else tokens
-        rows, length = tokens.shape[:2]
-        reading = Reading()
+        embedded = None
         if any(mlp.reads_embeddings for mlp in self.fast_mlps):
             embeds = kwargs.get("inputs_embeds")
-            reading.embedded = model.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
-        step = length == 1 and torch.compiler.is_compiling()
-        if not step:
-            self._check(model, kwargs)
-            reading.documents = _documents(kwargs, rows, length)
+            embedded = model.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
+        weights = getattr(kwargs.get("past_key_values"), "fast_weights", None)
+        compiled = torch.compiler.is_compiling()
+        if compiled and tokens.shape[1] == 1 and weights is not None and weights.fixed:
+            kwargs[READING] = Reading(weights, embedded=embedded)
+        else:
+            kwargs = self._begin(model, kwargs, embedded, compiled)
+        return args, kwargs
+
+    @_eagerly
+    def _begin(self, model, kwargs: dict, embedded: Tensor | None, compiled: bool) -> dict:
+        """Return the arguments of a forward with its Reading among them, and with a cache where one is kept.
+
+        ``compiled``: the layers that follow are in a graph, which finds buffers but makes none.
+        """
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        rows, length = tokens.shape[:2]
+        self._check(model, kwargs)
+        reading = Reading(documents=_documents(kwargs, rows, length), embedded=embedded)
         cache = self._cache_of(model, kwargs, reading.documents is not None)
         if cache is not None:
-            weights = reading.weights = cache.fast_weights
-            if not step:
-                weights = reading.weights = self._open(cache, rows)
-        if not step:
-            reading.valid = self._valid(kwargs.get("attention_mask"), length, reading.weights)
-            if reading.weights is not None and reading.embedded is not None and length == 1 and reading.valid is None:
-                weights.embeds.fix(self.config.ttt_chunk, weights.counts, reading.embedded, None, False)
+            reading.weights = self._open(cache, rows)
+        reading.valid = self._valid(kwargs.get("attention_mask"), length, reading.weights)
+        if reading.weights is not None and length == 1 and reading.valid is None:
+            weights, chunk = reading.weights, self.config.ttt_chunk
+            if embedded is not None:
+                weights.embeds.fix(chunk, weights.counts, embedded, None, False)
+            for mlp in self.fast_mlps if compiled else ():
+                like = torch.zeros(rows, 1, self.config.hidden_size, dtype=self.dtype, device=tokens.device)
+                weights.layers[mlp.layer].fix(chunk, weights.counts, like, mlp.shape, True)
+            weights.fixed = weights.fixed or compiled
         kwargs[READING] = reading
-        return args, kwargs
+        return kwargs
 
     def _cache_of(self, model, kwargs: dict, packed: bool):
         """Return the cache of texts that go on, made here if none was given; None where nothing is kept."""
@@ -858,6 +902,8 @@ class FastWeightsMixin:
     def _open(self, cache, rows: int) -> FastWeights:
         """Return a cache's fast weights for a batch; of a book each text goes to as many rows."""
         weights = cache.fast_weights
+        if weights.asked is not None and weights.asked == weights.steps and weights.fixed:
+            weights.recount()  # the last forward of a generation may not have been counted
         if not weights.rows:
             weights.counts = [0] * rows
         elif weights.rows != rows:
@@ -913,21 +959,25 @@ class FastWeightsMixin:
         reading = kwargs.get(READING)
         if reading is None or reading.weights is None:
             return
-        weights, embedded = reading.weights, reading.embedded
-        weights.mask = None
         length = (kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[1]
         step = length == 1 and reading.valid is None
-        if embedded is not None and step:
-            weights.embeds.step(embedded)
-        if torch.compiler.is_compiling():
-            return
+        if reading.embedded is not None and step:
+            reading.weights.embeds.step(reading.embedded)
+        if not (step and torch.compiler.is_compiling()):
+            self._finish(reading, length, step)
+
+    @_eagerly
+    def _finish(self, reading: Reading, length: int, step: bool) -> None:
+        weights, embedded = reading.weights, reading.embedded
+        weights.mask = None
         chunk, rows = self.config.ttt_chunk, weights.rows
         lengths = [length] * rows if reading.valid is None else list(map(len, reading.valid))
         counts = [count + more for count, more in zip(weights.counts, lengths, strict=True)]
         if step:
-            weights.counts = counts
-            weights.fold()
+            weights.advance()
+            weights.fixed = weights.fixed or weights.static
             return
+        weights.steps += 1
         if embedded is not None:
             for row in range(rows):
                 here = slice(None) if reading.valid is None else reading.valid[row]
@@ -942,8 +992,10 @@ class FastWeightsMixin:
         weights.counts = [count % chunk for count in counts]
         for state in weights.states():
             state.recount(weights.counts)
-        if weights.static and embedded is not None:
-            weights.embeds.fix(chunk, weights.counts, embedded, None, True)
+        if weights.static:
+            if embedded is not None:
+                weights.embeds.fix(chunk, weights.counts, embedded, None, True)
+            weights.fixed = True
 
     @torch.no_grad()
     def read(
@@ -1101,8 +1153,12 @@ class FastWeightsMixin:
             **kwargs,
         )
         weights = getattr(inputs.get("past_key_values"), "fast_weights", None)
-        if weights is not None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            weights.mask = attention_mask  # what goes to the forward may have four dimensions
+        if weights is not None:
+            if weights.asked == weights.steps:  # by a forward in a graph of the user's, which cannot count
+                weights.advance()
+            weights.asked = weights.steps
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+                weights.mask = attention_mask  # what goes to the forward may have four dimensions
         return inputs
 
     def get_compiled_call(self, compile_config=None):
@@ -1117,8 +1173,7 @@ class FastWeightsMixin:
                 return self(*args, **kwargs)
             weights = kwargs["past_key_values"].fast_weights
             out = call(*args, **kwargs)
-            weights.counts = [count + 1 for count in weights.counts]
-            weights.fold()
+            weights.advance()
             return out
 
         return step
