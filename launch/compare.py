@@ -12,6 +12,7 @@ import sys
 from rich.console import Console
 
 from inplace_ttt.command import run_command
+from inplace_ttt.config import UserError
 from inplace_ttt.files import user_path, write_json
 
 
@@ -29,13 +30,16 @@ def run(arguments: argparse.Namespace) -> None:
     from inplace_ttt.evaluation.pictures import draw
 
     task, scores, notes = compare(arguments.first, arguments.second)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
     scores.show(console)
     for note in notes:
         print(f"note: {note}")
     if arguments.output:
         folder = user_path(arguments.output)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output {folder} cannot be made ({error.strerror}): name another folder") from error
         write_json(folder / "compare.json", record(task, scores))
         pictures = draw(task, scores, folder)
         print("written:", ", ".join(str(path) for path in (folder / "compare.json", *pictures)))

@@ -18,6 +18,31 @@ LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 USERS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESPIPE, errno.ENXIO}
 
 
+class _Tolerant:
+    """A stream that nobody may read any more, as behind ``| head``: work goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def tolerate_closed_output() -> None:
+    """Let a job go on whose standard output nobody reads any more."""
+    if sys.stdout is not None and not isinstance(sys.stdout, _Tolerant):
+        sys.stdout = _Tolerant(sys.stdout)
+
+
 def fail(message: str, code: int) -> int:
     """Report why this process ends, and return its exit code.
 

@@ -9,11 +9,11 @@ from inplace_ttt.environment import World
 from inplace_ttt.exits import LASTING, USERS, fail, leave
 from inplace_ttt.rendezvous import Rendezvous
 from inplace_ttt.signals import StopRequest
+from inplace_ttt.torchrun import GO_ON
 from inplace_ttt.watch import Watch
 
 SLOW = 6.0  # times the time-out: what may take that long, by the patience of the watch
 ASKED_TO_STOP = 130  # the exit code of what was asked to stop before its end
-GO_ON = "the same command goes on from what was saved"
 
 
 # What gloo and NCCL say where the other side of an operation is gone or does not answer

@@ -7,10 +7,12 @@ sentence, from the error file that ``exits.fail`` writes. torchrun's exit code i
 """
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+GO_ON = "the same command goes on from what was saved"
 MARK = "inplace_ttt_exit_code"  # key of an error file's extraInfo: the message is a sentence for the user
 _NOISY = tuple(
     f"torch.distributed.elastic.{module}"
@@ -56,10 +58,13 @@ def _show(kind: type[BaseException], error: BaseException, trace) -> None:
 
 def _sentences(error: BaseException) -> list[str]:
     """Return what ranks of ours said of their end, each sentence once; the first one to fail comes last."""
-    failures = sorted(getattr(error, "failures", {}).values(), key=lambda failure: failure.timestamp, reverse=True)
+    failures = sorted(getattr(error, "failures", {}).items(), key=lambda one: one[1].timestamp, reverse=True)
     said = []
-    for failure in failures:
+    for rank, failure in failures:
         message = failure.message
         if isinstance(message, dict) and MARK in message.get("extraInfo", {}):
             said.append(message["message"])
+        elif failure.exitcode < 0:  # it could not say anything
+            name = next((one.name for one in signal.Signals if one == -failure.exitcode), -failure.exitcode)
+            said.append(f"stopped: rank {rank} was ended by {name}; {GO_ON}")
     return list(dict.fromkeys(said))[-4:]

@@ -1,6 +1,7 @@
 """Models for evaluation: checkpoints, exported folders, folders of transformers; no code in them runs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation.columns import columns_of
+from inplace_ttt.evaluation.generation import Prompt, answer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Named, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
@@ -104,3 +106,97 @@ def test_digests_tell_models_apart(folders):
     names, modes, dtypes = ("exported", "checkpoint"), (ON, OFF), (["float32"], ["bfloat16"])
     digests = [Named.find(folders[name]).digest(m, d) for name in names for m in modes for d in dtypes]
     assert len(set(digests)) == 8 and Named.find(folders["exported"]).digest(ON, ["float32"]) in digests
+
+
+def changed(folder: Path, target: Path, gone: tuple[str, ...] = (), **keys) -> Path:
+    """Copy a folder with other keys in its config.json, and without some."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | keys
+    config = {key: value for key, value in config.items() if key not in gone}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_path):
+    """As its class has it, and off where that is asked for."""
+    folder = changed(folders["exported"], tmp_path / "silent", gone=("ttt_mode",))
+    assert Named.find(folder).has_fast_weights
+    torch.testing.assert_close(logits(folder, OFF, tmp_path), logits(folders["exported"], OFF, tmp_path))
+    torch.testing.assert_close(logits(folder, ON, tmp_path), logits(folders["exported"], ON, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(ttt_mode="false"), "says ttt_mode='false'"),
+        (dict(ttt_target="nosuch"), "says ttt_target='nosuch'"),
+        (dict(ttt_chunk=0), "says ttt_chunk=0"),
+        (dict(ttt_chunk="x"), "says ttt_chunk='x'"),
+        (dict(ttt_lr=float("nan")), "says ttt_lr=nan"),
+        (dict(ttt_lr=1e308), "says ttt_lr=1e"),
+        (dict(ttt_clip=-1), "says ttt_clip=-1"),
+        (dict(ttt_clip=[1, 2, 3]), r"says ttt_clip=\[1, 2, 3\]"),
+        (dict(num_hidden_layers=10**9), "a model has at most 10000"),
+        (dict(hidden_act="nosuch"), r"cannot be loaded by transformers \(KeyError: 'nosuch'\)"),
+        (dict(intermediate_size=120), "has another shape of model.layers"),
+        (dict(rope_parameters=[1]), "config.json' cannot be read by transformers"),
+    ],
+)
+def test_configurations_that_cannot_be(folders, tmp_path, keys, message):
+    folder = changed(folders["exported"], tmp_path / "odd", **keys)
+    with pytest.raises(UserError, match=message):
+        named = Named.find(folder)
+        open_model(named.path, "odd", ON, CPU, torch.float32)
+
+
+def test_layers_that_are_left_over(folders, tmp_path):
+    folder = changed(folders["plain"], tmp_path / "fewer", num_hidden_layers=1)
+    with pytest.raises(UserError, match="that its config"):
+        open_model(folder, "fewer", ON, CPU, torch.float32)
+
+
+def test_an_index_that_leads_out_of_its_folder(folders, tmp_path):
+    folder = changed(folders["plain"], tmp_path / "index")
+    index = dict(weight_map={"model.norm.weight": "../plain/model.safetensors"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is no file of its folder"):
+        open_model(folder, "index", ON, CPU, torch.float32)
+
+
+def test_answers_are_greedy_whatever_a_folder_asks_for(folders, tmp_path):
+    """Penalties, beams and sampling of generation_config.json are no part of an evaluation; ends of texts are."""
+    folder = changed(folders["plain"], tmp_path / "asks")
+    asks = dict(do_sample=True, num_beams=3, repetition_penalty=9.0, suppress_tokens=[1, 2], eos_token_id=[7])
+    (folder / "generation_config.json").write_text(json.dumps(asks))
+    network = open_model(folder, "asks", ON, CPU, torch.float32).network
+    plain = open_model(folders["plain"], "plain", ON, CPU, torch.float32).network
+    assert network.generation_config.eos_token_id == [7]
+    network.generation_config.eos_token_id = plain.generation_config.eos_token_id = None
+    found, expected = (one.generate(texts(1, 20), max_new_tokens=20) for one in (network, plain))
+    assert torch.equal(found, expected)
+    for ends in ("abc", [[1]], -1):
+        (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=ends)))
+        with pytest.raises(UserError, match="eos_token_id"):
+            open_model(folder, "asks", ON, CPU, torch.float32)
+
+
+def test_numbers_that_are_not_finite(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = changed(folders["plain"], tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata=dict(format="pt"))
+    model = open_model(folder, "nan", ON, CPU, torch.float32)
+    with pytest.raises(UserError, match="the logits of 'nan' are not finite"):
+        answer(model, [Prompt(0, (1, 2, 3), 4)])
+    with pytest.raises(UserError, match="makes token 5000, and its model knows 300"):
+        answer(model, [Prompt(0, (1, 5000), 4)])
+
+
+def test_results_in_a_models_folder_do_not_make_it_another(folders, tmp_path):
+    folder = changed(folders["plain"], tmp_path / "model")
+    before = Named.find(folder).digest(ON)
+    (folder / "eval").mkdir()
+    (folder / "eval/results.json").write_text("{}")
+    assert Named.find(folder).digest(ON) == before

@@ -278,11 +278,15 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         victim = next(rank for rank in workers(process) if rank.environ()["RANK"] == "1")
+        killed = time.monotonic()
         victim.send_signal(fault)
         assert process.wait(timeout=90) == 1
         text = log.read_text()
         if fault == signal.SIGSTOP:
             assert "stopped: rank 1" in text and "does not answer any more" in text and "goes on" in text
+        else:
+            assert "stopped: rank 1 was ended by SIGKILL; the same command goes on" in text
+            assert "Traceback" not in text and time.monotonic() - killed < 25  # torchrun would kill after 30 s
         done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
         arguments[arguments.index("200")] = "4"  # some of which are done
         code, printed = run_evaluate(*arguments)
@@ -334,6 +338,12 @@ def test_compare(world, measure, tmp_path):
         (["final-block", "RUN", "--block", "1k"], "leaves no room for a context"),
         (["ruler", "EXPORTED", "--tasks", "niah"], "--tasks niah is not one of RULER's"),
         (["ruler", "EXPORTED", "--template", "chat"], "has no chat template"),
+        (["position", "EXPORTED", "parallel.timeout_minutes=-1"], "parallel.timeout_minutes=-1"),
+        (["position", "EXPORTED", "parallel.timeout_minutes=nan"], "parallel.timeout_minutes=nan"),
+        (["position", "RUN", "parallel.context_parallel_size=0"], "parallel.context_parallel_size=0 is out of range"),
+        (["position", "RUN", "train.eval_positions=[64,0]"], "takes rising numbers such as 0,1k,4k"),
+        (["needle", "RUN", "--depths", "33.33333,40"], "are no depths"),
+        (["needle", "RUN", "--samples", "00000000019999999999"], "is not a number of 1 or more"),
         (["ruler", "EXPORTED", "--lengths", "200"], "--lengths 200 is too short for"),
         (["ruler", "EXPORTED", "--ruler-data", "/nowhere"], "'/nowhere' has no"),
         (["needle", "EXPORTED", "--depths", "50,101"], "are no depths"),
@@ -413,3 +423,26 @@ def test_harness_without_a_network(world, tmp_path, monkeypatch):
     )
     assert result.returncode == 2 and "the questions of piqa cannot be loaded (the hub is out of reach" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_whoever_reads_the_output_may_leave(world, tmp_path):
+    """As head does: the evaluation goes on to its end."""
+    arguments = [*needle(world), "--output", str(tmp_path / "out")]
+    command = [sys.executable, str(ROOT / "launch/evaluate.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert (tmp_path / "out/results.json").is_file()
+
+
+def test_documents_that_cannot_be_read_are_named(world, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    words = ["position", str(world["exported"]), "--documents", str(tmp_path / "latin.txt"), "--length", "20"]
+    code, printed = run_evaluate(*words, "--output", str(tmp_path / "out"))
+    assert code == 2 and "there is no text to read" in printed and "latin.txt" in printed and "utf-8" in printed
+    text = (world["text"] / "0.txt").read_text()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(text)
+    code, printed = run_evaluate(*words[:3], str(tmp_path), *words[4:], "--output", str(tmp_path / "out"))
+    assert code == 0 and "1 documents are there twice" in printed and "1 cannot be read" in printed
+    assert len(samples(tmp_path / "out")) == 1

@@ -148,3 +148,96 @@ def test_folders_that_are_none(tmp_path):
     (tmp_path / "samples.jsonl").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="is a link"):
         Results(tmp_path, 0).open()
+
+
+def claimed(folder: Path, task="ruler", **settings) -> Results:
+    results = Results(folder, 0, task)
+    results.claim(task, settings, [Column("a", "/a", "none", "a")])
+    results.open()
+    return results
+
+
+def test_an_evaluation_that_was_killed_keeps_its_folder(tmp_path):
+    """Before results.json is there, too."""
+    results = claimed(tmp_path / "out", seed=42)
+    results.add(sample("a", 0, 1.0))
+    results.close()
+    for task, settings, message in (
+        ("ruler", dict(seed=7), "made with seed=42"),
+        ("position", {}, "of the task ruler"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claimed(tmp_path / "out", task, **settings)
+    again = claimed(tmp_path / "out", seed=42)
+    assert len(again.known) == 1
+    again.finish(dict(task="ruler", settings={}, columns=[vars(Column("a", "/a", "none", "a"))], scores=[]))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "samples.jsonl"]
+    nothing = claimed(tmp_path / "other", seed=1)
+    nothing.unclaim()
+    assert not (tmp_path / "other").exists()
+
+
+def test_samples_that_are_no_longer_asked_for_do_not_count(tmp_path):
+    results = claimed(tmp_path / "out")
+    for index in range(20):
+        results.add(sample("a", index, float(index < 10)))
+    keys = list(results.known)
+    for key in keys[:10]:
+        results.use(key)
+    results.close()
+    results.finish(dict(task="ruler", settings={}, columns=[vars(Column("a", "/a", "none", "a"))], scores=[]))
+    other = write(tmp_path / "b", {"b": [sample("b", index, 0.0) for index in range(20)]})
+    _, scores, _ = compare(str(tmp_path / "out"), str(other))
+    assert scores.cells["4096", "vt"]["a"].mean == 100 and scores.cells["4096", "vt"]["a"].samples == 10
+    assert scores.differences["4096", "vt"]["b"].paired and scores.differences["4096", "vt"]["b"].mean == -100
+    assert len(claimed(tmp_path / "out").known) == 20  # they are there if they are asked for again
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda one: one.pop("score"),
+        lambda one: one.update(score=None),
+        lambda one: one.update(score="x"),
+        lambda one: one.update(score=[1]),
+        lambda one: one.update(score=5.0),
+        lambda one: one.update(score=float("nan")),
+        lambda one: one.update(index="x"),
+        lambda one: one.update(length=None),
+        lambda one: one.update(kind="no such task"),
+    ],
+)
+def test_damaged_samples_are_asked_again(tmp_path, damage):
+    folder = write(tmp_path / "a", {"a": [sample("a", 0, 1.0), sample("a", 1, 1.0)]})
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    damage(lines[0])
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [record["index"] for record in claimed(folder).known.values()] == [1]
+
+
+def test_a_damaged_results_file_is_to_be_removed(tmp_path):
+    folder = write(tmp_path / "a", {"a": [sample("a", 0, 1.0)]})
+    (folder / "results.json").write_text("{")
+    with pytest.raises(UserError, match=r"is damaged .*: remove '.*results.json'"):
+        claimed(folder)
+
+
+def test_subsets_are_compared_pair_by_pair(tmp_path):
+    first = [sample("a", n, n % 2) for n in range(24)]
+    second = [sample("b", n, 1.0) for n in range(12)]
+    _, scores, _ = compare(str(write(tmp_path / "a", {"a": first})), str(write(tmp_path / "b", {"b": second})))
+    found = scores.differences["4096", "vt"]["b"]
+    assert found.paired and found.samples == 12 and found.mean == pytest.approx(50)
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    """Also those that look like rich's markup."""
+    from rich.console import Console
+
+    label = "x[/m] [red]y"
+    folders = [
+        write(tmp_path / name, {label + name: [sample(label + name, n, 1.0) for n in range(12)]}) for name in "ab"
+    ]
+    _, scores, _ = compare(*map(str, folders))
+    scores.show(Console(width=120))
+    assert "x[/m] [red]ya" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import re
 import time
 from collections import Counter
@@ -220,7 +221,7 @@ def test_samples_fit_and_fill(tasks, length):
 
 
 def test_a_length_that_holds_no_sample_is_named(tasks):
-    with pytest.raises(UserError, match=r"--lengths 200 is too short for cwe, which needs \d+ tokens"):
+    with pytest.raises(UserError, match=r"--lengths 200 is too short for cwe, whose sample 0 needs \d+ tokens"):
         Fitter(tasks["cwe"], 200, 7, lambda draft: draft.prompt, count_tokens)
 
 
@@ -230,19 +231,63 @@ def test_a_tokenizer_that_makes_no_tokens_ends(tasks):
 
 
 def test_chat_templates_are_tried_first(monkeypatch):
+    """With a short question and with a long one."""
     tokenizer = train_tokenizer(["some words " * 50], 300)
     with pytest.raises(UserError, match="has no chat template"):
-        Rendering(tokenizer, "chat")
+        Rendering(tokenizer, "chat", 4096)
     tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
-    rendering = Rendering(tokenizer, "chat")
+    rendering = Rendering(tokenizer, "chat", 4096)
     assert rendering.render(Draft("What?", " It is", ())) == "<u>What?</u><a> It is"
-    tokenizer.chat_template = "{{ messages.nothing.there }}"
-    with pytest.raises(UserError, match="the tokenizer's chat template fails"):
-        Rendering(tokenizer, "chat")
-    monkeypatch.setattr(prompts, "PATIENCE", 0.1)
-    monkeypatch.setattr(Rendering, "render", lambda self, draft: time.sleep(0.5))
-    with pytest.raises(UserError, match="makes no prompt in 0 s"):
-        Rendering(tokenizer, "chat")
+    for template, message in [
+        ("{{ messages.nothing.there }}", "the tokenizer's chat template fails"),
+        ("hello", "leaves out the question"),
+        ("{{ messages[0].content[:100] }}", "leaves out the question"),
+        ("{{ messages[0].content }}\ud800", "makes what is no text"),
+    ]:
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=message):
+            Rendering(tokenizer, "chat", 4096)
+    monkeypatch.setattr(prompts, "PATIENCE", 0.3)
+    for slow_from in (0, 100):
+        monkeypatch.setattr(
+            Rendering, "render", lambda self, draft, n=slow_from: time.sleep(len(draft.prompt) > n) or draft.prompt
+        )
+        with pytest.raises(UserError, match="makes no prompt in 0 s"):
+            Rendering(tokenizer, "chat", 4096)
+
+
+def test_long_samples_are_full():
+    """From 16k tokens on, also where the parts of a haystack are long ones of unlike length."""
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 900) for _ in range(400)]
+
+    class Task:
+        name, new_tokens, any_answer = "qa_1", 32, True
+
+        def step(self, length):
+            return 10
+
+        def draft(self, rng, size, index, length):
+            return Draft(" ".join("x" * lengths[n] for n in rng.sample(range(400), size)), "", ("a",))
+
+    fitter = Fitter(Task(), 16384, 42, lambda draft: draft.prompt, lambda text: len(text))
+    for index in range(60):
+        found = fitter.sample(index)
+        assert 0.97 * 16384 <= found.tokens + 32 <= 16384 and found == fitter.sample(index)
+
+
+def test_short_samples_have_fewer_parts_than_a_step():
+    class Task:
+        name, new_tokens, any_answer = "qa_1", 32, True
+
+        def step(self, length):
+            return 10
+
+        def draft(self, rng, size, index, length):
+            return Draft("x" * (size * (450 if index else 100)), "", ("a",))
+
+    fitter = Fitter(Task(), 4096, 42, lambda draft: draft.prompt, lambda text: len(text))
+    assert fitter.sample(0).tokens > 3900 and fitter.sample(1).tokens == 9 * 450
 
 
 def test_sources_that_are_not_there(tmp_path):

@@ -2,7 +2,7 @@
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.merge import config_from_values
-from inplace_ttt.config.ranges import check_ranges
+from inplace_ttt.config.ranges import check_key, check_ranges
 from inplace_ttt.config.schema import (
     TARGETS,
     TTT,
@@ -43,6 +43,7 @@ __all__ = [
     "Source",
     "Train",
     "UserError",
+    "check_key",
     "check_ranges",
     "config_from_values",
     "first_line",

@@ -76,6 +76,19 @@ def check_ranges(section, prefix: str = "") -> None:
         raise UserError(_sentence(type(section), prefix, first)) from None
 
 
+def check_key(name: str, value) -> None:
+    """Raise UserError where a key, such as ``parallel.timeout_minutes``, cannot have a value."""
+    from inplace_ttt.config.schema import Config
+
+    section, _, key = name.partition(".")
+    cls = typing.get_type_hints(Config)[section]
+    try:
+        TypeAdapter(typing.get_type_hints(cls, include_extras=True)[key]).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(_sentence(cls, f"{section}.", {**first, "loc": (key, *first["loc"])})) from None
+
+
 @functools.cache
 def _adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(cls)

@@ -30,9 +30,10 @@ def table(task: str, by_model: dict[str, list[dict]], about: str) -> Scores:
 
     def difference(row: Row, first: str, second: str) -> Interval | None:
         a, b = ([found[one][label] for one in groups(row)] for label in (first, second))
-        if all(x.keys() == y.keys() for x, y in zip(a, b, strict=True)):
-            return difference_interval([list(x.values()) for x in a],
-                                       [[y[key] for key in x] for x, y in zip(a, b, strict=True)])  # fmt: skip
+        both = [[key for key in x if key in y] for x, y in zip(a, b, strict=True)]
+        if all(both):
+            return difference_interval([[x[key] for key in keys] for x, keys in zip(a, both, strict=True)],
+                                       [[y[key] for key in keys] for y, keys in zip(b, both, strict=True)])  # fmt: skip
         return unpaired_interval([list(x.values()) for x in a], [list(y.values()) for y in b])
 
     lengths = list(dict.fromkeys(row[0] for row in rows))

@@ -36,7 +36,7 @@ class AnsweringTask:
         self.orders = orders_of(arguments)
         self.models = list({one.model.path: one.model for one in asked}.values())
         for model in self.models:
-            Rendering(model.tokenizer(), self.options.template)
+            Rendering(model.tokenizer(), self.options.template, max(self.options.lengths))
         self.work = arguments.output / EXPORTED
         self.folders = {model.path: model.exported_to(self.work) for model in self.models}
         self.samples: dict[Path, dict[Order, list[Sample]]] = {}  # of each model
@@ -114,7 +114,7 @@ class AnsweringTask:
         """Return the tables: of each task and length, and their means."""
         by_model = {
             one.column.label: [
-                results.known[one.column.digest, task_name(order), sample.digest]
+                results.use((one.column.digest, task_name(order), sample.digest))
                 for order, sample in self._everything(one)
             ]
             for one in self.asked

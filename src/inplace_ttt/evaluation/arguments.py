@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from inplace_ttt.config import UserError, schema_keys
+from inplace_ttt.config import UserError, check_key, schema_keys
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.files import user_path
 
@@ -214,13 +214,12 @@ def read_key(word: str, keys: tuple[str, ...] = KEYS) -> tuple[str, object]:
     kind = schema_keys()[name].type
     try:
         if name == "train.eval_positions":
-            value = _token_list(text.strip("[]"))
-        elif kind is bool:
-            value = {"true": True, "false": False}[text.lower()]
-        else:
-            value = kind(text)
+            return name, _token_list(text.strip("[]"))
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"{word}: {name} takes {kind.__name__}") from error
+        what = "rising numbers such as 0,1k,4k" if name == "train.eval_positions" else kind.__name__
+        raise UserError(f"{word}: {name} takes {what}") from error
+    check_key(name, value)
     return name, value
 
 
@@ -244,11 +243,11 @@ def _percents(word: str) -> list[float]:
         found = [float(one) for one in word.split(",")]
     except ValueError:
         found = [math.nan]
-    if not all(0 <= one <= 100 for one in found) or sorted(set(found)) != found:
+    if not all(0 <= one <= 100 and one == round(one, 3) for one in found) or sorted(set(found)) != found:
         raise argparse.ArgumentTypeError(
-            f"'{word}' are no depths: write rising numbers from 0 to 100, such as 0,50,100"
+            f"'{word}' are no depths: write rising numbers from 0 to 100, such as 0,12.5,100"
         )
-    return found
+    return [abs(one) for one in found]  # -0 is 0
 
 
 def _words(word: str) -> list[str]:
@@ -259,12 +258,12 @@ def _words(word: str) -> list[str]:
 
 
 def count(word: str) -> int:
-    if not (word.isascii() and word.isdigit()) or not 1 <= int(word[:10]) <= 10**7:
+    if not (word.isascii() and word.isdigit() and len(word) < 20) or not 1 <= int(word) <= 10**7:
         raise argparse.ArgumentTypeError(f"'{word}' is not a number of 1 or more")
     return int(word)
 
 
 def seed(word: str) -> int:
-    if not (word.isascii() and word.isdigit()) or int(word[:12]) > 2**31 - 1:
+    if not (word.isascii() and word.isdigit() and len(word) < 20) or int(word) > 2**31 - 1:
         raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 0 on")
     return int(word)

@@ -1,21 +1,11 @@
 """Compare two evaluations: the same tables, with the differences of samples that both have."""
 
-import re
 from pathlib import Path
 
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation import answering_scores, harness_scores, reading_scores
-from inplace_ttt.evaluation.results import Column, read_results, read_samples
-from inplace_ttt.evaluation.ruler import TASKS
+from inplace_ttt.evaluation.results import END, NUMBERS, Column, read_results, read_samples
 from inplace_ttt.evaluation.scores import Scores
-
-NUMBERS = {  # keys that a sample of each task has, and their kinds
-    "position": dict(context=int),
-    "final-block": dict(context=int),
-    "ruler": dict(length=int, kind=str, score=float),
-    "needle": dict(length=int, kind=str, score=float),
-    "harness": dict(metric=str, kind=str, score=float),
-}
 
 
 def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
@@ -103,40 +93,14 @@ def _open(name: str) -> tuple[str, Column, list[dict], dict]:
     chosen = [column for column in columns if label in (None, column.label)]
     if len(chosen) != 1:
         named = ", ".join(f"{folder}:{column.label}" for column in columns)
-        raise UserError(f"'{name}' does not name one model: use one of {named}")
-    samples = [one for one in read_samples(folder) if one["model_digest"] == chosen[0].digest and _is_whole(one, task)]
+        remedy = f"use one of {named}" if named else "it holds none; run launch/evaluate.py again"
+        raise UserError(f"'{name}' does not name one model: {remedy}")
+    samples = [
+        one
+        for one in read_samples(folder, task)
+        if one["model_digest"] == chosen[0].digest and one["sample"] != END and not one.get("left_out")
+    ]
     if not samples:
         raise UserError(f"'{folder}' holds no samples of '{chosen[0].label}': run launch/evaluate.py again")
     settings = results.get("settings")
     return task, chosen[0], samples, settings if isinstance(settings, dict) else {}
-
-
-def _is_whole(sample: dict, task: str) -> bool:
-    """Tell whether a sample has what the task's table needs: a folder may be a stranger's."""
-    for key, kind in NUMBERS[task].items():
-        value = sample.get(key)
-        if not (_is_number(value) if kind is not str else isinstance(value, str)):
-            return False
-        if kind is int and not (type(value) is int and value >= 0):
-            return False
-    if task == "ruler":
-        return sample["kind"] in TASKS
-    if task == "needle":
-        return re.fullmatch(r"needle_[a-z]+_\d{1,3}(\.\d{1,6})?", sample["kind"]) is not None
-    return task == "harness" or _are_ranges(sample.get("ranges"))
-
-
-def _are_ranges(ranges) -> bool:
-    """Tell whether something is what ``PositionRanges.records`` returns."""
-    if not isinstance(ranges, list):
-        return False
-    for one in ranges:
-        if not isinstance(one, dict) or not all(_is_number(one.get(key)) for key in ("from", "to", "tokens", "loss")):
-            return False
-        if any(type(one[key]) is not int for key in ("from", "to")) or one["tokens"] <= 0:
-            return False
-    return True
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e12

@@ -53,6 +53,7 @@ class Chosen:
     documents: list[Document]
     source: str
     tokenizer: str | None  # its fingerprint; None: not known
+    notes: tuple[str, ...] = ()  # what a reader must know
 
 
 def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
@@ -89,17 +90,21 @@ def of_files(
     names: list[str], selection: Selection, tokenizer: PreTrainedTokenizerBase, text_key: str = "text"
 ) -> Chosen:
     """Return documents of files and folders, the first ones that are long enough, by a model's tokenizer."""
-    found, longest = [], 0
-    for text in read_documents(find_files(names), text_key, Report()):
+    found, longest, report = [], 0, Report()
+    for text in read_documents(find_files(names), text_key, report):
         ids = tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
         longest = max(longest, len(ids))
         if len(ids) > selection.at_least:
             found.append(Document(np.asarray(ids, dtype=np.int64)).cut(selection.length))
         if len(found) == selection.count:
             break
+    unread = f"{report.bad} cannot be read, the first for {report.places[0]}" if report.bad else ""
+    if not found and not longest:
+        raise UserError(f"{', '.join(names)}: there is no text to read{'; ' * bool(unread)}{unread}")
     if not found:
         raise _too_short(", ".join(names), selection, longest)
-    return Chosen(found, f"documents of {', '.join(names)}", fingerprint(tokenizer))
+    notes = (f"of the documents {unread}",) if unread else ()
+    return Chosen(found, f"documents of {', '.join(names)}", fingerprint(tokenizer), notes)
 
 
 def is_corpus(name: str) -> bool:

@@ -43,7 +43,7 @@ def evaluate(arguments: Arguments, job: Job) -> int:
         arguments, asked, job.world
     )  # all that can be checked before any rank waits for another
     job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
-    results = Results(arguments.output, job.world.rank)
+    results = Results(arguments.output, job.world.rank, arguments.task)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
@@ -103,7 +103,7 @@ def _report(task, arguments: Arguments, asked: list[Asked], results: Results, dt
             scores=[record for table in tables for record in table.records()],
         )
     )
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
     for table in tables:
         table.show(console)
     pictures = [path for table in tables for path in draw(arguments.task, table, arguments.output)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import UserError, one_line
 from inplace_ttt.evaluation.models import Model
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
@@ -53,13 +53,14 @@ def batches(sizes: Sequence[tuple[int, int]], most_tokens: int) -> list[list[int
 def tokens_that_fit(network: PreTrainedModel) -> int:
     """Return how many tokens of prompts and answers fit in this device's memory beside the model, by the size of keys
     and values."""
-    config = network.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = torch.finfo(network.dtype).bits // 8
-    each = 2 * config.num_hidden_layers * heads * head * size
     if network.device.type != "cuda":
         return 2**13
+    config = network.config.get_text_config()
+    attending = getattr(config, "num_attention_heads", None) or 1  # some models have no attention
+    heads = getattr(config, "num_key_value_heads", None) or attending
+    head = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1) // attending
+    size = torch.finfo(network.dtype).bits // 8
+    each = 2 * (getattr(config, "num_hidden_layers", None) or 1) * heads * head * size
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(0.7 * free / each)
 
@@ -86,14 +87,21 @@ def answer(model: Model, batch: Sequence[Prompt], speed: Speed | None = None) ->
 
     A batch that does not fit in memory is answered in halves. Raises UserError where one prompt does not fit.
     """
+    largest, entries = max(max(prompt.tokens) for prompt in batch), model.network.get_input_embeddings().num_embeddings
+    if largest >= entries:
+        raise UserError(f"the tokenizer of '{model.name}' makes token {largest}, and its model knows {entries}")
     try:
         return _answer(model, batch, speed or Speed())
+    except UserError:
+        raise
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise UserError(
                 f"'{model.name}' has no room for a prompt of {len(batch[0].tokens)} tokens on one GPU: use shorter "
                 f"--lengths, or a GPU with more memory"
             ) from error
+    except Exception as error:  # a model's own code raises anything
+        raise cannot_run(model, error) from error
     torch.cuda.empty_cache()  # outside of the handler, which holds on to what it ran in
     half = len(batch) // 2
     return answer(model, batch[:half], speed) + answer(model, batch[half:], speed)
@@ -107,19 +115,21 @@ def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
         return [_alone(model, prompt, ends) for prompt in batch]
     new_tokens, rows = batch[0].new_tokens, len(batch)
     width = max(len(prompt.tokens) for prompt in batch)
-    cache, first, started = None, [], time.perf_counter()
+    cache, first, finite, started = None, [], [], time.perf_counter()
     _use_attention(network)
     for number, prompt in enumerate(batch):
         own = _empty_cache(network)
         ids = torch.tensor([prompt.tokens], device=network.device)
         out = network(ids, past_key_values=own, use_cache=True, logits_to_keep=1)
         first.append(out.logits[0, -1].argmax())
+        finite.append(out.logits[0, -1].isfinite().all())
         if cache is None:
             cache = SharedCache(own, rows, width, new_tokens)
         cache.put(number, own)
         del own, out
+    if not all(finite):  # waits for the device
+        raise UserError(f"the logits of '{model.name}' are not finite: its weights may hold NaN; export it again")
     token = torch.stack(first)
-    token.tolist()  # waits for the device
     read = time.perf_counter()
     texts = _write(network, cache.finished(network), batch, width, token, ends)
     speed.read += sum(len(prompt.tokens) for prompt in batch)
@@ -127,6 +137,11 @@ def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
     speed.written += sum(map(len, texts))
     speed.writing += time.perf_counter() - read
     return tokenizer.batch_decode(texts, skip_special_tokens=True)
+
+
+def cannot_run(model: Model, error: Exception) -> UserError:
+    """Return what says that a model's own code has failed."""
+    return UserError(f"'{model.name}' cannot be run ({type(error).__name__}: {one_line(error)})")
 
 
 def _write(
@@ -173,8 +188,13 @@ def _alone(model: Model, prompt: Prompt, ends: set[int]) -> str:
         pad_token_id=min(ends, default=0),
     )
     ids = torch.tensor([prompt.tokens], device=network.device)
-    out = network.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
-    return tokenizer.decode(_until(out[0, ids.shape[1] :].tolist(), ends), skip_special_tokens=True)
+    out = network.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=greedy, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    if not all(logits.isfinite().all() for logits in out.logits[:1]):
+        raise UserError(f"the logits of '{model.name}' are not finite: its weights may hold NaN; export it again")
+    return tokenizer.decode(_until(out.sequences[0, ids.shape[1] :].tolist(), ends), skip_special_tokens=True)
 
 
 class SharedCache:

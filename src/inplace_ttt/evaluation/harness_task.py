@@ -16,7 +16,7 @@ from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import Asked
 from inplace_ttt.evaluation.harness_scores import about, table
 from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
-from inplace_ttt.evaluation.results import Results
+from inplace_ttt.evaluation.results import END, Results
 from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.hub import hub_is_reached
 from inplace_ttt.job import SLOW, Job, JobStopped
@@ -103,7 +103,7 @@ class HarnessTask:
                     )  # fmt: skip
 
     def _known(self, results: Results, one: Asked, task: str) -> bool:
-        end = (one.column.digest, self._name(task), "end")
+        end = (one.column.digest, self._name(task), END)
         return end in results.known
 
     def _name(self, task: str) -> str:
@@ -139,16 +139,20 @@ class HarnessTask:
                 references=[str(sample["target"])[:1000]],
                 score=float(value),
             )
-        yield common | dict(sample="end", index=10**9)
+        yield common | dict(sample=END, index=10**9)
 
     def scores(self, results: Results) -> list[Scores]:
         """Return the table: of each task or group of tasks the mean over its questions."""
         by_model = {}
         for one in self.asked:
             by_task: dict[str, list[dict]] = {}
-            for (digest, task, sample), record in results.known.items():
-                if digest == one.column.digest and sample != "end":
-                    by_task.setdefault(task, []).append(record)
+            asked = {self._name(task) for tasks in self.tasks.values() for task in tasks}
+            for key, record in results.known.items():
+                digest, task, sample = key
+                if digest == one.column.digest and task in asked:
+                    results.use(key)
+                    if sample != END:
+                        by_task.setdefault(task, []).append(record)
             by_model[one.column.label] = [
                 record | dict(group=name)
                 for name, tasks in self.tasks.items()

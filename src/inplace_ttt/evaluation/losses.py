@@ -6,6 +6,7 @@ from torch import Tensor
 
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.documents import Document
+from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.models import Model
 from inplace_ttt.evaluation.position import PositionRanges
 
@@ -49,11 +50,15 @@ def sums_of(model: Model, document: Document, ranges: PositionRanges) -> list[li
     try:
         tokens = torch.from_numpy(document.tokens).to(model.network.device)
         found = losses(model, tokens)
+    except UserError:
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"'{model.name}' has no room for {len(document.tokens)} tokens on one GPU: use a shorter --length, or name "
             f"the training checkpoint, which several GPUs read together (parallel.context_parallel_size)"
         ) from error
+    except Exception as error:  # a model's own code raises anything
+        raise cannot_run(model, error) from error
     counts = torch.ones_like(found, dtype=torch.bool)
     if document.counts is not None:
         counts = torch.from_numpy(document.counts).to(found.device)

@@ -3,7 +3,7 @@
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World, check_environment
 from inplace_ttt.evaluation.arguments import HELP, parse
-from inplace_ttt.exits import fail
+from inplace_ttt.exits import fail, tolerate_closed_output
 
 
 def main(words: list[str]) -> int:
@@ -12,6 +12,7 @@ def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0
+    tolerate_closed_output()
     try:
         arguments = parse(words)
         world = World.from_environment()
@@ -23,3 +24,5 @@ def main(words: list[str]) -> int:
         return run_job(lambda job: evaluate(arguments, job), world, arguments.timeout_minutes, output=output)
     except UserError as error:
         return fail(f"error: {error}", 2)
+    except KeyboardInterrupt:  # before the job listens for it
+        return fail("stopped: nothing was measured yet", 130)

@@ -6,13 +6,21 @@ Code in a folder never runs: exported models run by this package's own classes.
 import contextlib
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from inplace_ttt.config import UserError, one_line
@@ -20,9 +28,11 @@ from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.files import read_json
 from inplace_ttt.hf import modeling_inplace_ttt as exported
+from inplace_ttt.hf.config import TTT_KEYS, read_ttt
 from inplace_ttt.hf.convert import Described, describe_checkpoint, export_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 
+MOST_LAYERS = 10_000
 EXPORTED = "exported"  # the folder, in that of the results, with runs as folders in Hugging Face's format
 WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # files that tell models apart
 CLASSES = {kind.__name__: kind for kind in (exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM)}
@@ -51,8 +61,8 @@ class Named:
         if not path.is_dir():
             raise UserError(f"'{path}' is no folder: name a run, a checkpoint or a folder in Hugging Face's format")
         if (path / "config.json").is_file():
-            config = read_json(path / "config.json", "download it again")
-            return cls(path, None, _class_of(config) is not None and bool(config.get("ttt_mode")))
+            settings = read_settings(path)
+            return cls(path, None, bool(getattr(settings, "ttt_layers", None)) and settings.ttt_mode)
         if not (checkpoint_in(path) / "run.json").is_file():
             raise UserError(
                 f"'{path}' holds no model: name a run, a checkpoint or a folder in Hugging Face's format (config.json)"
@@ -72,7 +82,7 @@ class Named:
     def digest(self, mode: FastWeightMode, numerics: Sequence[str] = ()) -> str:
         """Return a digest by which results know whether they are of this model, by its files' names, sizes, times."""
         folder = self.folder
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in WEIGHTS)
+        files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in WEIGHTS)
         facts = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         content = json.dumps([str(folder.resolve()), str(mode), list(numerics), facts])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -147,7 +157,8 @@ def _check_tensors(folder: Path, found: dict, expects_more: bool) -> None:
 
     ``expects_more``: fast weights are switched off.
     """
-    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
+    mismatched = [one if isinstance(one, str) else one[0] for one in found["mismatched_keys"]]
+    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", mismatched)):
         if names:
             name = min(map(str, names))
             more = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
@@ -158,6 +169,14 @@ def _check_tensors(folder: Path, found: dict, expects_more: bool) -> None:
             f"'{folder}' has fast weights ({min(left)}) that its config.json says nothing of (architectures, "
             f"ttt_mode): export it again"
         )
+    layers = [name for name in found["unexpected_keys"] if re.search(r"\.(layers|h|blocks)\.\d+\.", name)]
+    buffers = (".inv_freq", ".masked_bias", ".bias")  # that older versions of transformers wrote
+    layers = [name for name in layers if ".ttt_" not in name and not name.endswith(buffers)]
+    if layers:
+        raise UserError(
+            f"'{folder}' has {min(layers)} and {len(layers) - 1} other tensors that its config.json's model has no "
+            f"place for (num_hidden_layers, architectures): download or export it again"
+        )
 
 
 def _class_of(config: dict) -> type | None:
@@ -166,29 +185,90 @@ def _class_of(config: dict) -> type | None:
     return CLASSES.get(first) if isinstance(first, str) else None
 
 
+def read_settings(folder: Path) -> PreTrainedConfig:
+    """Return what a folder's config.json says, as its model's class reads it. Raise UserError for what cannot be."""
+    path = folder / "config.json"
+    config = read_json(path, "download it again")
+    kind = _class_of(config)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"'{path}' says num_hidden_layers={layers}: a model has at most {MOST_LAYERS}")
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            if kind is None:
+                return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            settings = kind.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
+    except Exception as error:  # transformers raises anything
+        raise UserError(f"'{path}' cannot be read by transformers ({one_line(error)}): download it again") from error
+    if not isinstance(settings.ttt_mode, bool):
+        raise UserError(f"'{path}' says ttt_mode={settings.ttt_mode!r}, where there should be true or false")
+    if settings.ttt_mode:
+        ttt = read_ttt({**config, "ttt_mode": True, "ttt_layers": settings.ttt_layers}, f"'{path}'")
+        clip = settings.ttt_clip
+        for theirs, ours in TTT_KEYS.items():
+            setattr(settings, theirs, getattr(ttt, ours))
+        settings.ttt_layers = ttt.layers
+        if isinstance(clip, list):
+            settings.ttt_clip = clip[: len(ttt.layers)]
+    return settings
+
+
+def _check_index(folder: Path) -> None:
+    """Raise UserError where an index places tensors in files that are not the folder's own."""
+    for path in folder.glob("*.index.json"):
+        named = read_json(path, "download it again").get("weight_map")
+        files = set(named.values()) if isinstance(named, dict) and all(map(_is_text, named.values())) else {""}
+        for file in files:
+            if Path(file).name != file or not file:
+                raise UserError(f"'{path}' places tensors in '{file}', which is no file of its folder: it is not read")
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _greedy(network: PreTrainedModel, folder: Path) -> GenerationConfig:
+    """Return how a model answers: greedily, up to its own ends of texts. Whatever else its generation_config.json asks
+    for, such as penalties, is no part of an evaluation."""
+    said = network.generation_config.eos_token_id
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(type(one) is int and one >= 0 for one in ends):
+        raise UserError(
+            f"'{folder}' says eos_token_id={said!r} (generation_config.json, config.json), where there should be a "
+            f"number or a list of numbers"
+        )
+    return GenerationConfig(eos_token_id=ends or None, pad_token_id=min(ends, default=0), do_sample=False)
+
+
 def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> Model:
     """Load a model in Hugging Face's format. Raise UserError where that cannot be."""
-    config = read_json(folder / "config.json", "download it again")
-    kind = _class_of(config)
+    settings = read_settings(folder)
+    kind = _class_of(read_json(folder / "config.json")) or AutoModelForCausalLM
+    _check_index(folder)
     try:
-        if kind is not None:
-            settings = kind.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
-            if not mode.on:
-                settings.ttt_mode = False
+        if kind is not AutoModelForCausalLM:
+            settings.ttt_mode = settings.ttt_mode and mode.on
             settings.ttt_clip = mode.clip_of(settings.ttt_clip)
-        else:
-            kind, settings = AutoModelForCausalLM, AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             network, found = kind.from_pretrained(
-                folder, config=settings, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder,
+                config=settings,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # _check_tensors names them
             )
         _check_tensors(folder, found, expects_more=not mode.on)
+        network.generation_config = _greedy(network, folder)
         network = network.to(device).eval()
     except UserError:
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"'{folder}' does not fit in one GPU's memory") from error
     except Exception as error:  # transformers raises anything
-        raise UserError(f"'{folder}' cannot be loaded by transformers ({one_line(error)})") from error
+        raise UserError(
+            f"'{folder}' cannot be loaded by transformers ({type(error).__name__}: {one_line(error)})"
+        ) from error
     return Model(name, network, load_tokenizer(str(folder)))

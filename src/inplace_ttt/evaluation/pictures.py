@@ -8,6 +8,7 @@ from inplace_ttt.training.plots import COLORS, INK, panels, pyplot, save, style
 
 MARKS = "osD^vP*X"
 MEAN = "mean"
+LONGEST = 32  # letters of a model's name in a picture
 
 
 def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
@@ -35,7 +36,7 @@ def draw_positions(scores: Scores, picture: Path) -> Path:
         _draw_steps(ax, ranges, cells, number, label, bands=not rest)
     _legend(ax)
     for panel in rest:
-        title = f"Difference to {scores.labels[0]}"
+        title = f"Difference to {shortened(scores.labels[0])}"
         style(panel, title, where, "difference in loss (nats per token)", "above 0: worse than it; 95% intervals")
         panel.axhline(0, color=INK, linewidth=0.8)
         for number, label in enumerate(scores.labels[1:], 1):
@@ -53,7 +54,7 @@ def draw_contexts(scores: Scores, picture: Path) -> Path:
     style(ax, "Loss on the final block", "tokens before the block", "loss (nats per token)", _about(scores))
     _draw_curves(ax, scores.cells, scores.labels, places, 0)
     for panel in rest:
-        title = f"Difference to {scores.labels[0]}"
+        title = f"Difference to {shortened(scores.labels[0])}"
         subtitle = "above 0: worse than it; 95% intervals"
         style(panel, title, "tokens before the block", "difference in loss (nats per token)", subtitle)
         panel.axhline(0, color=INK, linewidth=0.8)
@@ -106,7 +107,7 @@ def _draw_steps(ax, ranges: dict, cells: dict[tuple, Interval], number: int, lab
     color = COLORS[number % len(COLORS)]
     for first, (row, one) in enumerate(cells.items()):
         start, stop = ranges[row]
-        ax.plot([start, stop], [one.mean] * 2, color=color, linewidth=2, label=None if first else label)
+        ax.plot([start, stop], [one.mean] * 2, color=color, linewidth=2, label=None if first else shortened(label))
         if bands and one.low is not None:
             ax.fill_between([start, stop], one.low, one.high, color=color, alpha=0.15, linewidth=0)
 
@@ -120,7 +121,7 @@ def _draw_curves(ax, rows: dict, labels: list[str], places: dict, first: int) ->
         ax.errorbar(
             [places[row] * shift for row in cells], [one.mean for one in cells.values()],
             yerr=list(zip(*known, strict=True)) if known else None,
-            marker=MARKS[number % len(MARKS)], color=COLORS[number % len(COLORS)], capsize=3, label=label,
+            marker=MARKS[number % len(MARKS)], color=COLORS[number % len(COLORS)], capsize=3, label=shortened(label),
         )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(list(places.values()), [short(place) for place in places.values()])
@@ -144,7 +145,7 @@ def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture
             for x, value in enumerate(line):
                 color = INK if value > 60 else "white"
                 ax.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-        ax.set_title(_folded(label), loc="left", color=INK, fontsize=9)
+        ax.set_title(_folded(shortened(label)), loc="left", color=INK, fontsize=9)
         ax.set_xticks(range(len(lengths)), [short(int(length)) for length in lengths])
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xlabel("length (tokens)", color=INK)
@@ -169,6 +170,12 @@ def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture
 def _folded(label: str) -> str:
     """Return a label in lines that fit over a panel."""
     return label.replace(" (", "\n(")
+
+
+def shortened(label: str) -> str:
+    """Return a label that fits into a picture: of a long name the beginning and the end, and the mode."""
+    name, mode = (label, "") if " (" not in label else (label[: label.rindex(" (")], label[label.rindex(" (") :])
+    return label if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}{mode}"
 
 
 def short(tokens: int) -> str:

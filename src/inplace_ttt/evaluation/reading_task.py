@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import json
+import math
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -82,7 +84,11 @@ class ReadingTask:
     def _documents(self, selection: Selection) -> Chosen:
         chosen = _find_documents(self.arguments.options, self.asked, selection)
         _check_vocabulary(chosen, self.asked)
-        return chosen
+        self.notes += chosen.notes
+        unique = {one.digest: one for one in chosen.documents}
+        if len(unique) < len(chosen.documents):
+            self.notes.append(f"{len(chosen.documents) - len(unique)} documents are there twice, and read once")
+        return replace(chosen, documents=list(unique.values()))
 
     def prepare(self, job: Job) -> None:
         """Say what a reader must know of the documents, which are there."""
@@ -139,9 +145,10 @@ class ReadingTask:
                 group = left[first : first + reader.at_once]
                 found = reader.read([self.readings[i] for i in group], one.mode)
                 done, spent = done + len(group), spent + sum(costs[first : first + reader.at_once])
+                records = [self._record(one, i, sums) for i, sums in zip(group, found, strict=True)]
                 if meter is not None:
-                    for i, sums in zip(group, found, strict=True):
-                        results.add(self._record(one, i, sums))
+                    for record in records:
+                        results.add(record)
                     meter.show(done, spent / sum(costs))
                 asked_to_stop.fill_(float(job.stop.received is not None))
                 dist.all_reduce(asked_to_stop, op=dist.ReduceOp.MAX)
@@ -151,6 +158,11 @@ class ReadingTask:
             say_speed(name, len(left), sum(costs), time.monotonic() - started)
 
     def _record(self, one: Asked, i: int, sums: list[list[float]]) -> dict:
+        """Return a sample. Raises UserError where the model's losses are no numbers."""
+        if not all(math.isfinite(loss) for loss, _ in sums):
+            raise UserError(
+                f"the losses of '{one.column.label}' are not finite: its weights may hold NaN; export it again"
+            )
         return dict(
             model=one.column.label,
             model_digest=one.column.digest,
@@ -164,7 +176,7 @@ class ReadingTask:
     def scores(self, results: Results) -> list[Scores]:
         """Return the table: the loss of each range, or after each context."""
         by_model = {
-            one.column.label: [results.known[one.column.digest, self.task, digest] for digest in self.digests]
+            one.column.label: [results.use((one.column.digest, self.task, digest)) for digest in self.digests]
             for one in self.asked
         }
         return [table(self.task, by_model, self.settings["documents"])]

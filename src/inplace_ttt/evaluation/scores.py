@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from inplace_ttt.evaluation.statistics import LEAST, Interval
@@ -92,10 +93,10 @@ class Scores:
         if any(one.low is None for cells in self.cells.values() for one in cells.values()):
             notes.append(f"no intervals below {LEAST} samples")
         if notes:
-            console.print("; ".join(notes), highlight=False)
+            console.print("; ".join(notes), highlight=False, markup=False)
 
     def _table(self, side_by_side: bool) -> Table:
-        heading = f"{self.title}: {self.about} ({self.unit}, 95% intervals)"
+        heading = escape(f"{self.title}: {self.about} ({self.unit}, 95% intervals)")
         table = Table(title=heading, title_justify="left")
         compared = len(self.labels) > 1
         for name in self.names:
@@ -104,10 +105,12 @@ class Scores:
             table.add_column("model", overflow="fold")
         table.add_column("samples", justify="right", no_wrap=True)
         for label in self.labels if side_by_side else ["mean"]:
-            table.add_column(label, justify="right", overflow="fold")
+            table.add_column(escape(label), justify="right", overflow="fold")
         if side_by_side:
             for label in self.labels[1:]:
-                table.add_column("difference" if len(self.labels) == 2 else f"{label}, difference", justify="right")
+                table.add_column(
+                    "difference" if len(self.labels) == 2 else escape(f"{label}, difference"), justify="right"
+                )
         elif compared:
             table.add_column("difference", justify="right")
         for row, cells in self.cells.items():
@@ -117,7 +120,7 @@ class Scores:
                 table.add_row(*words, *(self._difference(row, label) for label in self.labels[1:]))
                 continue
             for number, label in enumerate(self.labels):
-                words = [*(row if number == 0 else [""] * len(row)), label, str(cells[label].samples)]
+                words = [*(row if number == 0 else [""] * len(row)), escape(label), str(cells[label].samples)]
                 words.append(shown(cells[label], self.digits))
                 table.add_row(*words, *([self._difference(row, label)] if compared else []),
                               end_section=number == len(self.labels) - 1)  # fmt: skip

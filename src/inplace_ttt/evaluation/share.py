@@ -8,7 +8,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inplace_ttt.job import ASKED_TO_STOP, SLOW, Job, JobStopped
+from inplace_ttt.job import ASKED_TO_STOP, GO_ON, SLOW, Job, JobStopped
 
 LINE = 30.0  # seconds between lines where there is no terminal
 LOOK = 0.1  # seconds between two looks at ranks that are still at work
@@ -55,6 +55,10 @@ class Share:
         while self.store.add("finished", 0) < self.job.world.size:
             time.sleep(LOOK)
             self._show()
+            if self.job.stop.received:  # perhaps because another rank is gone, which torchrun answers so
+                lost = self.job.watch.explain_loss()
+                if lost is not None:
+                    raise JobStopped(f"contact with another rank was lost: {lost}; {GO_ON}", 4)
         done, total = self.before + self.store.add("samples", 0), self.before + sum(self.samples)
         if done < total:
             raise asked_to_end(self.name, done, total)
@@ -87,7 +91,7 @@ class Meter:
             print(f"{name}: {done} of {samples} samples were done before", file=sys.stderr, flush=True)
         if console.is_terminal:
             self.bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed}/{task.total} samples"),
                 TextColumn("{task.fields[left]}"),

@@ -12,7 +12,7 @@ from inplace_ttt.evaluation.ruler.task import Draft, Task
 # chosen anew until the sample fills FULL of the length: documents differ in length, and steps of some tasks are large.
 FINE_FROM, FULL = 16384, 0.975
 LEAST = 5  # parts of a haystack: needles lie between them
-ATTEMPTS = 20
+DRAWS = 20
 GROWTH = 4  # words or lines of a haystack for which a tokenizer makes one token at the least
 NEAR = 200  # a share of the size by which a guess is made larger, to find a size that does not fit
 
@@ -63,8 +63,13 @@ class Fitter:
         fewer samples than bisection."""
         low = self.task.step(self.length)
         tokens = self._make(0, low).tokens
-        if tokens > self.room:
-            raise self._too_short(0, low)
+        while tokens > self.room:
+            if low <= LEAST:
+                raise self._too_short(0, low)
+            low = self._smaller(low)
+            tokens = self._make(0, low).tokens
+        if low < self.task.step(self.length):
+            return low
         if GROWTH * tokens < low:
             raise UserError(
                 f"{self.task.name} at {self.length}: the tokenizer makes {tokens} tokens of {low} words or lines: use "
@@ -84,9 +89,9 @@ class Fitter:
                 high = guess
         return low
 
-    def _make(self, index: int, size: int) -> Sample:
-        task = self.task
-        draft = task.draft(Random(f"{self.seed} {task.name} {self.length} {index}"), size, index, self.length)
+    def _make(self, index: int, size: int, draw: int = 0) -> Sample:
+        task, again = self.task, f" {draw}" if draw else ""
+        draft = task.draft(Random(f"{self.seed} {task.name} {self.length} {index}{again}"), size, index, self.length)
         prompt = self.render(draft)
         return Sample(
             task.name, index, prompt, draft.answers, self.count_tokens(prompt), task.new_tokens, task.any_answer
@@ -94,27 +99,54 @@ class Fitter:
 
     def _too_short(self, index: int, size: int) -> UserError:
         needed = self._make(index, size).tokens + self.task.new_tokens
-        return UserError(f"--lengths {self.length} is too short for {self.task.name}, which needs {needed} tokens")
+        return UserError(
+            f"--lengths {self.length} is too short for {self.task.name}, whose sample {index} needs {needed} tokens"
+        )
+
+    def _smaller(self, size: int) -> int:
+        """Return the next smaller size: by a step, and where there is no room for that by a tenth of one."""
+        step = self.task.step(self.length)
+        return size - step if size - step >= LEAST else max(LEAST, size - max(1, step // 10))
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``, which does not depend on how many there are."""
-        size, step, best = self.size, self.task.step(self.length), None
-        for _ in range(ATTEMPTS):
+        size, best = self.size, None
+        if self.length < FINE_FROM:
             sample = self._make(index, size)
-            if sample.tokens <= self.room:
-                if best is None or sample.tokens > best.tokens:
+            while sample.tokens > self.room:
+                if size <= LEAST:
+                    raise self._too_short(index, size)
+                size = self._smaller(size)
+                sample = self._make(index, size)
+            return sample
+        for draw in range(DRAWS):  # of the haystack's parts
+            for sample in self._fuller_and_fuller(index, draw):
+                if sample.tokens <= self.room and (best is None or sample.tokens > best.tokens):
                     best = sample
-                if self.length < FINE_FROM or sample.tokens >= FULL * self.room:
-                    return best
-            if self.length >= FINE_FROM:
-                size = max(step, int(size * (1 + FULL) / 2 * self.room / sample.tokens))
-            elif size - step >= LEAST:
-                size -= step
-            else:
-                break
+            if best is not None and best.tokens >= FULL * self.room:
+                return best
         if best is None:
-            raise self._too_short(index, size)
+            raise self._too_short(index, self.task.step(self.length))
         return best
+
+    def _fuller_and_fuller(self, index: int, draw: int) -> Iterator[Sample]:
+        """Yield a sample at sizes that come nearer to the length, until it fills it or there are no more."""
+        step, size, below, above = self.task.step(self.length), self.size, 0, None
+        while True:
+            sample = self._make(index, size, draw)
+            yield sample
+            if FULL * self.room <= sample.tokens <= self.room:
+                return
+            if sample.tokens <= self.room:
+                below = max(below, size)
+            else:
+                above = size if above is None else min(above, size)
+            guess = max(step, int(size * (1 + FULL) / 2 * self.room / sample.tokens))
+            if above is not None and not below < guess < above:
+                guess = (below + above) // 2
+            if guess in (below, above) or guess < step:
+                return
+            size = guess
 
     def samples(self, count: int) -> Iterator[Sample]:
         """Yield the first samples."""

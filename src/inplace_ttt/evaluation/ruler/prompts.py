@@ -26,7 +26,7 @@ from inplace_ttt.evaluation.ruler.task import Draft
 from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.signals import end_with_parent
 
-VERSION = 1  # of the generators: samples of others are made anew
+VERSION = 2  # of the generators: samples of others are made anew
 TEMPLATES = ("base", "chat")
 BLOCK = 10  # samples that a process makes at a time
 PATIENCE = 20.0  # seconds in which a chat template renders a short question
@@ -54,21 +54,32 @@ class Rendering:
     The chat template, if any, wraps the question; the beginning of the answer follows it, as RULER has it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str):
-        """Raises UserError where the tokenizer has no chat template and one is asked for."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, longest: int | None = None):
+        """Raises UserError where the tokenizer has no chat template and one is asked for, or one that is of no use.
+
+        Args:
+            longest: tokens of the longest prompt; None: the template is known to be of use.
+        """
         self.tokenizer, self.template = tokenizer, template
         if template == "chat" and not tokenizer.chat_template:
             raise UserError("--template chat: the model's tokenizer has no chat template; use --template base")
-        if template == "chat":
-            self._check_that_it_ends()
+        if template == "chat" and longest is not None:
+            self._check_template(longest)
 
-    def _check_that_it_ends(self) -> None:
-        """Raise UserError where the chat template, which is a program of its maker's, fails or runs on."""
+    def _check_template(self, longest: int) -> None:
+        """Raise UserError where the chat template, which is a program of its maker's, fails, runs on, or leaves out
+        what is asked; with a short question, and with one that is about as long as prompts are."""
         failed: list[UserError] = []
 
         def run() -> bool:
             try:
-                self.render(Draft("A question.", "", ()))
+                for words in (1, longest):
+                    question = " ".join(["question"] * words)
+                    prompt = self.render(Draft(question, "", ()))
+                    if question not in prompt:
+                        raise UserError("--template chat: the tokenizer's chat template leaves out the question")
+                    if words == 1:
+                        self.encode(prompt)
             except UserError as error:
                 failed.append(error)
             return True
@@ -98,11 +109,14 @@ class Rendering:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a prompt, as the model reads it. A chat template names the special tokens itself."""
-        return self.tokenizer(prompt, add_special_tokens=self.template == "base", verbose=False)["input_ids"]
+        try:
+            return self.tokenizer(prompt, add_special_tokens=self.template == "base", verbose=False)["input_ids"]
+        except (TypeError, UnicodeError) as error:  # half a character, which only a chat template can make
+            raise UserError("--template chat: the tokenizer's chat template makes what is no text") from error
 
 
 def samples_of(orders: list[Order], tokenizer_folder: Path, data: Path | None, kept: Path, workers: int,
-               progress: Callable[[int], None] = lambda made: None) -> dict[Order, list[Sample]]:  # fmt: skip
+               progress: Callable[[], None] = lambda: None) -> dict[Order, list[Sample]]:  # fmt: skip
     """Return the samples of each order, and keep those that were not there.
 
     Args:
@@ -115,7 +129,10 @@ def samples_of(orders: list[Order], tokenizer_folder: Path, data: Path | None, k
     found = {order: read_kept(folder / order.file, order.count) for order in orders}
     lacking = [order for order in orders if found[order] is None]
     if lacking:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--kept '{kept}' cannot hold samples ({error.strerror}): name another folder") from error
         lacking.sort(key=lambda order: -order.length)
         made: dict[Order, dict[int, Sample]] = {order: {} for order in lacking}
         for order, samples in _made(lacking, partial(_start, str(tokenizer_folder), data), workers):
