@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
+from inplace_ttt.models import family_of
 from inplace_ttt.ttt.ops import KEPT_SHARE
 from inplace_ttt.validation import validate
 
@@ -88,8 +89,9 @@ class Share:
         model, ttt = self.config.model, self.config.ttt
         d, f, channels = model.hidden_size, model.ffn_hidden_size, model.kv_channels
         queries, keys = model.num_attention_heads * channels, model.num_query_groups * channels
-        split = d * (2 * queries + 2 * keys + 3 * f)
-        whole = 2 * d + 2 * channels * model.qk_layernorm
+        family = family_of(model)
+        split = d * (2 * queries + 2 * keys + 3 * f) + family.split_parameters(model)
+        whole = 2 * d + family.whole_parameters(model)
         fast = d * ttt.conv_kernel + d * d * ttt.project
         ends = (stage == 0) + (stage == self.pp - 1)  # embedding and output
         if self.pp == 1 and model.tie_word_embeddings:

@@ -10,6 +10,7 @@ import torch
 
 from inplace_ttt import te
 from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, check_ranges, ttt_layers
+from inplace_ttt.models import FAMILIES
 
 # The parameters of each kind of RoPE scaling: those it needs, those it may have besides
 ROPE_SCALING = {
@@ -64,6 +65,8 @@ def _divides(key: str, value: int, other: str, size: int) -> None:
 def check_model(model: Model) -> None:
     """Raise UserError for the first thing that no model can be."""
     check_ranges(model, "model.")
+    if model.family not in FAMILIES:
+        raise UserError(f"model.family={model.family} is not known: use one of {', '.join(FAMILIES)}")
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.kv_channels % 2:
         raise UserError(

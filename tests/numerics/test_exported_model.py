@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
 
 from inplace_ttt.hf import modeling_inplace_ttt as exported
@@ -28,6 +28,7 @@ QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForC
 VARIANTS = {
     "qwen3": (QWEN3, dict(head_dim=16)),
     "llama": (LLAMA, {}),
+    "qwen2": (exported.InPlaceTTTQwen2ForCausalLM, {}),
     "input_embed, no projection": (QWEN3, dict(head_dim=16, ttt_target="input_embed", ttt_proj=False)),
     "odd kernel": (QWEN3, dict(head_dim=8, ttt_conv_kernel=3)),
     "sliding window": (QWEN3, dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0)),
@@ -42,7 +43,7 @@ def build(variant):
     kind, changes = VARIANTS[variant]
     model = kind(kind.config_class(**SMALL, **changes)).eval()
     for name, parameter in model.named_parameters():
-        if "ttt" in name:
+        if "ttt" in name or "bias" in name:
             parameter.data.normal_(0, 0.3)
     model.generation_config.eos_token_id = None  # answers have the length that is asked for
     return model
@@ -224,7 +225,7 @@ def test_read_once_ask_many_times(model, tmp_path):
 
 @torch.no_grad()
 def test_without_fast_weights_it_is_the_base_model():
-    for variant, base in (("qwen3", Qwen3ForCausalLM), ("llama", LlamaForCausalLM)):
+    for variant, base in (("qwen3", Qwen3ForCausalLM), ("qwen2", Qwen2ForCausalLM), ("llama", LlamaForCausalLM)):
         kind, changes = VARIANTS[variant]
         off = kind(kind.config_class(**SMALL, **changes, ttt_mode=False)).eval()
         plain = base(base.config_class(**{k: v for k, v in (SMALL | changes).items() if "ttt" not in k})).eval()
@@ -246,7 +247,7 @@ def test_what_cannot_work_is_refused(model):
     from transformers import DynamicCache, QuantizedCache
 
     filled = DynamicCache(config=model.config)
-    base = (Qwen3ForCausalLM if isinstance(model, QWEN3) else LlamaForCausalLM)(model.config)
+    base = type(model).__mro__[2](model.config)  # transformers' own class
     base(texts(1, 5), past_key_values=filled)
     with pytest.raises(ValueError, match="was filled without: fast weights need a cache of their own"):
         model(texts(1, 5), past_key_values=filled)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
@@ -47,6 +47,10 @@ FAMILIES = {
     "qwen3 window": Qwen3Config(
         **SMALL, head_dim=16, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=0
     ),
+    "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2 window": Qwen2Config(
+        **SMALL, tie_word_embeddings=False, use_sliding_window=True, sliding_window=9, max_window_layers=0
+    ),
     "qwen3 yarn": Qwen3Config(
         **SMALL,
         head_dim=16,
@@ -63,6 +67,8 @@ def theirs(request, tmp_path_factory):
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.normal_(1.0, 0.3)
+        elif "bias" in name:
+            parameter.data.normal_(0.0, 0.5)
     folder = tmp_path_factory.mktemp("hf") / "model"
     model.save_pretrained(folder, max_shard_size="50KB")
     (folder / "tokenizer.json").write_text("{}")
@@ -180,7 +186,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
     write(num_hidden_layers=5)
     assert "model.layers.4." in refusal(folder, tmp_path)
     write(model_type="gpt2")
-    assert "use one of qwen3, llama" in refusal(folder, tmp_path)
+    assert "use one of qwen3, qwen2, llama" in refusal(folder, tmp_path)
     write(attention_bias=True)
     assert "attention_bias=True" in refusal(folder, tmp_path)
     write()

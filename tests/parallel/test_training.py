@@ -412,6 +412,8 @@ def test_a_run_of_an_earlier_version_goes_on(alone, tmp_path):
     values = yaml.safe_load((run / "config.yaml").read_text())
     del values["ttt"]["comm_dtype"], values["log"], values["model"]["sliding_window"]
     values["model"]["sliding_window"] = 16
+    assert values["model"].pop("family") == "qwen3"
+    values["model"]["qk_layernorm"] = True
     values["parallel"]["of_old"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]

@@ -1,7 +1,7 @@
 """Define the configuration of a run: keys (schema.py), ranges (ranges.py), and errors that a user can act on."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
-from inplace_ttt.config.merge import config_from_values
+from inplace_ttt.config.merge import REMOVED, config_from_values
 from inplace_ttt.config.ranges import check_key, check_ranges
 from inplace_ttt.config.schema import (
     TARGETS,
@@ -26,6 +26,7 @@ from inplace_ttt.config.schema import (
 )
 
 __all__ = [
+    "REMOVED",
     "TARGETS",
     "TTT",
     "VOCAB_MULTIPLE",

@@ -10,6 +10,8 @@ from inplace_ttt.config.errors import UserError, first_line
 from inplace_ttt.config.ranges import check_ranges
 from inplace_ttt.config.schema import Config
 
+# Keys that there are no more, and what has taken their place
+REMOVED = {"model.qk_layernorm": "use model.family: qwen3 has norms of queries and keys, llama and qwen2 have none"}
 # What a file need not say: of an imported model there is no run
 _FILLED = dict(
     run=dict(name="export"),
@@ -24,6 +26,7 @@ def config_from_values(values: dict, place: str) -> Config:
 
     Raises UserError where a value is missing, of another type, or out of range.
     """
+    values = _with_family(values)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), _FILLED, _known(values, Config))
         config = OmegaConf.to_object(merged)
@@ -34,6 +37,14 @@ def config_from_values(values: dict, place: str) -> Config:
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     return config
+
+
+def _with_family(values: dict) -> dict:
+    """Return values with model.family. Earlier versions had only the norms of queries and keys to tell families by."""
+    model = values.get("model")
+    if not isinstance(model, dict) or "family" in model or "qk_layernorm" not in model:
+        return values
+    return {**values, "model": {**model, "family": "qwen3" if model["qk_layernorm"] else "llama"}}
 
 
 def _known(values: dict, cls: type) -> dict:

@@ -61,6 +61,7 @@ class RopeScaling:
 
 @dataclass
 class Model:
+    family: Annotated[str, IDENTITY] = "qwen3"  # qwen3, qwen2 (also Qwen2.5) or llama: what is particular, models/
     num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING  # transformer layers
     hidden_size: Annotated[Width, IDENTITY] = MISSING  # d
     ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # f, the inner size of the gated MLP
@@ -68,7 +69,6 @@ class Model:
     num_query_groups: Annotated[Width, IDENTITY] = MISSING  # key-value heads
     kv_channels: Annotated[int, Ge(2), Le(2**16), IDENTITY] = MISSING  # size of a head
     vocab_size: Annotated[int, Ge(1), Le(2**27), IDENTITY] | None = None  # null: the tokenizer's
-    qk_layernorm: Annotated[bool, IDENTITY] = True  # RMSNorm of queries and keys, as Qwen3 has
     layernorm_epsilon: Annotated[Positive, Lt(1), IDENTITY] = 1e-6  # of all RMSNorms
     rotary_base: Annotated[float, Gt(1), AllowInfNan(False), IDENTITY] = 1_000_000.0  # theta of RoPE
     rope_scaling: Annotated[RopeScaling, IDENTITY] = field(default_factory=RopeScaling)

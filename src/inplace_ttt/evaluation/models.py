@@ -31,11 +31,14 @@ from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import TTT_KEYS, read_ttt
 from inplace_ttt.hf.convert import Described, describe_checkpoint, export_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
+from inplace_ttt.models import FAMILIES
 
 MOST_LAYERS = 10_000
 EXPORTED = "exported"  # the folder, in that of the results, with runs as folders in Hugging Face's format
 WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # files that tell models apart
-CLASSES = {kind.__name__: kind for kind in (exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM)}
+CLASSES = {
+    name: getattr(exported, name) for name in (f"InPlaceTTT{family.architecture}" for family in FAMILIES.values())
+}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 import logging
 from functools import partial
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+import transformers
+from transformers import PretrainedConfig
 
 from inplace_ttt.config import TARGETS, TTT, Config, Model, RopeScaling, UserError, one_line, ttt_layers
+from inplace_ttt.models import FAMILIES, family_of
+from inplace_ttt.models.family import WINDOW_KEYS, Family
 from inplace_ttt.validation import ROPE_SCALING, check_model
 
-FAMILIES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-CLASSES: dict[str, type[PretrainedConfig]] = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 # with fast weights, for the code in modeling_inplace_ttt.py
 CODE = "modeling_inplace_ttt"
 # keys of the authors' checkpoints: theirs, ours
@@ -21,10 +22,8 @@ TTT_KEYS = {
     "ttt_target": "target",
     "ttt_conv_kernel": "conv_kernel",
 }
-# what a configuration may say only in one way, for the model has nothing else
+# what a configuration may say only in one way, for no family has anything else
 FIXED = {
-    "attention_bias": False,
-    "mlp_bias": False,
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
@@ -120,19 +119,20 @@ def read_model(config: dict, place: str) -> Model:
         family = next((known for known in FAMILIES if known in family), family)
     if family not in FAMILIES:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
-    _check_fixed(config, place)
+    known = FAMILIES[family]
+    _check_fixed(config, known, place)
     keys = _Keys(config, place)
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     scaling, theta = _read_rope(config, place)
     model = Model(
+        family=family,
         num_layers=keys.whole("num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=keys.whole("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=keys.whole("num_key_value_heads", heads),
-        kv_channels=keys.whole("head_dim", 128 if family == "qwen3" else max(1, hidden // heads)),
+        kv_channels=keys.whole("head_dim", known.head_dim(hidden, heads)),
         vocab_size=keys.whole("vocab_size"),
-        qk_layernorm=family == "qwen3",
         layernorm_epsilon=keys.number("rms_norm_eps", 1e-6),
         rotary_base=theta,
         rope_scaling=scaling,
@@ -144,13 +144,13 @@ def read_model(config: dict, place: str) -> Model:
         check_model(model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    resolved = _as_transformers_reads(config, family, place)
+    resolved = _as_transformers_reads(config, known, place)
     _compare_rope(resolved, scaling, theta, place)
     model.sliding_window = _read_window(config, resolved, place)
     return model
 
 
-def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedConfig:
+def _as_transformers_reads(config: dict, family: Family, place: str) -> PretrainedConfig:
     """Return what the model's class in transformers makes of a config.json.
 
     Raises UserError for a key that the class has, that is not read here, and that differs from the class's default.
@@ -161,9 +161,10 @@ def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedC
     logger = logging.getLogger("transformers")
     before, logger.disabled = logger.disabled, True  # of what it warns we refuse what matters
     try:
-        resolved, defaults = CLASSES[family].from_dict(own), CLASSES[family]().to_dict()
+        kind = getattr(transformers, family.config_class)
+        resolved, defaults = kind.from_dict(own), kind().to_dict()
     except Exception as error:
-        raise UserError(f"{place} cannot be read as a {CLASSES[family].__name__}: {one_line(error)}") from error
+        raise UserError(f"{place} cannot be read as a {family.config_class}: {one_line(error)}") from error
     finally:
         logger.disabled = before
     for key, value in own.items():
@@ -174,9 +175,9 @@ def _as_transformers_reads(config: dict, family: str, place: str) -> PretrainedC
     return resolved
 
 
-def _check_fixed(config: dict, place: str) -> None:
+def _check_fixed(config: dict, family: Family, place: str) -> None:
     """Raise UserError for a key that changes the model in a way that is not supported."""
-    for key, only in FIXED.items():
+    for key, only in (FIXED | family.fixed).items():
         if config.get(key, only) not in (only, None):
             raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: only {key}={only} is")
 
@@ -285,7 +286,7 @@ def _check_calibration(config: dict, layers: int, place: str) -> None:
 
 
 # fields of Model that a config.json has no key for: the class has nothing else, or only training knows them
-NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "qk_layernorm"}
+NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "family"}
 
 
 def write_config(
@@ -298,10 +299,10 @@ def write_config(
     ttt_update_norms.
     """
     model, ttt = config.model, config.ttt
-    family = "qwen3" if model.qk_layernorm else "llama"
+    family = family_of(model)
     rope = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     written = dict(base or {})
-    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", "ttt_update_norms", *_WINDOW_KEYS):
+    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", "ttt_update_norms", *WINDOW_KEYS):
         written.pop(old, None)
     fields = dict(
         num_layers=dict(num_hidden_layers=model.num_layers),
@@ -325,12 +326,12 @@ def write_config(
         raise RuntimeError(f"write_config does not say what becomes of {sorted(forgotten)}")
     for keys in fields.values():
         written |= keys
-    written |= dict(architectures=[FAMILIES[family]], model_type=family, dtype=dtype)
-    written |= dict(hidden_act="silu", attention_bias=False)
-    _check_fixed(written, "the config.json that the model came with (--base names another)")
+    written |= dict(architectures=[family.architecture], model_type=family.name, dtype=dtype)
+    written |= dict(hidden_act="silu", **family.fixed)
+    _check_fixed(written, family, "the config.json that the model came with (--base names another)")
     written |= tokens or {}
     if ttt.enabled:
-        name = "InPlaceTTT" + FAMILIES[family]
+        name = f"InPlaceTTT{family.architecture}"
         configuration = name.replace("ForCausalLM", "Config")
         # the family's own model_type: AutoTokenizer, which reads config.json, then asks for no trust in our code
         written |= dict(architectures=[name])
@@ -340,15 +341,13 @@ def write_config(
     return written
 
 
-_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-
-
-def _write_window(model: Model, family: str) -> dict:
-    if family != "qwen3":
+def _write_window(model: Model, family: Family) -> dict:
+    if not family.has_windows:
         if model.sliding_window is not None:
+            others = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
             raise UserError(
-                f"model.sliding_window={model.sliding_window} cannot be exported: {FAMILIES[family]} has no sliding "
-                f"window, and would attend to all tokens; models with model.qk_layernorm=true (Qwen3) have one"
+                f"model.sliding_window={model.sliding_window} cannot be exported: {family.architecture} has no sliding "
+                f"window, and would attend to all tokens; models with one are of model.family {others}"
             )
         return {}
     kind = "full_attention" if model.sliding_window is None else "sliding_attention"

@@ -135,11 +135,11 @@ def _entry(row: Row, model: Model, tensors: SafetensorsFolder) -> Entry:
                 f"'{tensors.folder}': {name} is {meta.dtype} and {next(iter(row.theirs))} is {metas[0].dtype}: these "
                 f"become one tensor, give them one dtype"
             )
-    joined = row.way.join(model, metas)
+    joined = row.mapping.join(model, metas)
     return Entry(
         tuple(joined.shape),
         joined.dtype,
-        make=lambda: row.way.join(model, [tensors.read(name) for name in row.theirs]),
+        make=lambda: row.mapping.join(model, [tensors.read(name) for name in row.theirs]),
     )
 
 
@@ -170,7 +170,8 @@ def export_checkpoint(
     rows = weight_map(model, config.ttt)
     check_names(set(reader.shapes), {row.ours for row in rows}, f"checkpoint '{folder}'")
     for row in rows:
-        there, made = reader.shapes[row.ours][0], row.way.join(model, [_meta(shape) for shape in row.theirs.values()])
+        made = row.mapping.join(model, [_meta(shape) for shape in row.theirs.values()])
+        there = reader.shapes[row.ours][0]
         if there != tuple(made.shape):
             raise UserError(
                 f"checkpoint '{folder}': {row.ours} is {there}, but its configuration makes it {tuple(made.shape)}"
@@ -225,7 +226,7 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
         tensors = {}
         for row in shard:
             whole = reader.read(row.ours)
-            for their_name, part in zip(row.theirs, row.way.split(model, whole), strict=True):
+            for their_name, part in zip(row.theirs, row.mapping.split(model, whole), strict=True):
                 tensors[their_name] = part.contiguous()
                 places[their_name] = name
                 total += part.nbytes

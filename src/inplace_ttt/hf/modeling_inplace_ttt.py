@@ -1,4 +1,4 @@
-"""Qwen3 and Llama whose MLP down-projections learn while they read (In-Place Test-Time Training, arXiv 2604.06169).
+"""Qwen3, Qwen2.5 and Llama whose MLP down-projections learn while they read: In-Place Test-Time Training.
 
 This file lies in every exported folder and needs torch and transformers alone:
 
@@ -9,7 +9,7 @@ This file lies in every exported folder and needs torch and transformers alone:
     book.save("book.safetensors")                                   # model.load_fast_weights("book.safetensors")
     model.generate(**question, fast_weights=book)                   # ... ask many times
 
-In a TTT layer ``W_down`` is the start of every document. Its tokens are read in chunks of ``ttt_chunk``; a chunk sees
+In a TTT layer (arXiv 2604.06169) ``W_down`` is the start of every document, read in chunks of ``ttt_chunk``. One sees
 the weight that earlier chunks have left, and when it is full adds ``ttt_lr * sum_t v_t z_t^T``, with z the input of the
 down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
 is the largest norm of one chunk's update over that of ``W_down``, of each TTT layer or of all; a larger one is scaled
@@ -39,6 +39,8 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     StaticCache,
@@ -1269,6 +1271,12 @@ class InPlaceTTTQwen3Config(Qwen3Config):
         self.ttt_layers = list(self.ttt_layers)
 
 
+class InPlaceTTTQwen2Config(Qwen2Config):
+    def __init__(self, **keys):
+        super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
+        self.ttt_layers = list(self.ttt_layers)
+
+
 class InPlaceTTTLlamaConfig(LlamaConfig):
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
@@ -1277,6 +1285,10 @@ class InPlaceTTTLlamaConfig(LlamaConfig):
 
 class InPlaceTTTQwen3ForCausalLM(FastWeightsMixin, Qwen3ForCausalLM):
     config_class = InPlaceTTTQwen3Config
+
+
+class InPlaceTTTQwen2ForCausalLM(FastWeightsMixin, Qwen2ForCausalLM):
+    config_class = InPlaceTTTQwen2Config
 
 
 class InPlaceTTTLlamaForCausalLM(FastWeightsMixin, LlamaForCausalLM):

@@ -52,7 +52,7 @@ def fingerprint_of_checkpoint(described: Described) -> str:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for row in weight_map(model, described.config.ttt):
-            yield from zip(row.theirs, row.way.split(model, reader.read(row.ours)), strict=True)
+            yield from zip(row.theirs, row.mapping.split(model, reader.read(row.ours)), strict=True)
 
     return fingerprint_of_weights(tensors())
 

@@ -15,7 +15,7 @@ from inplace_ttt.config import Config
 @torch.no_grad()
 def initialize(model: nn.Module, config: Config, pg_collection) -> None:
     """Fill all parameters: N(0, init_method_std), projections into the residual stream by 1 / sqrt(2 layers) less,
-    norms 1, fast-weight convolutions 0 and projections diagonal with N(0, proj_init_std) entries."""
+    norms 1, biases 0, fast-weight convolutions 0 and projections diagonal with N(0, proj_init_std) entries."""
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     for local_name, param in model.named_parameters():
         name = global_name(local_name, first_layer, config.model.tie_word_embeddings)
@@ -41,7 +41,7 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     if name.endswith("ttt_proj.weight"):
         return torch.diag(torch.randn(shape[0], generator=generator) * config.ttt.proj_init_std)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     std = config.model.init_method_std
     if name.startswith("embedding."):
         std = config.model.embedding_init_method_std or std

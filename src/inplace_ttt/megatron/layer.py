@@ -125,11 +125,11 @@ def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
     return build
 
 
-def block_spec(config, parts: Parts, qk_layernorm: bool, ttt: TTT, layers: list[int], pp_rank: int):
+def block_spec(config, parts: Parts, ttt: TTT, layers: list[int], pp_rank: int):
     """Return the spec of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     specs = [
-        layer_spec(parts, qk_layernorm, ttt if number in layers else None)
+        layer_spec(parts, config.qk_layernorm, ttt if number in layers else None)
         for number in range(first, first + get_num_layers_to_build(config, pp_rank=pp_rank))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)

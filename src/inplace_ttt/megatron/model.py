@@ -11,6 +11,7 @@ from inplace_ttt.megatron.layer import block_spec, make_parts
 from inplace_ttt.megatron.loss import linear_cross_entropy
 from inplace_ttt.megatron.mlp import TTTMLP
 from inplace_ttt.megatron.rope import RotaryEmbedding, rope_frequencies
+from inplace_ttt.models import family_of
 from inplace_ttt.ttt.layout import SequenceLayout
 
 
@@ -33,7 +34,6 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         kv_channels=model.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=model.layernorm_epsilon,
-        qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
@@ -58,6 +58,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         bias_dropout_fusion=False,  # there is neither
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **family_of(model).megatron,
         **recompute,
     )
     megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # ours
@@ -185,7 +186,6 @@ def build_model(
     block = block_spec(
         megatron_config,
         make_parts(transformer_impl),
-        config.model.qk_layernorm,
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from inplace_ttt.config import Config, UserError, first_line, schema_keys
+from inplace_ttt.config import REMOVED, Config, UserError, first_line, schema_keys
 
 KEYS = schema_keys()
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
@@ -99,6 +99,8 @@ def _check_keys(overrides: list[str], recipes: Path) -> None:
             choices = sorted(path.stem for path in (recipes / key).glob("*.yaml"))
             if value not in choices:
                 raise UserError(f"{key}={value} does not exist; there is {', '.join(choices)}")
+        elif key in REMOVED:
+            raise UserError(f"{_shown(override)}: there is no key '{key}' any more: {REMOVED[key]}")
         elif _plain(key) not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
             last = key.rsplit(".", 1)[-1]
@@ -153,7 +155,9 @@ def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
             key = KEYS.get(_plain(override.partition("=")[0]))
             use = f": use {KINDS[key.type]}" if key is not None and key.type in KINDS else ""
             return f"{_shown(override)} cannot be used ({_cause(alone)}){use}"
-    return _cause(error)
+    cause = _cause(error)
+    hints = [f": {hint}" for key, hint in REMOVED.items() if f"'{key.rpartition('.')[2]}'" in cause]
+    return cause + "".join(hints)
 
 
 def _shown(override: str) -> str:

@@ -1,0 +1,14 @@
+"""Families of models. A further one is a file like ``qwen3.py``, a line here, two classes in the exported module."""
+
+from inplace_ttt.config import Model
+from inplace_ttt.models.family import Family
+from inplace_ttt.models.llama import LLAMA
+from inplace_ttt.models.qwen2 import QWEN2
+from inplace_ttt.models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN2, LLAMA)}
+
+
+def family_of(model: Model) -> Family:
+    """Return the family of a model."""
+    return FAMILIES[model.family]

@@ -1,0 +1,11 @@
+"""Llama 2 and 3, and what is built like them, such as SmolLM2."""
+
+from inplace_ttt.models.family import Family
+
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    config_class="LlamaConfig",
+    megatron={},
+    fixed=dict(attention_bias=False, mlp_bias=False),
+)

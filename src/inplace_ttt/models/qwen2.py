@@ -1,0 +1,20 @@
+"""Qwen2 and Qwen2.5 (dense): biases of queries, keys and values."""
+
+from inplace_ttt.models.family import Family
+from inplace_ttt.models.mapping import QKV, Entry
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    config_class="Qwen2Config",
+    megatron=dict(add_qkv_bias=True),
+    rows=(
+        Entry(
+            "self_attention.linear_qkv.bias",
+            {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
+            QKV,
+        ),
+    ),
+    has_windows=True,
+    split_parameters=lambda model: (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels,
+)

@@ -1,0 +1,19 @@
+"""Qwen3 (dense): RMSNorm of queries and keys, heads of 128, sliding windows."""
+
+from inplace_ttt.models.family import Family
+from inplace_ttt.models.mapping import SAME, Entry
+
+QWEN3 = Family(
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    config_class="Qwen3Config",
+    megatron=dict(qk_layernorm=True),
+    rows=(
+        Entry("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "h"}, SAME),
+        Entry("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "h"}, SAME),
+    ),
+    fixed=dict(attention_bias=False),
+    has_windows=True,
+    head_dim=lambda hidden, heads: 128,
+    whole_parameters=lambda model: 2 * model.kv_channels,
+)
