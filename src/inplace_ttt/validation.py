@@ -68,6 +68,16 @@ def check_model(model: Model) -> None:
     if model.family not in FAMILIES:
         raise UserError(f"model.family={model.family} is not known: use one of {', '.join(FAMILIES)}")
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    if model.window_attn_skip_freq is not None and model.sliding_window is None:
+        raise UserError(
+            f"model.window_attn_skip_freq={model.window_attn_skip_freq} is about layers with a window, and "
+            f"model.sliding_window is null: set one of them"
+        )
+    if (model.window_attn_skip_freq or 0) > model.num_layers:
+        raise UserError(
+            f"model.window_attn_skip_freq={model.window_attn_skip_freq} is more than model.num_layers="
+            f"{model.num_layers}: no layer attends to all tokens; use null for that"
+        )
     if model.kv_channels % 2:
         raise UserError(
             f"model.kv_channels={model.kv_channels} is odd: rotary embedding turns pairs, use an even number"

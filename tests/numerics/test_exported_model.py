@@ -25,6 +25,7 @@ from ranks import run_ranks
 CHUNK = 16
 SMALL = test_hf.SMALL | dict(ttt_layers=[0, 2], ttt_chunk=CHUNK, ttt_lr=0.05)
 QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM
+WINDOWS = ["sliding_attention", "full_attention"] * 2
 VARIANTS = {
     "qwen3": (QWEN3, dict(head_dim=16)),
     "llama": (LLAMA, {}),
@@ -33,6 +34,7 @@ VARIANTS = {
     "odd kernel": (QWEN3, dict(head_dim=8, ttt_conv_kernel=3)),
     "sliding window": (QWEN3, dict(head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=0)),
     "clipped": (QWEN3, dict(head_dim=16, ttt_clip=0.5)),
+    "windows": (QWEN3, dict(head_dim=16, use_sliding_window=True, sliding_window=9, layer_types=WINDOWS)),
 }
 BY_ITSELF = ", by itself"
 OPERATION = exported.fast_weight_linear

@@ -47,6 +47,13 @@ FAMILIES = {
     "qwen3 window": Qwen3Config(
         **SMALL, head_dim=16, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=0
     ),
+    "qwen3 windows": Qwen3Config(
+        **SMALL,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen2 window": Qwen2Config(
         **SMALL, tie_word_embeddings=False, use_sliding_window=True, sliding_window=9, max_window_layers=0

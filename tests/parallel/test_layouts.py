@@ -47,6 +47,7 @@ VARIANTS = {
     "no fast weights": [{"ttt": {"enabled": False}}],
     "chunks on two ranks": [{"ttt": {"chunk_size": 24}}, {"data": {"reset_at_documents": False}}],
     "window": [{"model": {"sliding_window": 10}}],
+    "windows": [{"model": {"sliding_window": 10, "window_attn_skip_freq": 2}}],
     "no projection": [{"ttt": {"project": False}}],
     "clipped": [{"ttt": {"clip": 0.5}}],  # four in five of the first TTT layer's updates
     "longer": [{"data": {"seq_length": 128}}],
@@ -77,6 +78,7 @@ VARIANTS = {
         ("no fast weights", 4, [CP2_TP2_SP]),
         ("chunks on two ranks", 2, [TP2_SP]),
         ("window", 2, [CP2]),
+        ("windows", 4, [CP2_PP2]),
         ("no projection", 2, [TP2_SP]),
         ("clipped", 2, [TP2_SP]),
         ("clipped", 2, [CP2]),

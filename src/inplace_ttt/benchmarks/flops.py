@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inplace_ttt.config import Config, ttt_layers
+from inplace_ttt.config import Config, Model, ttt_layers
 
 # Dense bf16, by what a name has in it; a name with more in it comes before one with less
 PEAKS = (
@@ -32,14 +32,22 @@ class Flops:
         return 3 * (self.layers + self.attention + self.logits + self.fast)
 
 
+def full_attention_layers(model: Model) -> int:
+    """Return how many layers attend to all tokens."""
+    if model.sliding_window is None:
+        return model.num_layers
+    return 0 if model.window_attn_skip_freq is None else model.num_layers // model.window_attn_skip_freq
+
+
 def forward_flops(config: Config) -> Flops:
     model, s = config.model, config.data.seq_length
     d, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
-    seen = s if model.sliding_window is None else min(s, 2 * model.sliding_window)
+    full = full_attention_layers(model)
+    seen = full * s + (model.num_layers - full) * min(s, 2 * (model.sliding_window or s))
     return Flops(
         layers=model.num_layers * (2 * s * d * (2 * heads + 2 * groups) + 3 * 2 * s * d * f),
-        attention=model.num_layers * 2 * 2 * s * (seen / 2) * heads,
+        attention=2 * 2 * s * (seen / 2) * heads,
         logits=2 * s * d * (model.vocab_size or 0),
         fast=len(ttt_layers(config.ttt, model.num_layers)) * 2 * s * d * (f + (d if config.ttt.project else 0)),
     )

@@ -76,6 +76,8 @@ class Model:
     tie_word_embeddings: Annotated[bool, IDENTITY] = True  # the output layer is the embedding
     # tokens a query attends to, itself included; null: all before it
     sliding_window: Annotated[Size, IDENTITY] | None = None
+    # every Nth layer attends to all tokens, the others to the window; null: all of them to the window
+    window_attn_skip_freq: Annotated[int, Ge(2), Le(10_000), IDENTITY] | None = None
     init_method_std: Annotated[Deviation, IDENTITY] = 0.02  # of new weights
     embedding_init_method_std: Annotated[Deviation, IDENTITY] | None = None  # null: init_method_std
     # auto: Transformer Engine where CUDA and the package are there, else plain torch

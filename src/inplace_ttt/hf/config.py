@@ -146,7 +146,7 @@ def read_model(config: dict, place: str) -> Model:
         raise UserError(f"{place}: {error}") from None
     resolved = _as_transformers_reads(config, known, place)
     _compare_rope(resolved, scaling, theta, place)
-    model.sliding_window = _read_window(config, resolved, place)
+    model.sliding_window, model.window_attn_skip_freq = _read_window(config, resolved, place)
     return model
 
 
@@ -186,22 +186,38 @@ def _shown(value) -> str:
     return str(value) if len(str(value)) <= 60 else f"{str(value)[:57]}..."
 
 
-def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> int | None:
-    """Return the sliding window of all layers, or None. Raises UserError where layers differ."""
-    kinds = set(getattr(resolved, "layer_types", None) or ["full_attention"])
-    if kinds == {"full_attention"}:
+def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[int | None, int | None]:
+    """Return the sliding window, and every which layer attends to all tokens in spite of it; both may be None.
+
+    Raises UserError for other patterns of layers.
+    """
+    kinds = getattr(resolved, "layer_types", None) or ["full_attention"]
+    if set(kinds) == {"full_attention"}:
         if config.get("use_sliding_window") or (not hasattr(resolved, "layer_types") and config.get("sliding_window")):
             raise UserError(
                 f"{place}: sliding_window={config.get('sliding_window')} is of a kind that is not supported here: use "
-                f"a model whose layers all have it, or none"
+                f"a model whose layers all have it, every layer but each Nth, or none"
             )
-        return None
-    if kinds != {"sliding_attention"} or type(resolved.sliding_window) is not int or resolved.sliding_window < 1:
+        return None, None
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else None
+    if kinds != _layer_types(len(kinds), every) or every == 1:
         raise UserError(
             f"{place}: layer_types (use_sliding_window, max_window_layers) give layers different attention "
-            f"({', '.join(sorted(map(str, kinds)))}): that is not supported, only one kind for all layers is"
+            f"({', '.join(sorted(set(map(str, kinds))))}) in a pattern that is not supported: use full_attention in "
+            f"every Nth layer and sliding_attention in the others, or one kind for all layers"
         )
-    return resolved.sliding_window
+    if type(resolved.sliding_window) is not int or resolved.sliding_window < 1:
+        said = _shown(resolved.sliding_window)
+        raise UserError(f"{place} says sliding_window={said}, where there should be a number of tokens")
+    return resolved.sliding_window, every
+
+
+def _layer_types(layers: int, every: int | None) -> list[str]:
+    """Return the kinds of attention of a model with windows, of which every Nth layer has none."""
+    return [
+        "full_attention" if every is not None and layer % every == 0 else "sliding_attention"
+        for layer in range(1, layers + 1)
+    ]
 
 
 def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
@@ -319,6 +335,7 @@ def write_config(
         max_position_embeddings=dict(max_position_embeddings=_longest(config, base)),
         tie_word_embeddings=dict(tie_word_embeddings=model.tie_word_embeddings),
         sliding_window=_write_window(model, family),
+        window_attn_skip_freq={},  # among the layer_types of the window
         init_method_std=dict(initializer_range=model.init_method_std),
     )
     forgotten = set(vars(model)) - set(fields) - NOT_WRITTEN
@@ -350,12 +367,15 @@ def _write_window(model: Model, family: Family) -> dict:
                 f"window, and would attend to all tokens; models with one are of model.family {others}"
             )
         return {}
-    kind = "full_attention" if model.sliding_window is None else "sliding_attention"
+    if model.sliding_window is None:
+        kinds = ["full_attention"] * model.num_layers
+    else:
+        kinds = _layer_types(model.num_layers, model.window_attn_skip_freq)
     return dict(
         use_sliding_window=model.sliding_window is not None,
         sliding_window=model.sliding_window,
         max_window_layers=model.num_layers if model.sliding_window is None else 0,
-        layer_types=[kind] * model.num_layers,
+        layer_types=kinds,
     )
 
 

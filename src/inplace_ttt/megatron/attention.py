@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import causal_lower_right
@@ -37,7 +38,8 @@ class DocumentAttention(MegatronModule):
         super().__init__(config=config)
         self.cp_group = pg_collection.cp
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None
         self.keep = getattr(config, "keep_core_attn", False)  # from the forward, when the layer is recomputed
 
     def forward(

@@ -37,6 +37,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
+        window_attn_skip_freq=model.window_attn_skip_freq,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -42,7 +42,7 @@ class TEDocumentAttention(DocumentAttention):
             attention_dropout=0.0,
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
-            window_size=config.window_size,
+            window_size=None if self.window is None else (self.window - 1, 0),
             softmax_scale=self.scale,
             layer_number=layer_number,
         )
