@@ -9,7 +9,7 @@ import os
 import torch
 
 from inplace_ttt import te
-from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, check_ranges, ttt_layers
+from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, check_ranges, ttt_layers, warmup_steps
 from inplace_ttt.models import FAMILIES
 
 # The parameters of each kind of RoPE scaling: those it needs, those it may have besides
@@ -30,10 +30,26 @@ def validate(config: Config, world_size: int) -> None:
     _parallel(config, world_size)
     _sequence(config)
     _batch(config, world_size)
+    _warmup(config)
     if config.checkpoint.load is not None and not os.path.isdir(os.path.expanduser(config.checkpoint.load)):
         raise UserError(
             f"checkpoint.load='{config.checkpoint.load}' is not a folder: name a run, one of its checkpoints, or what "
             "launch/import_hf.py made"
+        )
+
+
+def _warmup(config: Config) -> None:
+    optim = config.optim
+    if optim.warmup_steps is not None and optim.warmup_tokens is not None:
+        raise UserError(
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_tokens={optim.warmup_tokens} both say the "
+            f"warm-up: set one of them to null"
+        )
+    key = next((key for key in ("warmup_steps", "warmup_tokens") if getattr(optim, key) is not None), None)
+    if key is not None and warmup_steps(config) > config.train.steps:
+        raise UserError(
+            f"optim.{key}={getattr(optim, key)} are {warmup_steps(config)} steps, more than train.steps="
+            f"{config.train.steps}: the learning rate would not be reached"
         )
 
 

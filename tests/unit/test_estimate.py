@@ -1,5 +1,7 @@
 """What a run is said to need, against what was seen, and what is said of runs that do not fit."""
 
+import math
+import re
 import subprocess
 import sys
 
@@ -79,6 +81,46 @@ def test_every_curriculum_fits_every_layout(layout):
         config.checkpoint.load = None
         validate(config, int(count))
         assert estimate.memory(config, int(count), gpu).needed <= gpu.memory
+
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_the_preset_that_it_names(recipe):
+    from inplace_ttt.validation import validate
+
+    named = re.search(rf"recipe={recipe} parallel=(\w+)", (ROOT / f"recipes/recipe/{recipe}.yaml").read_text())
+    if named is None:
+        assert recipe in ("recall", "smollm2_135m_ttt", "tiny", "tiny_ttt")  # for one GPU or a laptop
+        return
+    count, name = named[1].split("x")
+    gpu = estimate.GPUS[name.upper()]
+    config = to_config(compose_config([f"recipe={recipe}", f"parallel={named[1]}"], ROOT / "recipes"))
+    config.checkpoint.load = None
+    validate(config, int(count))
+    assert estimate.memory(config, int(count), gpu).needed <= gpu.memory
+
+
+@pytest.mark.parametrize(
+    ("recipe", "billions"),
+    [("qwen3_8b_ttt", 20), ("scratch_500m_ttt", 20), ("scratch_1_5b_ttt", 60), ("scratch_4b_window", 120)],
+)
+def test_recipes_have_the_papers_tokens(recipe, billions):
+    config = to_config(compose_config([f"recipe={recipe}"], ROOT / "recipes"))
+    tokens = config.train.steps * config.train.global_batch_size * config.data.seq_length
+    assert tokens == pytest.approx(billions * 1e9, rel=0.001)
+
+
+def test_warm_up_in_steps_or_tokens():
+    from inplace_ttt.config import warmup_steps
+
+    def steps(*overrides):
+        return warmup_steps(to_config(compose_config(["recipe=scratch_1_7b_ttt", *overrides], ROOT / "recipes")))
+
+    assert steps() == math.ceil(1.6e9 / (1024 * 8192)) == 191
+    assert steps("optim.warmup_tokens=null") == round(0.02 * 14305)
+    assert steps("optim.warmup_tokens=null", "optim.warmup_steps=7") == 7
 
 
 def test_says_that_it_fits():

@@ -23,6 +23,7 @@ from inplace_ttt.config.schema import (
     padded_vocab_size,
     schema_keys,
     ttt_layers,
+    warmup_steps,
 )
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "padded_vocab_size",
     "schema_keys",
     "ttt_layers",
+    "warmup_steps",
 ]

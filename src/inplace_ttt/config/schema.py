@@ -6,6 +6,7 @@ together is checked in ``validation.py``.
 """
 
 import enum
+import math
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any
@@ -149,6 +150,8 @@ class Optim:
     lr: NotNegative = MISSING  # largest learning rate, after the warm-up
     min_lr_ratio: Fraction = 0.1  # of lr, at the end of the decay
     warmup_fraction: Fraction = 0.02  # of train.steps
+    warmup_steps: Count | None = None  # in its place
+    warmup_tokens: Annotated[int, Ge(0), Le(10**15)] | None = None  # in its place
     decay_fraction: Fraction = 1.0  # of train.steps after which min_lr is reached
     weight_decay: NotNegative = 0.1  # of weight matrices
     adam_beta1: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.9
@@ -257,6 +260,16 @@ def _unwrap(hint) -> tuple[type, bool, OnResume | None]:
 def padded_vocab_size(vocab_size: int) -> int:
     """Return the rows of the embedding: ``vocab_size`` rounded up to VOCAB_MULTIPLE."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def warmup_steps(config: Config) -> int:
+    """Return the steps of the learning rate's warm-up, whichever key says them."""
+    optim, train = config.optim, config.train
+    if optim.warmup_steps is not None:
+        return optim.warmup_steps
+    if optim.warmup_tokens is not None:
+        return math.ceil(optim.warmup_tokens / (train.global_batch_size * config.data.seq_length))
+    return round(optim.warmup_fraction * train.steps)
 
 
 def ttt_layers(ttt: TTT, num_layers: int) -> list[int]:

@@ -7,7 +7,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from inplace_ttt.config import Config
+from inplace_ttt.config import Config, warmup_steps
 
 TTT_NORM_GROUP = "ttt"
 
@@ -59,7 +59,7 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
     )
     optimizer = get_megatron_optimizer(optimizer_config, [model], config_overrides=overrides)
     # the schedule counts steps
-    warmup = round(optim.warmup_fraction * config.train.steps)
+    warmup = warmup_steps(config)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -80,8 +80,8 @@ def _check_recipe(overrides: list[str], recipes: Path) -> None:
         key, _, value = override.partition("=")
         if key == "recipe" and value not in known:
             near = difflib.get_close_matches(value, known, n=1)
-            hint = f"did you mean recipe={near[0]}? " if near else ""
-            raise UserError(f"recipe={value} does not exist; {hint}recipes: {', '.join(known)}")
+            hint = f"did you mean recipe={near[0]}?" if near else f"recipes: {', '.join(known)}"
+            raise UserError(f"recipe={value} does not exist; {hint}")
 
 
 def _check_keys(overrides: list[str], recipes: Path) -> None:
