@@ -1,7 +1,7 @@
 """Estimate what a run needs before it is started: memory of each part on the fullest GPU, FLOPs and time of a step.
 
 Memory is counted tensor by tensor as the training code holds it; time is FLOPs over what such products and such
-attention were seen to reach (README, "On a GPU node"). Transformer Engine layers in bf16 are assumed.
+attention were seen to reach (docs/numbers.md). Transformer Engine layers in bf16 are assumed.
 """
 
 import itertools
