@@ -38,7 +38,9 @@ class DocumentAttention(MegatronModule):
         super().__init__(config=config)
         self.cp_group = pg_collection.cp
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        windowed = is_layer_window_attention(
+            config.window_size, getattr(config, "window_attn_skip_freq", None), layer_number
+        )
         self.window = config.window_size[0] + 1 if windowed else None
         self.keep = getattr(config, "keep_core_attn", False)  # from the forward, when the layer is recomputed
 
