@@ -677,11 +677,41 @@ FAULTS = {
     "another kind": lambda tensors, about: tensors.update({"0.0.update": torch.ones(64, 128, dtype=torch.int64)}),
     "does not belong": lambda tensors, about: tensors.update({"0.0.rest": torch.ones(64, 128, dtype=torch.int16)}),
     "shapes differ": lambda tensors, about: tensors.update({"0.0.update": torch.ones(64, 127)}),
+    "made of embeddings": lambda tensors, about: tensors.update({"embeds.0.inputs": torch.ones(8, 64)}),
+    r"of this model \(tokens that do not add up\)": lambda tensors, about: [
+        tensors.pop(name) for name in list(tensors) if name.startswith("2.")
+    ],
     "not finite": lambda tensors, about: tensors["0.0.update"].fill_(float("nan")),
     "not of the format": lambda tensors, about: about.update(format="book"),
     "damaged description": lambda tensors, about: about.update(model=[1]),
     "list of other texts": lambda tensors, about: about.update(texts=[[], []]),
 }
+
+
+@torch.no_grad()
+def test_books_of_targets_of_embeddings(tmp_path):
+    path, model = tmp_path / "book", build("input_embed, no projection")
+    model.read(texts(1, 40)).save(path)
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    without = {name: tensor for name, tensor in whole.items() if not name.startswith("embeds")}
+    for tensors, message in [
+        (without, "do not add up"),
+        (whole | {"embeds.0.inputs": torch.ones(8, 7)}, "shapes differ"),
+        (whole | {"embeds.0.inputs": torch.full_like(whole["embeds.0.inputs"], torch.nan)}, "not finite"),
+    ]:
+        save_file(tensors, path, metadata=about)
+        with pytest.raises(ValueError, match=message):
+            model.load_fast_weights(path)
+    other = build("input_embed, no projection")
+    other.config.ttt_lr = 0.06
+    assert other.fingerprint() != model.fingerprint()
+
+
+def test_rests_that_no_sum_has_are_no_nan():
+    rounded, rest = torch.tensor([0.0, -0.0, 1.0]).bfloat16(), torch.tensor([-1, -1, -1], dtype=torch.int16)
+    assert exported._join(rounded, rest).isfinite().all()
 
 
 @torch.no_grad()

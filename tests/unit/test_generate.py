@@ -132,6 +132,11 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
         (["--prompt", "x", "--book", "OTHER"], "another model"),
         (["--prompt", "x", "MODEL"], "name one model, not 2"),
         (["--file", "MODEL"], "cannot be read"),
+        (["--file", ""], "--file is empty"),
+        (["--prompt", "caf\udce9"], "the prompt is not UTF-8 text"),
+        (["--prompt", "x", "--chat", "--system", "\udce9"], "--system is not UTF-8 text"),
+        (["--prompt", "x", "--temperature", "1e-320"], "next to nothing"),
+        (["--chat", "--static"], "--static is for one answer"),
         (["--file", "MODEL/model.safetensors"], "is not UTF-8 text"),
     ],
 )
@@ -158,3 +163,34 @@ def test_a_model_without_a_chat_template(folder, capsys, monkeypatch):
 def _without_template(model):
     model.tokenizer.chat_template = None
     return model
+
+
+def test_long_questions_of_a_conversation_are_read_in_parts(folder, capsys, monkeypatch, tmp_path):
+    """And what is no text is asked for again."""
+    question = " ".join(TEXT.split() * 3)
+    (tmp_path / "in").write_text(f"{question}\n\udce9\nthe dog\n", errors="surrogateescape")
+    with (tmp_path / "in").open(errors="surrogateescape") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        code, out, err = run(capsys, folder, "--chat", "--part", "20")
+    first = expected(folder, said(question))
+    assert code == 0 and out == f"{first}\n{expected(folder, said(question, first, 'the dog'))}\n"
+    assert "that is not UTF-8 text: ask again" in err
+
+
+def test_nobody_is_there_to_ask(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for words in ((), ("--chat",)):
+        code, _, err = run(capsys, folder, *words)
+        assert code == 2 and "there is nothing to go on from" in err
+
+
+def test_a_book_that_does_not_say_what_it_holds(folder, capsys, tmp_path):
+    from inplace_ttt.evaluation.mode import FastWeightMode
+    from inplace_ttt.evaluation.models import open_model
+
+    model = open_model(folder / "model", "m", FastWeightMode(), torch.device("cpu"), torch.float32)
+    cache = exported.FastWeightCache(config=model.network.config)
+    model.network(torch.tensor([[5, 6, 7] * 9]), past_key_values=cache)
+    cache.fast_weights.save(tmp_path / "book")
+    code, _, err = run(capsys, folder, "--prompt", "the", "--book", str(tmp_path / "book"))
+    assert code == 0 and "the book does not say what it holds" in err

@@ -193,7 +193,7 @@ def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[
     """
     kinds = getattr(resolved, "layer_types", None) or ["full_attention"]
     if set(kinds) == {"full_attention"}:
-        if config.get("use_sliding_window") or (not hasattr(resolved, "layer_types") and config.get("sliding_window")):
+        if not hasattr(resolved, "layer_types") and (config.get("use_sliding_window") or config.get("sliding_window")):
             raise UserError(
                 f"{place}: sliding_window={config.get('sliding_window')} is of a kind that is not supported here: use "
                 f"a model whose layers all have it, every layer but each Nth, or none"

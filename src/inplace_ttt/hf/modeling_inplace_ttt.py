@@ -57,6 +57,8 @@ except ImportError:
 BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
 SPAN = 256  # keys that grouped_attention reads together at least
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# keys of the configuration that decide what a text writes, beside the weights and a bound that may be changed
+READING_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
 READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
 
 
@@ -412,7 +414,9 @@ def _join(rounded: Tensor, rest: Tensor) -> Tensor:
     """Return the fp32 numbers that ``_split`` has taken apart."""
     if rest.dtype != torch.int16:
         return rest
-    bits = (rounded.contiguous().view(torch.int16).to(torch.int32) << 16) + rest.to(torch.int32)
+    rest = rest.to(torch.int32)
+    rest = torch.where(rounded == 0, rest.clamp(min=0), rest)  # _split makes no others, which would be NaN
+    bits = (rounded.contiguous().view(torch.int16).to(torch.int32) << 16) + rest
     return bits.view(torch.float32)
 
 
@@ -1072,13 +1076,22 @@ class FastWeightsMixin:
         found = FastWeights.load(path)
         if not set(found.layers) <= {mlp.layer for mlp in self.fast_mlps}:
             raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
+        if found.embeds is not None and not self.fast_mlps[0].reads_embeddings:
+            raise ValueError(f"'{path}' holds the fast weights of another model: its targets are made of embeddings")
+        states = [(found.layers.setdefault(mlp.layer, LayerState(found.rows)), mlp.shape) for mlp in self.fast_mlps]
+        if self.fast_mlps[0].reads_embeddings:
+            found.embeds = found.embeds or LayerState(found.rows)
+            states.append((found.embeds, self.fast_mlps[0].shape))
         width = self.config.hidden_size
-        for mlp in self.fast_mlps:
-            state = found.layers.setdefault(mlp.layer, LayerState(found.rows))
+        for state, shape in states:
             for total, tail in zip(state.sums, state.tails, strict=True):
-                shapes = [(total, mlp.shape), (tail, None if tail is None else (len(tail), width))]
-                if any(tensor is not None and tuple(tensor.shape) != tuple(shape) for tensor, shape in shapes):
+                shapes = [(total, shape), (tail, None if tail is None else (len(tail), width))]
+                if any(tensor is not None and tuple(tensor.shape) != tuple(right) for tensor, right in shapes):
                     raise ValueError(f"'{path}' holds the fast weights of another model: their shapes differ")
+            try:
+                state.check(found.counts)
+            except ValueError as error:
+                raise ValueError(f"'{path}' holds no fast weights of this model ({error})") from error
         if max(found.counts) >= self.config.ttt_chunk:
             raise ValueError(f"'{path}' holds the fast weights of another model: their chunks are longer")
         others = [(found.model, self.fingerprint, "model")]
@@ -1096,13 +1109,17 @@ class FastWeightsMixin:
             if place.type != "meta":
                 state.sums = [None if total is None else total.to(place) for total in state.sums]
             whole += [total.isfinite().all().cpu() for total in (*state.sums, *state.tails) if total is not None]
+        if found.embeds is not None:
+            whole += [tail.isfinite().all().cpu() for tail in found.embeds.tails if tail is not None]
         if not all(whole):
             raise ValueError(f"'{path}' holds fast weights with numbers that are not finite")
         return found
 
     def fingerprint(self) -> str:
         """Return a digest that tells models apart by their weights: the same for one in fp32 and its bf16 copy."""
-        return fingerprint_of_weights(self._whole_parameters())
+        return fingerprint_of_weights(
+            self._whole_parameters(), {key: getattr(self.config, key) for key in READING_KEYS}
+        )
 
     def _whole_parameters(self):
         for prefix, module in self.named_modules():
@@ -1187,8 +1204,11 @@ class FastWeightsMixin:
         raise NotImplementedError(CONTINUOUS)
 
 
-def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of weights by their names, shapes, and 64 numbers of each, rounded to bf16."""
+def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]], settings: dict) -> str:
+    """Return a digest of weights by their names, shapes, and 64 numbers of each, rounded to bf16.
+
+    ``settings``: what else decides what is written, the READING_KEYS.
+    """
     shapes: dict[str, list[int]] = {}
     picked: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in named:
@@ -1203,7 +1223,8 @@ def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]]) -> str:
         for name, tensor in tensors.items():
             content[name], numbers = numbers[: len(tensor)], numbers[len(tensor) :]
     listed = [[name, shapes[name], content.get(name)] for name in sorted(shapes)]
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    said = {key: settings[key] for key in READING_KEYS} | {"ttt_lr": float(settings["ttt_lr"])}
+    return hashlib.sha256(json.dumps([listed, said], sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint_of_tokenizer(tokenizer) -> str:

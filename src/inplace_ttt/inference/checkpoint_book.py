@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inplace_ttt.config import ttt_layers
 from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading
 from inplace_ttt.evaluation.mode import FastWeightMode
+from inplace_ttt.hf.config import TTT_KEYS
 from inplace_ttt.hf.convert import Described
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, LayerState, fingerprint_of_weights
 from inplace_ttt.hf.weights import weight_map
@@ -54,7 +56,9 @@ def fingerprint_of_checkpoint(described: Described) -> str:
         for row in weight_map(model, described.config.ttt):
             yield from zip(row.theirs, row.mapping.split(model, reader.read(row.ours)), strict=True)
 
-    return fingerprint_of_weights(tensors())
+    ttt = described.config.ttt
+    settings = {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}
+    return fingerprint_of_weights(tensors(), settings | {"ttt_layers": ttt_layers(ttt, model.num_layers)})
 
 
 class _Recorder:

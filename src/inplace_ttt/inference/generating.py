@@ -17,10 +17,12 @@ from transformers.utils import logging
 from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.evaluation.arguments import Parser, count, seed, tokens
+from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Model, Named, open_model
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights
+from inplace_ttt.models import FAMILIES
 
 HELP = """\
 Generate text: launch/generate.py MODEL [--prompt TEXT] [--file FILE] [--chat] [options]
@@ -37,7 +39,7 @@ END = ("/exit", "/quit")
 
 def main(words: list[str]) -> int:
     """Run the command line and return the exit code: 0, 2 the user must change something, 130 for Ctrl-C."""
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & set(words):
         print(HELP)
         _parser().print_help()
         return 0
@@ -48,6 +50,8 @@ def _run(words: list[str]) -> None:
     options = _parse(words)
     logging.set_verbosity_error()
     prompt = _prompt(options)
+    if options.static and prompt is None:
+        raise UserError("--static is for one answer: leave it out of a conversation, or add --prompt")
     with _opened(options) as model:
         book = _book(options, model)
         if options.chat and prompt is None:
@@ -94,6 +98,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         raise UserError("launch/generate.py is one process: start it with python, not with torchrun")
     if options.system is not None and not options.chat:
         raise UserError("--system is what a chat begins with: add --chat")
+    if 0 < options.temperature < 1e-4:
+        raise UserError(f"--temperature {options.temperature} is next to nothing: use 0, or 0.0001 and more")
     if options.top_p == 0:
         raise UserError("--top-p 0 leaves no token to draw: use a number above 0")
     if options.book is not None and not options.mode.on:
@@ -117,6 +123,8 @@ def _number(least: float, most: float):
 def _prompt(options: argparse.Namespace) -> str | None:
     """Return the text to go on from; None: a conversation."""
     parts = []
+    if options.file == "":
+        raise UserError("--file is empty: name a file")
     if options.file is not None:
         path = user_path(options.file)
         try:
@@ -127,16 +135,31 @@ def _prompt(options: argparse.Namespace) -> str | None:
             raise UserError(f"--file '{path}' cannot be read: {error.strerror}") from error
     if options.prompt is not None:
         parts.append(options.prompt)
-    if not parts and not sys.stdin.isatty() and not options.chat:
-        parts.append(sys.stdin.read())
+    if not parts and sys.stdin is not None and not sys.stdin.isatty() and not options.chat:
+        try:
+            parts.append(sys.stdin.read())
+        except UnicodeDecodeError as error:
+            raise UserError("standard input is not UTF-8 text") from error
     if not parts:
-        if options.chat:
+        if options.chat and sys.stdin is not None:
             return None
         raise UserError("there is nothing to go on from: give --prompt, --file or --chat")
     text = "\n".join(part.rstrip("\n") if number < len(parts) - 1 else part for number, part in enumerate(parts))
     if not text:
         raise UserError("the prompt is empty: give some text to go on from")
+    for what, words in (("the prompt", text), ("--system", options.system or "")):
+        if not is_text(words):
+            raise UserError(f"{what} is not UTF-8 text")
     return text
+
+
+def is_text(words: str) -> bool:
+    """Tell whether a string is text: Python makes halves of characters of bytes that are none."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -166,7 +189,9 @@ def _book(options: argparse.Namespace, model: Model) -> FastWeights | None:
         raise UserError(f"--book: {error}") from error
     if book.rows != 1:
         raise UserError(f"--book '{path}' holds {book.rows} texts, and one is asked")
-    read = ", ".join(f"{text.get('name') or 'a text'} ({text.get('tokens', '?')} tokens)" for text in book.texts[0])
+    texts = book.texts[0] if book.texts else []
+    read = ", ".join(f"{text.get('name') or 'a text'} ({text.get('tokens', '?')} tokens)" for text in texts)
+    read = "".join(letter if letter.isprintable() else "?" for letter in read)  # names are whoever's
     print(f"the book holds {read}" if read else "the book does not say what it holds", file=sys.stderr)
     return book
 
@@ -224,29 +249,43 @@ def answer(model: Model, options: argparse.Namespace, ids: list[int], **more) ->
     sampling = dict(do_sample=False)
     if options.temperature > 0:
         sampling = dict(do_sample=True, temperature=options.temperature, top_p=options.top_p, top_k=0)
+    prompt, cache = torch.tensor([ids], device=network.device), more.get("past_key_values")
+    in_parts = getattr(network.config, "model_type", None) in FAMILIES  # others may have caches of their own kind
     settings = GenerationConfig(  # not the folder's own, which may ask for anything
         max_new_tokens=options.max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=min(ends, default=0),
         cache_implementation="static" if options.static else None,
-        prefill_chunk_size=options.part if len(ids) > options.part and "past_key_values" not in more else None,
+        prefill_chunk_size=options.part if in_parts and cache is None and len(ids) > options.part else None,
         **sampling,
     )
     torch.manual_seed(options.seed)
-    prompt, cache = torch.tensor([ids], device=network.device), more.get("past_key_values")
-    fresh = len(ids) - (0 if cache is None else int(cache.get_seq_length()))
     streamer, started = _Streamer(tokenizer), time.perf_counter()
     more = {key: value for key, value in more.items() if value is not None}
     try:
+        known = 0 if cache is None else int(cache.get_seq_length())
+        if cache is not None and in_parts:  # all but what generate reads itself
+            with torch.no_grad():
+                for start in range(known, len(ids) - options.part, options.part):
+                    here = prompt[:, start : start + options.part]
+                    network(here, past_key_values=cache, use_cache=True, logits_to_keep=1)
         out = network.generate(
             prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=streamer, **more
         )
     except torch.OutOfMemoryError as error:
         raise UserError(f"'{model.name}' has no room for {len(ids)} tokens on one GPU: give it less to read") from error
+    except OSError:  # of the output
+        raise
+    except Exception as error:  # a model's own code raises anything
+        raise cannot_run(model, error) from error
     finished = time.perf_counter()
     written, first = out.shape[1] - len(ids), streamer.first or finished
     pace = f", then {(written - 1) / (finished - first):.1f} a second" if written > 1 else ""
-    print(f"[{fresh} tokens read in {first - started:.1f} s, {written} written{pace}]", file=sys.stderr, flush=True)
+    print(
+        f"[{len(ids) - known} tokens read in {first - started:.1f} s, {written} written{pace}]",
+        file=sys.stderr,
+        flush=True,
+    )
     whole = out[0].tolist()
     return Answered(whole, tokenizer.decode(whole[len(ids) :], skip_special_tokens=True))
 
@@ -268,9 +307,13 @@ class Chat:
                 question = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
                 return
+            except UnicodeDecodeError as error:
+                raise UserError("standard input is not UTF-8 text") from error
             if question in END:
                 return
-            if question:
+            if not is_text(question):
+                print("[that is not UTF-8 text: ask again]", file=sys.stderr)
+            elif question:
                 self.ask(question)
 
     def ask(self, question: str) -> None:

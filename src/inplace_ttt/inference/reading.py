@@ -106,6 +106,8 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
         raise UserError(f"--output '{options.output}' is there already: remove it, or name another file")
     if not options.output.resolve().parent.is_dir():
         raise UserError(f"--output '{options.output}': there is no folder '{options.output.parent}'")
+    if world.rank == 0:
+        _try_to_write(options.output)
     tokenizer = named.tokenizer()
     text = read_text(options.files, options.text_key, tokenizer)
     largest, entries = max(text.tokens), named.vocabulary()
@@ -131,6 +133,15 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
     seconds, size = time.perf_counter() - started, options.output.stat().st_size / 2**20
     print(f"'{options.output}' holds {len(text.tokens):,} tokens, read in {seconds:.0f} s, in {size:.0f} MiB")
     return 0
+
+
+def _try_to_write(path: Path) -> None:
+    """Raise UserError where a file cannot be made: before a long text is read."""
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"--output '{path}' cannot be written: {error.strerror}") from error
 
 
 def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBase) -> Text:
