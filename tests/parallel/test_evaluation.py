@@ -290,7 +290,7 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
         done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
         arguments[arguments.index("200")] = "4"  # some of which are done
         code, printed = run_evaluate(*arguments)
-        assert code == 0 and "samples were done before" in printed and done > 4
+        assert code == 0 and "samples were done before" in printed and done >= 2
     finally:
         kill_all(process)
 
