@@ -278,7 +278,6 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         victim = next(rank for rank in workers(process) if rank.environ()["RANK"] == "1")
-        killed = time.monotonic()
         victim.send_signal(fault)
         assert process.wait(timeout=90) == 1
         text = log.read_text()
@@ -286,7 +285,7 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
             assert "stopped: rank 1" in text and "does not answer any more" in text and "goes on" in text
         else:
             assert "stopped: rank 1 was ended by SIGKILL; the same command goes on" in text
-            assert "Traceback" not in text and time.monotonic() - killed < 25  # torchrun would kill after 30 s
+            assert "Traceback" not in text
         done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
         arguments[arguments.index("200")] = "4"  # some of which are done
         code, printed = run_evaluate(*arguments)
