@@ -118,7 +118,7 @@ def changed(folder: Path, target: Path, gone: tuple[str, ...] = (), **keys) -> P
 
 
 def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_path):
-    """As its class has it, and off where that is asked for."""
+    """Keep the class's default, and switch them off where that is asked for."""
     folder = changed(folders["exported"], tmp_path / "silent", gone=("ttt_mode",))
     assert Named.find(folder).has_fast_weights
     torch.testing.assert_close(logits(folder, OFF, tmp_path), logits(folders["exported"], OFF, tmp_path))

@@ -65,6 +65,15 @@ class Arguments:
 class Parser(argparse.ArgumentParser):
     """Raises UserError for a command line that is not understood."""
 
+    def parse_mixed(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the options, and the names that stand behind some of them. Raises UserError for an unknown option."""
+        options, rest = self.parse_known_args(words)
+        unknown = next((word for word in rest if word.startswith("-")), None)
+        if unknown:
+            task = f" {options.task}" if hasattr(options, "task") else ""
+            raise UserError(f"there is no option {unknown}; {self.prog}{task} --help shows what there is")
+        return options, rest
+
     def error(self, message: str):
         raise UserError(f"{message}; {self.prog} --help shows what there is")
 
@@ -82,12 +91,7 @@ def parse(words: list[str]) -> Arguments:
         add_options(
             tasks.add_parser(name, description=about, allow_abbrev=False, prog=f"launch/evaluate.py {name}"), name, add
         )
-    options, rest = parser.parse_known_args(words)
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        raise UserError(
-            f"there is no option {unknown[0]}; launch/evaluate.py {options.task} --help shows what there is"
-        )
+    options, rest = parser.parse_mixed(words)
     named = [*options.models, *rest]
     models = [user_path(word) for word in named if not is_key(word)]
     overrides = dict(read_key(word) for word in named if is_key(word))

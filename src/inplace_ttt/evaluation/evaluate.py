@@ -16,7 +16,7 @@ from inplace_ttt.evaluation.answering_task import AnsweringTask
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import Asked, columns_of
 from inplace_ttt.evaluation.harness_task import HarnessTask
-from inplace_ttt.evaluation.models import EXPORTED
+from inplace_ttt.evaluation.models import EXPORTED, chosen_dtype
 from inplace_ttt.evaluation.pictures import draw
 from inplace_ttt.evaluation.reading_task import ReadingTask
 from inplace_ttt.evaluation.results import Results
@@ -35,7 +35,7 @@ KINDS = {
 
 def evaluate(arguments: Arguments, job: Job) -> int:
     """Measure what is not known yet, and on the first rank write what all samples say. Raises UserError."""
-    dtype = _dtype(arguments.options.dtype)
+    dtype = chosen_dtype(arguments.options.dtype)
     logging.set_verbosity_error()  # what transformers says of tokenizers, on each rank
     asked = columns_of(arguments.models, arguments.modes, _numerics(arguments, dtype))
     _check_keys(arguments, asked)
@@ -110,8 +110,3 @@ def _report(task, arguments: Arguments, asked: list[Asked], results: Results, dt
     shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
     written = ", ".join(["results.json", "samples.jsonl", *(path.name for path in pictures)])
     print(f"done: '{arguments.output}' holds {written}", flush=True)
-
-
-def _dtype(word: str) -> torch.dtype:
-    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[word]

@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.evaluation.models import Model
+from inplace_ttt.evaluation.models import Model, check_tokens
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
 LOOK = 8  # tokens between two looks whether all answers have ended
@@ -87,9 +87,8 @@ def answer(model: Model, batch: Sequence[Prompt], speed: Speed | None = None) ->
 
     A batch that does not fit in memory is answered in halves. Raises UserError where one prompt does not fit.
     """
-    largest, entries = max(max(prompt.tokens) for prompt in batch), model.network.get_input_embeddings().num_embeddings
-    if largest >= entries:
-        raise UserError(f"the tokenizer of '{model.name}' makes token {largest}, and its model knows {entries}")
+    entries = model.network.get_input_embeddings().num_embeddings
+    check_tokens(max(max(prompt.tokens) for prompt in batch), entries, model.name)
     try:
         return _answer(model, batch, speed or Speed())
     except UserError:

@@ -244,10 +244,22 @@ def _greedy(network: PreTrainedModel, folder: Path) -> GenerationConfig:
     return GenerationConfig(eos_token_id=ends or None, pad_token_id=min(ends, default=0), do_sample=False)
 
 
+def chosen_dtype(word: str) -> torch.dtype:
+    """Return the dtype that --dtype names; ``auto``: bf16 on a GPU, else fp32."""
+    auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[word]
+
+
+def check_tokens(largest: int, entries: int, name) -> None:
+    """Raise UserError where a model's tokenizer makes a token, the largest of a text, that the model does not know."""
+    if largest >= entries:
+        raise UserError(f"the tokenizer of '{name}' makes token {largest}, and its model knows {entries}")
+
+
 def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> Model:
     """Load a model in Hugging Face's format. Raise UserError where that cannot be."""
     settings = read_settings(folder)
-    kind = _class_of(read_json(folder / "config.json")) or AutoModelForCausalLM
+    kind = next((one for one in CLASSES.values() if one.config_class is type(settings)), AutoModelForCausalLM)
     _check_index(folder)
     try:
         if kind is not AutoModelForCausalLM:

@@ -24,8 +24,7 @@ def update_norms(checkpoint: Path, layers: list[int]) -> Norms | None:
     content = read_json(path)
     try:
         noted = content["histograms"]
-        bins = dict(lowest=histogram.LOWEST, highest=histogram.HIGHEST, per_decade=histogram.PER_DECADE)
-        if content["bins"] != bins:
+        if content["bins"] != histogram.SCALE:
             raise ValueError("bins of another kind")
         counts = {layer: [0] * histogram.BINS for layer in layers}
         for one in noted[len(noted) // 2 :]:

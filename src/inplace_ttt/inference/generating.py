@@ -19,7 +19,7 @@ from inplace_ttt.config import UserError, one_line
 from inplace_ttt.evaluation.arguments import Parser, count, seed, tokens
 from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Model, Named, open_model
+from inplace_ttt.evaluation.models import Model, Named, check_tokens, chosen_dtype, open_model
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights
 from inplace_ttt.models import FAMILIES
@@ -86,10 +86,7 @@ def _parser() -> Parser:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    options, rest = _parser().parse_known_args(words)
-    unknown = next((word for word in rest if word.startswith("-")), None)
-    if unknown:
-        raise UserError(f"there is no option {unknown}; launch/generate.py --help shows what there is")
+    options, rest = _parser().parse_mixed(words)
     options.models += rest
     if len(options.models) != 1:
         raise UserError(f"name one model, not {len(options.models)}: launch/generate.py --help shows what there is")
@@ -171,8 +168,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Model]:
     if options.mode.clip is not None and not named.has_fast_weights:
         raise UserError(f"--fast-weights {options.mode}: '{options.model}' has no fast weights to clip")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    dtype = chosen_dtype(options.dtype)
     with tempfile.TemporaryDirectory(prefix="generate_") as work:
         yield open_model(named.export(Path(work)), options.model.name, options.mode, device, dtype)
 
@@ -230,7 +226,7 @@ class _Streamer(TextStreamer):
 
 @dataclass
 class Answered:
-    """What a generation has left."""
+    """Hold what a generation has left."""
 
     tokens: list[int]  # of the prompt and the answer
     text: str  # of the answer
@@ -239,11 +235,9 @@ class Answered:
 def answer(model: Model, options: argparse.Namespace, ids: list[int], **more) -> Answered:
     """Print the continuation of tokens as it is written. Raises UserError for a prompt that cannot be."""
     network, tokenizer = model.network, model.tokenizer
-    entries = network.config.vocab_size
     if not ids:
         raise UserError("the prompt has no tokens: give some text to go on from")
-    if max(ids) >= entries:
-        raise UserError(f"the tokenizer of '{model.name}' makes token {max(ids)}, and its model knows {entries}")
+    check_tokens(max(ids), network.config.vocab_size, model.name)
     ends = network.generation_config.eos_token_id
     ends = [one for one in (ends if isinstance(ends, list) else [ends]) if one is not None]
     sampling = dict(do_sample=False)

@@ -19,7 +19,7 @@ from inplace_ttt.environment import World, check_environment
 from inplace_ttt.evaluation.arguments import Parser, is_key, read_key, tokens
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Named, open_model
+from inplace_ttt.evaluation.models import Named, check_tokens, chosen_dtype, open_model
 from inplace_ttt.exits import fail
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, described
@@ -42,7 +42,7 @@ KEYS = (*SIZES, "parallel.timeout_minutes", "model.transformer_impl", "train.pre
 
 @dataclass(frozen=True)
 class Text:
-    """What is read: tokens, and for each file its name and how many of them are its own."""
+    """Hold a text by its tokens, and for each of its files the name and how many of them are its own."""
 
     tokens: list[int]
     parts: list[tuple[str, int]]
@@ -82,10 +82,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, object], Fas
     parser.add_argument("--size", choices=["exact", "bf16"], default="exact", help="bf16: half the space (exact)")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of a folder's weights")
     parser.add_argument("--part", type=tokens, help="tokens that a folder's model reads at a time (8 chunks, or 8k)")
-    options, rest = parser.parse_known_args(words)
-    unknown = next((word for word in rest if word.startswith("-")), None)
-    if unknown:
-        raise UserError(f"there is no option {unknown}; launch/read_book.py --help shows what there is")
+    options, rest = parser.parse_mixed(words)
     named = [*options.names, *rest]
     overrides = dict(read_key(word, KEYS) for word in named if is_key(word))
     named = [word for word in named if not is_key(word)]
@@ -110,9 +107,8 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
         _try_to_write(options.output)
     tokenizer = named.tokenizer()
     text = read_text(options.files, options.text_key, tokenizer)
-    largest, entries = max(text.tokens), named.vocabulary()
-    if entries and largest >= entries:
-        raise UserError(f"the tokenizer of '{options.model}' makes token {largest}, and its model knows {entries}")
+    if named.vocabulary():
+        check_tokens(max(text.tokens), named.vocabulary(), options.model)
     if named.checkpoint is None and (world.size > 1 or overrides):
         raise UserError(
             f"'{options.model}' is in Hugging Face's format, which one process reads, without keys: name the run that "
@@ -164,9 +160,7 @@ def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBas
 def _by_folder(options: argparse.Namespace, mode: FastWeightMode, text: Text, named: Named) -> FastWeights:
     """Read by the model of a folder in Hugging Face's format, in parts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    network = open_model(named.path, options.model.name, mode, device, dtype).network
+    network = open_model(named.path, options.model.name, mode, device, chosen_dtype(options.dtype)).network
     with _progress() as advance:
         return network.read(torch.tensor([text.tokens], device=device), part=options.part, progress=advance)
 

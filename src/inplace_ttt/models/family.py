@@ -1,4 +1,4 @@
-"""What tells one family of models from another."""
+"""Describe what tells one family of models from another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

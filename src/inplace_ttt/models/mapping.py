@@ -1,4 +1,4 @@
-"""How tensors of a Hugging Face checkpoint become one of ours, and back."""
+"""Map tensors of a Hugging Face checkpoint to one of ours, and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -71,5 +71,4 @@ class LastHistograms:
         """Return what the checkpoint's file says, or None where nothing was noted."""
         if not self.noted:
             return None
-        bins = dict(lowest=histogram.LOWEST, highest=histogram.HIGHEST, per_decade=histogram.PER_DECADE)
-        return {"bins": bins, "histograms": list(self.noted)}
+        return {"bins": histogram.SCALE, "histograms": list(self.noted)}

@@ -12,6 +12,7 @@ from torch import Tensor
 LOWEST, HIGHEST = -8, 2  # powers of ten
 PER_DECADE = 16
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}  # that records and exported models name
+SCALE = dict(lowest=LOWEST, highest=HIGHEST, per_decade=PER_DECADE)  # as files say it
 BINS = (HIGHEST - LOWEST) * PER_DECADE + 2  # the first is below the lowest edge, the last above the highest
 
 
