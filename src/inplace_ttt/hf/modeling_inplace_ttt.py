@@ -55,7 +55,7 @@ except ImportError:
     fast_weight_linear = None
 
 BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
-SPAN = 256  # keys that grouped_attention reads together at least
+SPAN = 256  # grouped_attention reads that many parts of the keys at a time, of texts whose length is a multiple of it
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # keys of the configuration that decide what a text writes, beside the weights and a bound that may be changed
 READING_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
@@ -558,9 +558,11 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
     rows, heads, _, size = query.shape
     length, pairs = key.shape[2], rows * key.shape[1]
     scale = options.get("scaling") or size**-0.5
-    spans = 1  # so that there are some products for each multiprocessor of a GPU
-    while pairs * spans < 256 and length % (2 * spans) == 0 and length // (2 * spans) >= SPAN:
+    spans = 1  # so that there are some products for each multiprocessor of a GPU; of few numbers, which graphs know
+    while pairs * spans < SPAN:
         spans *= 2
+    if length < 8 * SPAN or length % spans:
+        spans = 1
     asked = (query * scale).reshape(pairs, 1, groups, size).expand(-1, spans, -1, -1).reshape(-1, groups, size)
     keys, values = (one.reshape(pairs * spans, length // spans, -1) for one in (key, value))
     scores = _wide_product(asked, keys.transpose(1, 2)).view(rows, -1, spans, groups, length // spans)
@@ -573,10 +575,12 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of two batches of matrices in fp32, as attention kernels add up."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.bmm, "dtype"):
+    """Return the product of two batches of matrices, added up and returned in fp32 (fp64 if they are that)."""
+    differentiates = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    half = a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    if half and hasattr(torch.ops.aten.bmm, "dtype") and not differentiates:
         return torch.ops.aten.bmm.dtype(a, b, torch.float32)
-    return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
+    return torch.bmm(_wide(a), _wide(b))
 
 
 GROUPED = "inplace_ttt_grouped"  # its name in transformers
@@ -751,7 +755,7 @@ class FastWeightMLP(nn.Module):
 
     def _written(self, v: Tensor, z: Tensor, limit: Tensor | None) -> Tensor:
         """Return the update (rows, d, f) of a full chunk, clipped."""
-        written = self.eta * torch.bmm(_wide(v).transpose(1, 2), _wide(z))
+        written = self.eta * _wide_product(v.transpose(1, 2), z)
         if limit is not None:
             norms = written.flatten(1).norm(dim=1)[:, None, None]
             written = written * (limit.to(written) / norms).clamp(max=1)
