@@ -12,7 +12,7 @@ from rich.console import Console
 
 from inplace_ttt.command import run_command
 from inplace_ttt.files import user_path
-from inplace_ttt.hf.calibration import READING_CLIP
+from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP
 
 
 def main() -> int:
@@ -26,6 +26,12 @@ def main() -> int:
         metavar="WORD",
         help=f"how updates are clipped while the model reads: trained, none, p50, p95, p99 (quantiles of the updates "
         f"in training, layer by layer) or a number ({READING_CLIP})",
+    )
+    parser.add_argument(
+        "--bound",
+        metavar="WORD",
+        help=f"what the sum of updates is kept to past the length that the model was trained at: none, or a share of "
+        f"its norm there such as 0.5 ({READING_BOUND})",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="take no tokenizer along")
     arguments = parser.parse_args()
@@ -46,6 +52,7 @@ def export(arguments: argparse.Namespace) -> None:
             advance,
             tokenizer=not arguments.no_tokenizer,
             clip=arguments.clip,
+            bound=arguments.bound,
         )
     has_tokenizer = any((output / name).is_file() for name in TOKENIZER)
     console.print(

@@ -18,7 +18,7 @@ from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation import answering_task
 from inplace_ttt.evaluation.compare import compare
 from inplace_ttt.evaluation.ruler import TASKS
-from inplace_ttt.hf.convert import export_checkpoint
+from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from launching import ROOT, kill_all, run_evaluate, run_main, torchrun, workers
 from ranks import run_ranks
 from ruler_data import write_ruler_data
@@ -108,6 +108,31 @@ def test_position_of_checkpoint_and_export(world, measure, ranks):
     assert on != off and clipped != on and clipped != off
     # the first chunk of a document has nothing to remember
     assert [one[0] for one in on] == pytest.approx([one[0] for one in off], abs=0.2)
+
+
+def test_bounded_past_the_trained_length(world, measure, tmp_path_factory):
+    """By one rank, and by two that share the columns, a checkpoint reads as its export does; by two that share the text
+    it is refused."""
+    base = tmp_path_factory.mktemp("bounded")
+    export_checkpoint(world["run"], base / "exported", bound="0.5")
+    config = json.loads((base / "exported/config.json").read_text())
+    assert config["ttt_trained_length"] == LENGTH
+    config["ttt_trained_length"] = 2 * CHUNK
+    (base / "exported/config.json").write_text(json.dumps(config))
+    import_checkpoint(base / "exported", base / "run")
+    more = ["--documents", str(world["corpus"]), "--length", "200", "--samples", "5", "--fast-weights"]
+
+    def losses_of(ranks, name, modes, *keys):
+        return losses(measure(ranks, "position", str(base / name), *more, modes, *keys))
+
+    both = losses_of(1, "exported", "on,clip=none")
+    assert close(both, losses_of(1, "run", "on,clip=none"))
+    assert close(both, losses_of(2, "run", "on,clip=none", "parallel.tensor_model_parallel_size=2"))
+    bounded, free = ([both[label, n] for n in range(5)] for label in ("run", "run (clip=none)"))
+    assert bounded != free
+    words = ["position", str(base / "run"), *more, "on", "--output", str(base / "out")]
+    (code, printed), (other, _) = run_ranks(2, run_evaluate, *words, "parallel.context_parallel_size=2")
+    assert code == other == 2 and "past the 32 tokens of its training" in printed and "clip=none" in printed
 
 
 def test_position_by_hand(world, measure):

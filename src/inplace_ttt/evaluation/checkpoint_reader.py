@@ -61,6 +61,18 @@ def padded_length(config: Config, length: int) -> int:
     return -(-length // unit) * unit
 
 
+def check_bound(path: Path, mode: FastWeightMode, length: int, why: str) -> None:
+    """Raise UserError where a text of so many tokens would be read past the length of the training, from where on the
+    exported model bounds its fast weights, by something that cannot do that. ``why``: which that is."""
+    keys = reading_keys(describe_checkpoint(path))
+    if mode.on and mode.bound_of(keys["ttt_bound"]) is not None and length > keys["ttt_trained_length"]:
+        raise UserError(
+            f"past the {keys['ttt_trained_length']} tokens of its training, the fast weights of '{path}' are bounded, "
+            f"chunk by chunk, which {why} cannot do with {length} tokens: export it and read with that folder, or use "
+            f"--fast-weights clip=none"
+        )
+
+
 @dataclass(frozen=True)
 class Reading:
     """A text to read, and the ranges of positions whose losses are asked for."""
@@ -96,15 +108,20 @@ class CheckpointReader:
                 flush=True,
             )
         self.model.eval()
-        self.modules, self.clips = unwrap(self.model).ttt_modules, self._clips(path)
+        self.modules = unwrap(self.model).ttt_modules
+        self.keys = reading_keys(describe_checkpoint(path)) if self.modules else {}  # as the exported model has them
         self.stepper = Stepper(config, self.model, self.model.config, self.groups)
         self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
 
-    def _clips(self, path: Path) -> dict[int, float | None]:
-        """Return the clip of each TTT layer, as the exported model would have it."""
+    def _set_mode(self, mode: FastWeightMode) -> None:
+        """Let the TTT layers read as a mode says. The bound is for texts of one rank, see ``check_bound``."""
         layers = ttt_layers(self.config.ttt, self.config.model.num_layers)
-        clip = reading_keys(describe_checkpoint(path))["ttt_clip"] if layers else None
-        return dict(zip(layers, clip if isinstance(clip, list) else [clip] * len(layers), strict=True))
+        clip, trained = self.keys["ttt_clip"], (self.keys["ttt_trained_length"] or 0) // self.config.ttt.chunk_size
+        clips = dict(zip(layers, clip if isinstance(clip, list) else [clip] * len(layers), strict=True))
+        bound = mode.bound_of(self.keys["ttt_bound"]) if trained and self.groups.cp.size() == 1 else None
+        for layer, module in self.modules.items():
+            module.clip = mode.clip_of(clips[layer])
+            module.bound = None if bound is None else (bound, trained)
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +140,8 @@ class CheckpointReader:
         mine = [readings[number] if number < len(readings) else None
                 for number in range(self.groups.dp.rank() * each, (self.groups.dp.rank() + 1) * each)]  # fmt: skip
         batches = [self._batch(one or readings[0], length) for one in mine]
-        for layer, module in self.modules.items():
-            module.clip = mode.clip_of(self.clips[layer])
+        if self.modules:
+            self._set_mode(mode)
         sums = self.stepper.sums_of_each(batches, [(one or readings[0]).ranges for one in mine], fast_weights=mode.on)
         found = [None] * self.groups.dp.size()
         if found[1:]:

@@ -11,7 +11,7 @@ class FastWeightMode:
     """Choose how an evaluation uses fast weights: as the model says itself, not at all, or clipped."""
 
     on: bool = True
-    clip: float | None = None  # infinite: no clipping; None: as the model's configuration says
+    clip: float | None = None  # infinite: no clipping; None: as the model's configuration says, with its bound
 
     @classmethod
     def parse(cls, word: str) -> "FastWeightMode":
@@ -36,6 +36,10 @@ class FastWeightMode:
         if self.clip is None:
             return own
         return None if math.isinf(self.clip) else self.clip
+
+    def bound_of(self, own: float | None) -> float | None:
+        """Return the bound past the trained length of a model whose own is given: whoever names a clip has none."""
+        return own if self.clip is None else None
 
     def __str__(self) -> str:
         if not self.on:

@@ -265,6 +265,7 @@ def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.devi
         if kind is not AutoModelForCausalLM:
             settings.ttt_mode = settings.ttt_mode and mode.on
             settings.ttt_clip = mode.clip_of(settings.ttt_clip)
+            settings.ttt_bound = mode.bound_of(settings.ttt_bound)
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             network, found = kind.from_pretrained(

@@ -14,7 +14,7 @@ from inplace_ttt.config import UserError
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation import documents
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, evaluation_config
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, check_bound, evaluation_config
 from inplace_ttt.evaluation.columns import Asked, one_tokenizer
 from inplace_ttt.evaluation.documents import Chosen, Document, Selection
 from inplace_ttt.evaluation.losses import sums_of
@@ -43,6 +43,9 @@ class ReadingTask:
         self.readings, self.contexts, self.settings = make(arguments.options, trained)
         self.digests = [_digest(reading) for reading in self.readings]
         self.longest = max(len(one.document.tokens) - 1 for one in self.readings)
+        for one in asked:
+            if one.model.path in self.configs and self.configs[one.model.path].parallel.context_parallel_size > 1:
+                check_bound(one.model.path, one.mode, self.longest, "context parallelism")
 
     def _positions(self, options, trained: int) -> tuple[list[Reading], list[int], dict]:
         length = options.length or trained

@@ -1,7 +1,8 @@
 """Clipping while reading, calibrated by training: how large updates were, layer by layer (paper, appendix C.2).
 
 Past the length that a model was trained at, updates grow, and unclipped ones do damage. What no update of the training
-exceeded, or few did, is a bound that changes nothing inside that length.
+exceeded, or few did, is a clip that changes nothing inside that length. Where clipped updates still add up to too much,
+a bound of their sum past that length helps.
 """
 
 from pathlib import Path
@@ -11,7 +12,8 @@ from inplace_ttt.files import read_json
 from inplace_ttt.ttt import histogram
 
 HISTOGRAMS = "update_histograms.json"  # in a checkpoint; older ones have none
-READING_CLIP = "trained"  # what an export says where nobody asks for anything else; see choose_clip
+# What an export says where nobody asks for anything else; see choose_clip and choose_bound
+READING_CLIP, READING_BOUND = "trained", "none"
 Norms = dict[str, list[float]]  # by quantile: of each TTT layer the norm of a chunk's update over that of W_down
 
 
@@ -65,11 +67,29 @@ def choose_clip(word: str, trained: float | None, norms: Norms | None, place: st
         if not all(norms[word]):
             raise UserError(f"--clip {word}: a layer of {place} wrote next to nothing: use none or a number")
         return norms[word]
+    return _number("--clip", word, ("trained", "none", *histogram.QUANTILES))
+
+
+def choose_bound(word: str, trained_length: int | None, place: str) -> float | None:
+    """Return ``ttt_bound`` of an exported model by the word of --bound: ``none`` or a number.
+
+    Args:
+        trained_length: of the texts in training, in tokens.
+        place: the checkpoint, as errors name it.
+    """
+    if word == "none":
+        return None
+    bound = _number("--bound", word, ("none",))
+    if trained_length is None:
+        raise UserError(f"--bound {word}: {place} does not say the length that it was trained at: use none")
+    return bound
+
+
+def _number(option: str, word: str, words: tuple[str, ...]) -> float:
     try:
-        clip = float(word)
+        number = float(word)
     except ValueError:
-        clip = 0.0
-    if not 0 < clip < 3e38:
-        known = ", ".join(("trained", "none", *histogram.QUANTILES))
-        raise UserError(f"--clip {word} is not understood: use {known} or a number above 0")
-    return clip
+        number = 0.0
+    if not 0 < number < 3e38:
+        raise UserError(f"{option} {word} is not understood: use {', '.join(words)} or a number above 0")
+    return number

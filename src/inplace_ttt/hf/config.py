@@ -22,6 +22,8 @@ TTT_KEYS = {
     "ttt_target": "target",
     "ttt_conv_kernel": "conv_kernel",
 }
+# what an exported model knows of its training
+READING = ("ttt_update_norms", "ttt_bound", "ttt_trained_length")
 # what a configuration may say only in one way, for no family has anything else
 FIXED = {
     "hidden_act": "silu",
@@ -270,6 +272,8 @@ def read_ttt(config: dict, place: str) -> TTT:
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
         raise UserError(f"{place} says ttt_layers={layers!r}, where there should be a list of layer numbers from 0")
     _check_calibration(config, len(layers), place)
+    if keys.number("ttt_bound", None) is not None:
+        keys.whole("ttt_trained_length")
     if isinstance(config.get("ttt_clip"), list):  # calibrated for reading: training knows nothing of it
         keys = _Keys({**config, "ttt_clip": None}, place)
     read = dict(
@@ -311,14 +315,13 @@ def write_config(
     """Return the config.json of a model; raise UserError for what no class of transformers can say.
 
     ``base``: the config.json that it was imported from, whose other keys are kept. ``tokens``: eos_token_id and
-    bos_token_id. ``reading``: what the exported model alone knows: ttt_clip where it is not that of the training, and
-    ttt_update_norms.
+    bos_token_id. ``reading``: what the exported model alone knows, see ``READING``, and its ttt_clip.
     """
     model, ttt = config.model, config.ttt
     family = family_of(model)
     rope = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     written = dict(base or {})
-    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", "ttt_update_norms", *WINDOW_KEYS):
+    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", *READING, *WINDOW_KEYS):
         written.pop(old, None)
     fields = dict(
         num_layers=dict(num_hidden_layers=model.num_layers),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inplace_ttt.config import Config, Model, UserError, config_from_values, ttt_layers
 from inplace_ttt.files import own_umask, read_json, write_json
-from inplace_ttt.hf.calibration import READING_CLIP, choose_clip, update_norms
+from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP, choose_bound, choose_clip, update_norms
 from inplace_ttt.hf.companions import (
     CONFIG,
     FOLDER,
@@ -150,12 +150,14 @@ def export_checkpoint(
     advance: Advance = lambda size, total: None,
     tokenizer: bool = True,
     clip: str = READING_CLIP,
+    bound: str | None = None,
 ) -> Config:
     """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
 
     ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
-    ``tokenizer``: whether one comes along. ``clip``: how updates are clipped while the exported model reads, see
-    ``choose_clip``. Raises UserError for anything of the model that cannot be written.
+    ``tokenizer``: whether one comes along. ``clip``, ``bound``: how updates are clipped while the exported model reads,
+    and their sum bounded, see ``choose_clip`` and ``choose_bound`` (None: by the default). Raises UserError for
+    anything of the model that cannot be written.
     """
     described = describe_checkpoint(checkpoint)
     folder, config = described.folder, described.config
@@ -180,7 +182,7 @@ def export_checkpoint(
     came_with = base or described.base()
     base_config, generation = read_base(came_with, CONFIG), read_base(came_with, GENERATION)
     tokens = token_ids(words, base_config, generation, strict=words != came_with)
-    reading = reading_keys(described, clip)
+    reading = reading_keys(described, clip, bound)
     write_config(config, "float32", base_config, tokens, reading)  # raises before anything is written
 
     with fresh_folder(output) as partial:
@@ -197,16 +199,23 @@ def export_checkpoint(
     return config
 
 
-def reading_keys(described: "Described", clip: str = READING_CLIP) -> dict:
-    """Return ttt_clip and ttt_update_norms of a checkpoint's exported model; ``clip``: see ``choose_clip``."""
-    config = described.config
+def reading_keys(described: "Described", clip: str = READING_CLIP, bound: str | None = None) -> dict:
+    """Return how a checkpoint's exported model clips and bounds while it reads: ttt_clip, ttt_bound and what they are
+    made of. ``clip``, ``bound``: see ``export_checkpoint``."""
+    config, place = described.config, f"'{described.folder}'"
     norms = update_norms(described.folder, ttt_layers(config.ttt, config.model.num_layers))
-    trained = config.ttt.clip
+    trained, length, default = config.ttt.clip, config.data.seq_length, READING_BOUND
     if described.run is None:  # imported: as it came
         came_with = read_base(described.base(), CONFIG) or {}
         norms = norms or came_with.get("ttt_update_norms")
         trained = came_with.get("ttt_clip") if trained is None else trained
-    return dict(ttt_clip=choose_clip(clip, trained, norms, f"'{described.folder}'"), ttt_update_norms=norms)
+        length, default = came_with.get("ttt_trained_length"), str(came_with.get("ttt_bound") or "none")
+    return dict(
+        ttt_clip=choose_clip(clip, trained, norms, place),
+        ttt_update_norms=norms,
+        ttt_bound=choose_bound(default if bound is None else bound, length, place),
+        ttt_trained_length=length,
+    )
 
 
 def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorReader, advance: Advance) -> torch.dtype:

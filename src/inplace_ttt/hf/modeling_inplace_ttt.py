@@ -13,7 +13,9 @@ In a TTT layer (arXiv 2604.06169) ``W_down`` is the start of every document, rea
 the weight that earlier chunks have left, and when it is full adds ``ttt_lr * sum_t v_t z_t^T``, with z the input of the
 down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
 is the largest norm of one chunk's update over that of ``W_down``, of each TTT layer or of all; a larger one is scaled
-down to it. ``ttt_update_norms`` says how large updates were in training: their quantiles, layer by layer.
+down to it. ``ttt_update_norms`` says how large updates were in training: their quantiles, layer by layer. Past the
+first ``ttt_trained_length`` tokens of a text, ``ttt_bound`` keeps the sum of updates small: its norm there, times
+``ttt_bound``, is what it is scaled down to after each chunk that makes it larger.
 
 Of a text that goes on, a layer keeps the sum of its updates and the MLP's inputs of the unfinished chunk; z and v are
 made of these when the chunk is full. Where the package ``inplace_ttt`` is installed, chunks go through its operation,
@@ -24,6 +26,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,6 +82,7 @@ class LayerState:
         self.sums: list[Tensor | None] = [None] * rows  # (d, f); None: nothing was written, or it lies in `update`
         self.rests: list[Tensor | None] = [None] * rows  # (d, f), see _split; None: nothing was rounded away
         self.tails: list[Tensor | None] = [None] * rows  # (t, d), t < chunk
+        self.limits = [math.inf] * rows  # the norm that sums may have past the trained length; inf: not known yet
         self.update: Tensor | None = None  # (rows, d, f), in the dtype of the model
         self.inputs: Tensor | None = None  # (rows, chunk, d)
         self.count: Tensor | None = None  # (rows,) tokens in them, on the device: a graph must not know the number
@@ -165,6 +169,7 @@ class LayerState:
         """Return copies of the texts with these numbers, which may come more than once."""
         chosen = LayerState(len(indices))
         chosen.sums, chosen.rests = [self.sums[i] for i in indices], [self.rests[i] for i in indices]
+        chosen.limits = [self.limits[i] for i in indices]
         if self.update is not None:
             chosen.update = self.update[indices]
         if self.inputs is None:
@@ -198,6 +203,7 @@ class LayerState:
                 rounded = state.rounded_sum_of(row)
                 joined.sums.append(rounded if state.update is None else rounded.clone())
                 joined.rests.append(state.rests[row])
+                joined.limits.append(state.limits[row])
                 tail = state.tail_of(row, count)
                 joined.tails.append(None if tail is None or not count else tail.clone())
         return joined
@@ -231,6 +237,7 @@ class FastWeights:
     def __init__(self):
         self.layers: dict[int, LayerState] = {}
         self.counts: list[int] = []  # tokens in the unfinished chunk of each text
+        self.chunks: list[int] = []  # whole chunks that each text has written
         self.embeds: LayerState | None = None  # the embeddings of the unfinished chunks, for ttt_target = input_embed
         self.mlps: list = []  # the layers that read these texts
         self.mask: Tensor | None = None  # (rows, t) of the forward that begins, where it gets another form of it
@@ -268,6 +275,7 @@ class FastWeights:
         for mlp in self.mlps:
             mlp.fold(self, full)
         self.counts = [0 if row in full else count for row, count in enumerate(self.counts)]
+        self.chunks = [count + (row in full) for row, count in enumerate(self.chunks)]
         for state in self.states():
             state.recount(self.counts)
 
@@ -289,7 +297,7 @@ class FastWeights:
         chosen.mlps = self.mlps
         chosen.fixed, chosen.steps, chosen.asked = self.fixed, self.steps, self.asked
         chosen.model, chosen.tokenizer = self.model, self.tokenizer
-        chosen.counts = [self.counts[i] for i in indices]
+        chosen.counts, chosen.chunks = [self.counts[i] for i in indices], [self.chunks[i] for i in indices]
         chosen.texts = [list(self.texts[i]) for i in indices] if self.texts else []
         chosen.layers = {layer: state.select(self.counts, indices) for layer, state in self.layers.items()}
         if self.embeds is not None:
@@ -301,6 +309,7 @@ class FastWeights:
         """Return the texts of several batches as one batch."""
         joined, counts = cls(), [one.counts for one in several]
         joined.counts = [count for own in counts for count in own]
+        joined.chunks = [count for one in several for count in one.chunks]
         for layer in several[0].layers:
             joined.layers[layer] = LayerState.join([one.layers[layer] for one in several], counts)
         if several[0].embeds is not None:
@@ -327,7 +336,9 @@ class FastWeights:
                     tensors[f"{layer}.{row}.rest"] = rest
                 if count:
                     tensors[f"{layer}.{row}.inputs"] = state.tail_of(row, count).cpu()
-        about = dict(format=BOOK, model=self.model, tokenizer=self.tokenizer, texts=self.texts)
+        about = dict(format=BOOK, model=self.model, tokenizer=self.tokenizer, texts=self.texts, chunks=self.chunks)
+        limits = {name: [None if math.isinf(one) else one for one in state.limits] for name, state in self._named()}
+        about["limits"] = {name: row for name, row in limits.items() if any(one is not None for one in row)}
         tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # nothing that is shared
         partial = f"{path}.{os.getpid()}.partial"  # who has the old file open goes on with it
         try:
@@ -363,8 +374,12 @@ class FastWeights:
                 found.counts = [int(one) for one in count.tolist()]
                 if found.texts and len(found.texts) != found.rows:
                     raise ValueError("a list of other texts")
+                found.chunks = found.chunks or [0] * found.rows
+                if len(found.chunks) != found.rows:
+                    raise ValueError("'chunks' of other texts")
                 for name in sorted(names - {"count"}):
                     found._take(name, file.get_tensor(name))
+                found._take_limits(file.metadata())
             for _, state in found._named():
                 state.check(found.counts)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -382,8 +397,21 @@ class FastWeights:
         named = all(isinstance(one, str | None) for one in (self.model, self.tokenizer))
         rows = self.texts if isinstance(self.texts, list) else [None]
         lists = all(isinstance(row, list) and all(isinstance(text, dict) for text in row) for row in rows)
-        if not named or not lists:
+        self.chunks = about.get("chunks", [])  # older files do not say them
+        counts = isinstance(self.chunks, list) and all(type(one) is int and one >= 0 for one in self.chunks)
+        if not named or not lists or not counts:
             raise ValueError("a damaged description")
+
+    def _take_limits(self, metadata: dict | None) -> None:
+        """Take what a file says of the norms of sums."""
+        limits, states = json.loads((metadata or {}).get("about", "{}")).get("limits", {}), dict(self._named())
+        if not isinstance(limits, dict) or not limits.keys() <= states.keys():
+            raise ValueError("limits of something else")
+        for name, row in limits.items():
+            numbers = [math.inf if one is None else one for one in row] if isinstance(row, list) else []
+            if len(numbers) != self.rows or not all(type(one) in (int, float) and one >= 0 for one in numbers):
+                raise ValueError("damaged limits")
+            states[name].limits = numbers
 
     def _take(self, name: str, tensor: Tensor) -> None:
         """Take a tensor of a file to its place."""
@@ -602,6 +630,8 @@ class FastWeightMLP(nn.Module):
         self.layer, self.chunk, self.eta, self.clip = layer, config.ttt_chunk, config.ttt_lr, config.ttt_clip
         if isinstance(self.clip, list | tuple):  # calibrated by training, for each TTT layer
             self.clip = self.clip[list(config.ttt_layers).index(layer)]
+        self.trained = (config.ttt_trained_length or 0) // self.chunk  # whole chunks
+        self.bound = config.ttt_bound if self.trained else None
         self.shape = config.hidden_size, config.intermediate_size  # of W_down
         self.ttt_conv = ChunkConvolution(config.hidden_size, config.ttt_conv_kernel)
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
@@ -637,13 +667,13 @@ class FastWeightMLP(nn.Module):
     def _pieces(self, z: Tensor, u: Tensor, reading: Reading) -> Tensor:
         """Read texts of which nothing is kept."""
         if reading.valid is None and reading.documents is None:
-            return self._chunks(z, u, None)[0]
+            return self._chunks(z, u, None, 0, [math.inf] * len(z))[0]
         out = torch.zeros_like(u, dtype=z.dtype)
         for row in range(len(z)):
             here = slice(None) if reading.valid is None else reading.valid[row]
             bounds = [0, len(z[row, here])] if reading.documents is None else reading.documents[row]
             parts = [
-                self._chunks(z[row : row + 1, here][:, a:b], u[row : row + 1, here][:, a:b], None)[0]
+                self._chunks(z[row : row + 1, here][:, a:b], u[row : row + 1, here][:, a:b], None, 0, [math.inf])[0]
                 for a, b in itertools.pairwise(bounds)
             ]
             out[row, here] = torch.cat(parts, dim=1)[0].to(out.dtype)
@@ -653,7 +683,7 @@ class FastWeightMLP(nn.Module):
     def _read(self, x: Tensor, z: Tensor, reading: Reading) -> Tensor:
         """Read more tokens of texts that go on."""
         weights = reading.weights
-        if reading.valid is None and len(set(weights.counts)) == 1:
+        if reading.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1:
             out = self._read_rows(list(range(len(x))), x, z, reading.embedded, weights)
         else:
             out = torch.zeros_like(x, dtype=z.dtype)
@@ -670,7 +700,7 @@ class FastWeightMLP(nn.Module):
     def _read_rows(
         self, rows: list[int], x: Tensor, z: Tensor, embedded: Tensor | None, weights: FastWeights
     ) -> Tensor:
-        """Read as many tokens of some texts whose chunks are equally full."""
+        """Read as many tokens of some texts that have read as much before."""
         state, pending = weights.layers[self.layer], weights.counts[rows[0]]
         writes = pending + x.shape[1] >= self.chunk
         total = self._sums(state, rows, z, writes)
@@ -683,9 +713,11 @@ class FastWeightMLP(nn.Module):
             if self.reads_embeddings:
                 tails = torch.stack([weights.embeds.tail_of(row, pending) for row in rows]).to(embedded)
                 u = torch.cat([tails, embedded], dim=1)
-        out, total = self._chunks(z, u, total)
+        limits = [state.limits[row] for row in rows]
+        out, total, limits = self._chunks(z, u, total, weights.chunks[rows[0]], limits)
         left = x.shape[1] % self.chunk
         for place, row in enumerate(rows):
+            state.limits[row] = limits[place]
             if writes:
                 state.put_sum(row, total[place].detach())
             state.put_tail(row, x[place, x.shape[1] - left :] if left else None)
@@ -702,11 +734,44 @@ class FastWeightMLP(nn.Module):
         zero = z.new_zeros(self.shape, dtype=z.dtype if rounded else _sum_dtype(z))
         return torch.stack([zero if one is None else one.to(zero) for one in found])
 
-    def _chunks(self, z: Tensor, u: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _chunks(
+        self, z: Tensor, u: Tensor, total: Tensor | None, before: int, limits: list[float]
+    ) -> tuple[Tensor, Tensor | None, list[float]]:
         """Apply, then update, chunk by chunk: (rows, t, f), (rows, t, d) from a chunk's start on -> (rows, t, d).
 
-        ``total``: (rows, d, f), what was written before; returned with what is written here.
+        Args:
+            total: (rows, d, f), what was written before; returned with what is written here.
+            before: chunks that have written it.
+            limits: norms that it may have past the trained length, returned as they are known then.
         """
+        length = z.shape[1]
+        if self.bound is None or before + length // self.chunk < self.trained:
+            return *self._free_chunks(z, u, total), limits
+        parts, start = [], 0
+        while start < length:  # up to the trained length in one piece, then chunk by chunk
+            stop = min(start + self.chunk * max(1, self.trained - before), length)
+            out, total = self._free_chunks(z[:, start:stop], u[:, start:stop], total)
+            parts.append(out)
+            before += (stop - start) // self.chunk
+            if (stop - start) % self.chunk == 0:
+                total, limits = self._bounded(total, before, limits)
+            start = stop
+        return torch.cat(parts, dim=1), total, limits
+
+    def _bounded(self, total: Tensor, chunks: int, limits: list[float]) -> tuple[Tensor, list[float]]:
+        """Return what texts have written with so many chunks (rows, d, f), no larger than its limits, and these."""
+        if self.bound is None or chunks < self.trained:
+            return total, limits
+        norms = total.flatten(1).norm(dim=1)
+        if not all(map(math.isfinite, limits)):  # here is the trained length; or the text went on without a bound
+            share = self.bound if chunks == self.trained else 1.0
+            known = zip(limits, norms.tolist(), strict=True)
+            limits = [limit if math.isfinite(limit) else share * norm for limit, norm in known]
+        scales = norms.new_tensor(limits) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        return total * scales.clamp(max=1)[:, None, None], limits
+
+    def _free_chunks(self, z: Tensor, u: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``_chunks`` without a bound."""
         weight, length = self._plain_weight(z, u), z.shape[1]
         if length < self.chunk:
             return self._product(z, total, weight), total
@@ -726,7 +791,7 @@ class FastWeightMLP(nn.Module):
         return torch.cat(parts, dim=1), total
 
     def _by_operation(self, z: Tensor, u: Tensor, total: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``_chunks`` by the package's operation."""
+        """``_free_chunks`` by the package's operation."""
         rows = len(z)
         if total is None:
             total = weight.new_zeros(rows, *weight.shape, dtype=_sum_dtype(weight))
@@ -772,7 +837,11 @@ class FastWeightMLP(nn.Module):
             v = self.ttt_conv(u)
             written = self._written(v if self.ttt_proj is None else self.ttt_proj(v), self._inner(x), limit)[0]
             total = state.sum_of(row, x.device)
-            state.put_sum(row, written if total is None else total + written)
+            total = written if total is None else total + written
+            total, state.limits[row : row + 1] = self._bounded(
+                total[None], weights.chunks[row] + 1, state.limits[row : row + 1]
+            )
+            state.put_sum(row, total[0])
 
     def weight_norm(self) -> Tensor:
         """Return the norm of W_down, also where it is offloaded or quantised, or an adapter adds to it."""
@@ -831,6 +900,8 @@ class FastWeightsMixin:
         clip, layers = self.config.ttt_clip, self.config.ttt_layers
         if isinstance(clip, list | tuple) and len(clip) != len(layers):
             raise ValueError(f"ttt_clip={clip} has not one number for each of ttt_layers={layers}")
+        if self.config.ttt_bound is not None and not self.config.ttt_trained_length:
+            raise ValueError(f"ttt_bound={self.config.ttt_bound} needs ttt_trained_length, in tokens")
         for layer in self.config.ttt_layers if self.config.ttt_mode else ():
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
             self.model.layers[layer].mlp = mlp
@@ -915,7 +986,7 @@ class FastWeightsMixin:
         if weights.asked is not None and weights.asked == weights.steps and weights.fixed:
             weights.recount()  # the last forward of a generation may not have been counted
         if not weights.rows:
-            weights.counts = [0] * rows
+            weights.counts, weights.chunks = [0] * rows, [0] * rows
         elif weights.rows != rows:
             fresh = not cache.is_initialized or int(cache.get_seq_length()) == 0
             if rows % weights.rows or not fresh:
@@ -1000,6 +1071,7 @@ class FastWeightsMixin:
                 left = len(whole) % chunk
                 weights.embeds.put_tail(row, whole[len(whole) - left :] if left else None)
         weights.counts = [count % chunk for count in counts]
+        weights.chunks = [before + count // chunk for before, count in zip(weights.chunks, counts, strict=True)]
         for state in weights.states():
             state.recount(weights.counts)
         if weights.static:
@@ -1283,6 +1355,8 @@ FAST_WEIGHT_KEYS = dict(
     ttt_chunk=1024,
     ttt_lr=1.0,
     ttt_clip=None,
+    ttt_bound=None,
+    ttt_trained_length=None,
     ttt_proj=True,
     ttt_target="hidden_states",
     ttt_conv_kernel=5,

@@ -34,7 +34,7 @@ def read_book(reader: CheckpointReader, reading: Reading, mode: FastWeightMode) 
         return None
     chunk = reader.config.ttt.chunk_size
     book = FastWeights()
-    book.counts = [recorder.length % chunk]
+    book.counts, book.chunks = [recorder.length % chunk], [recorder.length // chunk]
     for layer, (total, tail, embeds) in sorted(written.items()):
         state = book.layers[layer] = LayerState(1)
         if recorder.whole:

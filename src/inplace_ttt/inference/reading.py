@@ -180,11 +180,12 @@ def _by_checkpoint(
     options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: Named, job: Job
 ) -> FastWeights | None:
     """Read by a training checkpoint, over all ranks; return the book on the first one."""
-    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading
+    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, check_bound
     from inplace_ttt.evaluation.position import PositionRanges
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
 
+    check_bound(named.path, mode, len(text.tokens), "reading a checkpoint over ranks")
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)
     reader = CheckpointReader(named.path, config, job, len(text.tokens))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.batch_context import BatchContext
-from inplace_ttt.ttt import CarryCache, ChunkTargets, fast_weight_linear, histogram
+from inplace_ttt.ttt import CarryCache, ChunkTargets, bounded_fast_weight_linear, fast_weight_linear, histogram
 from inplace_ttt.ttt.layout import SequenceLayout
 from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.target import chunk_target
@@ -62,6 +62,7 @@ class TTTMLP(MLP):
         )
         self.ttt, self.cp_group = ttt, pg_collection.cp
         self.clip = ttt.clip  # an evaluation may set another
+        self.bound: tuple[float, int] | None = None  # of an evaluation: bound and trained_chunks of bounded.py
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
@@ -87,6 +88,8 @@ class TTTMLP(MLP):
         layout = batch_context.layout
         z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
+        if self.bound is not None:
+            return self._reduce(self._bounded(z, self._targets(u, layout))), None
         cache, is_recompute = self._carry_cache(batch_context)
         notes_norms = self.training and not is_recompute
         counts = notes_norms and self.counts_updates
@@ -114,9 +117,28 @@ class TTTMLP(MLP):
             self._note_norms(norms)
             if counts:
                 self.update_counts += histogram.count(ratios[0])
+        return self._reduce(out), None
+
+    def _bounded(self, z: Tensor, v: Tensor | ChunkTargets) -> Tensor:
+        """Read one document a row, past the length that the model was trained at."""
+        bound, trained_chunks = self.bound
+        return bounded_fast_weight_linear(
+            z,
+            v,
+            self.linear_fc2.weight,
+            bound=bound,
+            trained_chunks=trained_chunks,
+            eta=self.ttt.eta,
+            chunk_size=self.ttt.chunk_size,
+            clip=self.clip,
+            tp_group=self.tp_group,
+        )
+
+    def _reduce(self, out: Tensor) -> Tensor:
+        """Sum the tensor-parallel ranks' parts of the output, in the layout of hidden_states."""
         if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group), None
-        return reduce_from_tensor_model_parallel_region(out, group=self.tp_group), None
+            return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
     @torch.no_grad()
     def written(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
