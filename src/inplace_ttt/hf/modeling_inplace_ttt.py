@@ -1286,16 +1286,18 @@ def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]], settings: dict) 
     ``settings``: what else decides what is written, the READING_KEYS.
     """
     shapes: dict[str, list[int]] = {}
-    picked: dict[torch.device, dict[str, Tensor]] = {}
+    picked: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in named:
         shapes[name] = list(tensor.shape)
         if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # others, quantised, are told by their names
             numbers = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)][:64]
-            kind = torch.bfloat16 if numbers.is_floating_point() else torch.int16
-            picked.setdefault(tensor.device, {})[name] = numbers.to(kind, copy=True).view(torch.int16)
+            if tensor.device.type == "cpu":
+                numbers = numbers.clone()  # the tensor may be there for a moment only, as offloaded ones are
+            picked.setdefault((tensor.device, tensor.dtype), {})[name] = numbers
     content = {}
-    for tensors in picked.values():
-        numbers = torch.cat(list(tensors.values())).tolist()  # waits for each device once
+    for (_, dtype), tensors in picked.items():
+        numbers = torch.cat(list(tensors.values()))  # a few kernels, and one wait, for all of a device
+        numbers = numbers.to(torch.bfloat16 if dtype.is_floating_point else torch.int16).view(torch.int16).tolist()
         for name, tensor in tensors.items():
             content[name], numbers = numbers[: len(tensor)], numbers[len(tensor) :]
     listed = [[name, shapes[name], content.get(name)] for name in sorted(shapes)]
