@@ -97,7 +97,7 @@ def assume(config) -> list[str]:
 
 def report(console: Console, config, gpus: int, gpu) -> int:
     from inplace_ttt import estimate
-    from inplace_ttt.benchmarks.flops import forward_flops
+    from inplace_ttt.flops import forward_flops
 
     memory, share = estimate.memory(config, gpus, gpu), estimate.Share(config, gpus)
     console.print(

@@ -25,7 +25,7 @@ SMALL = [
     "train.micro_batch_size=2",
     "train.eval_samples=4",
 ]
-TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib", "mfu")
 
 
 def run_main(*arguments: str) -> tuple[int, str]:

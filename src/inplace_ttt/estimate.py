@@ -8,8 +8,8 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
-from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
+from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.models import family_of
 from inplace_ttt.ttt.ops import KEPT_SHARE
 from inplace_ttt.validation import validate

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from inplace_ttt.megatron.manifest import corruption
 from launching import SMALL, kill_all, numbers, run_main, torchrun, workers
@@ -315,6 +316,63 @@ def test_wandb_offline_is_the_default_without_a_key(tmp_path, monkeypatch):
         b"eval_loss/position_128_160",
     ):
         assert name in log.read_bytes()
+
+
+def with_a_known_peak(*overrides):
+    from inplace_ttt.training import loop
+
+    loop.peak_flops = lambda name: 1e9
+    return run_main(*TRAIN, *overrides)
+
+
+def test_model_flops_utilization(tmp_path):
+    """By hand: 6 FLOPs for each weight of a product and token, attention beside it; over the peak of all ranks."""
+    options = ["train.steps=2", "model.sliding_window=null", CP2, f"run.dir={tmp_path / 'run'}"]
+    code, text = run_ranks(2, with_a_known_peak, *options)[0]
+    assert code == 0 and "MFU" in text, text
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    model, tokens = config["model"], config["data"]["seq_length"] * config["train"]["global_batch_size"]
+    d, f, heads = model["hidden_size"], model["ffn_hidden_size"], model["num_attention_heads"] * model["kv_channels"]
+    keys = model["num_query_groups"] * model["kv_channels"]
+    products = model["num_layers"] * (2 * d * (heads + keys) + 3 * d * f) + d * model["vocab_size"]
+    products += 2 * d * (f + d)  # two layers write, and project their targets
+    attention = model["num_layers"] * config["data"]["seq_length"] * heads  # of queries and keys, and of values: half
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][:2]
+    for step in steps:
+        assert step["mfu"] == pytest.approx(6 * tokens * (products + attention) / step["step_seconds"] / 2e9)
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    """Also after a run has gone on from a checkpoint; histograms are there, too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    for steps in (3, 5):
+        options = ["log.tensorboard=true", f"train.steps={steps}", "ttt.histogram_interval=1", f"run.dir={run}"]
+        code, text = run_ranks(1, run_main, *TRAIN, *options)[0]
+        assert code == 0, text
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    shown = {(name, one.step): one.value for name in events.Tags()["scalars"] for one in events.Scalars(name)}
+    for record in numbers(run):
+        prefix = "eval" if record.get("eval") else "train"
+        assert shown[f"{prefix}/loss", record["step"]] == pytest.approx(record["loss"], rel=1e-6)
+    assert ("eval_loss/position_128_160", 5) in shown and ("update_ratio/layer_1", 5) in shown
+    (last,) = (one for one in events.Histograms("update_norm_log10/layer_1") if one.step == 5)
+    assert last.histogram_value.num == sum(numbers(run)[-2]["update_histogram"]["1"].values())
+
+
+def test_tensorboard_that_is_not_there(tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('no tensorboard here')")
+    code, text = run_ranks(2, without_tensorboard, tmp_path, CP2)[0]
+    assert code == 2 and "log.tensorboard=false" in text and "Traceback" not in text
+
+
+def without_tensorboard(folder, *overrides):
+    for name in [name for name in sys.modules if name.removeprefix("torch.utils.").split(".")[0] == "tensorboard"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    return run_main(*TRAIN, "log.tensorboard=true", *overrides, f"run.dir={folder / 'run'}")
 
 
 def test_wandb_that_is_not_there(tmp_path):

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from inplace_ttt.benchmarks.flops import forward_flops, peak_flops
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.model import build_model
 from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel

@@ -195,6 +195,7 @@ class Log:
     # auto: online where a key is there, else offline
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled"), LAYOUT] = "auto"
     wandb_project: Annotated[str, Word(), LAYOUT] = "inplace-ttt"
+    tensorboard: Annotated[bool, LAYOUT] = False  # the same numbers, in the run's folder tensorboard/
     interval: Annotated[Size, LAYOUT] = 1  # steps between progress lines where there is no terminal
 
 

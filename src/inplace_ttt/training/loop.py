@@ -20,6 +20,7 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.exits import LASTING
+from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
@@ -31,6 +32,7 @@ from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder
 from inplace_ttt.training.step import Stepper, Totals, unwrap
+from inplace_ttt.training.tensorboard import TensorBoard
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from inplace_ttt.watch import Watch
 
@@ -51,8 +53,9 @@ class Recorder:
                 self.timeline.start(folder.metrics, first_step, hosts)
                 self.wandb = WandB(config, resolved, folder.path)
                 self.metrics = MetricsFile(folder.metrics, first_step)
+                self.tensorboard = TensorBoard(config, folder.path, first_step)
                 self.screen = Screen(config, first_step)
-                self.outputs = [self.metrics, self.screen, self.wandb]
+                self.outputs = [self.metrics, self.screen, self.wandb, self.tensorboard]
             except UserError as caught:
                 error = caught
         agree(error)
@@ -61,6 +64,7 @@ class Recorder:
         if self.outputs:
             self.metrics.write(record)
             self.wandb.write(record)
+            self.tensorboard.write(record)
             if not record.get("eval"):
                 self.screen.step(record)
 
@@ -140,6 +144,9 @@ class Loop:
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
         self.device = device()
         self.probe, self.reading = Probe(self.device), 0.0
+        self.flops = config.train.global_batch_size * forward_flops(config).training  # of a step
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        self.peak = (peak_flops(name) or 0.0) * dist.get_world_size()  # 0: not known
 
     def run(self, step: int) -> bool:
         """Train from after ``step`` to the end; False if asked to stop before it."""
@@ -239,6 +246,8 @@ class Loop:
             step_seconds=seconds,
             peak_memory_gib=self._peak_memory(),
         )
+        if self.peak:
+            record["mfu"] = self.flops / seconds / self.peak
         record |= {f"grad_norm_{name}": float(value) for name, value in self.optimizer.grad_norms_by_group.items()}
         record |= {f"update_ratio/layer_{layer}": ratio for layer, ratio in zip(self.layers, ratios, strict=True)}
         if counts_updates:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.signals import unheard
+from inplace_ttt.training.numbers import numbers_of
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # of a step, by the machine's speed
 
@@ -97,6 +98,7 @@ class Screen:
         numbers = (
             f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
+            + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
             + (f"  update ratio {max(ratios):.3f}" if ratios else "")
             + (f"  elapsed {duration(time.monotonic() - self.started)}" if self.bar is None else "")
             + f"  left {duration(left)}"
@@ -159,15 +161,8 @@ class WandB:
 
     def write(self, record: dict) -> None:
         if self.run is not None:
-            prefix = "eval/" if record.get("eval") else "train/"
-            apart = ("eval", "update_histogram", "position")
-            numbers = {key if "/" in key else prefix + key: value for key, value in record.items() if key not in apart}
-            for one in record.get("position", []):
-                name = f"position_{one['from']}_{one['to']}"
-                numbers |= {f"eval_{key}/{name}": one[key] for key in one if key.startswith("loss")}
-            self._carefully(
-                lambda: self.run.log(numbers | _histograms(record.get("update_histogram", {})), step=record["step"])
-            )
+            numbers = numbers_of(record) | _histograms(record.get("update_histogram", {}))
+            self._carefully(lambda: self.run.log(numbers, step=record["step"]))
 
     def close(self) -> None:
         if self.run is not None:

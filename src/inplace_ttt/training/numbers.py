@@ -1,0 +1,11 @@
+"""The numbers of a record of metrics.jsonl by the names that W&B and TensorBoard show them under."""
+
+
+def numbers_of(record: dict) -> dict[str, float]:
+    """Return ``train/loss``, ``eval/loss``, ``eval_loss/position_0_2048``, ``update_ratio/layer_5`` and so on."""
+    prefix = "eval/" if record.get("eval") else "train/"
+    found = {key if "/" in key else prefix + key: value for key, value in record.items() if type(value) in (int, float)}
+    for one in record.get("position", []):
+        name = f"position_{one['from']}_{one['to']}"
+        found |= {f"eval_{key}/{name}": one[key] for key in one if key.startswith("loss")}
+    return found

@@ -1,0 +1,70 @@
+"""The numbers of a run for TensorBoard."""
+
+from pathlib import Path
+
+from inplace_ttt.config import Config, UserError, one_line
+from inplace_ttt.signals import unheard
+from inplace_ttt.training.numbers import numbers_of
+
+FOLDER = "tensorboard"  # of a run
+
+
+class TensorBoard:
+    """Event files in ``RUN/tensorboard``, with the names that W&B has; a run that goes on writes another one."""
+
+    def __init__(self, config: Config, folder: Path, first_step: int):
+        """Goes on after ``first_step``: what was written beyond it is no longer shown. Raises UserError without the
+        package."""
+        self.writer = None
+        if not config.log.tensorboard:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                f"log.tensorboard=true: the package tensorboard cannot be loaded ({one_line(error)}): install it, or "
+                f"use log.tensorboard=false"
+            ) from error
+        with unheard():
+            self.writer = SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, record: dict) -> None:
+        """Add a record of metrics.jsonl."""
+        if self.writer is None:
+            return
+        step = record["step"]
+        for name, value in numbers_of(record).items():
+            self.writer.add_scalar(name, value, step)
+        for layer, sparse in record.get("update_histogram", {}).items():
+            self._add_histogram(f"update_norm_log10/layer_{layer}", sparse, step)
+        self.writer.flush()
+
+    def _add_histogram(self, name: str, sparse: dict[str, int], step: int) -> None:
+        from inplace_ttt.training.update_histograms import dense
+        from inplace_ttt.ttt import histogram
+
+        inner = histogram.edges().log10().tolist()
+        limits = [*inner, inner[-1] + inner[1] - inner[0]]  # upper edges of bins; the outer ones have an end here
+        counts = dense(sparse)
+        kept = [number for number, count in enumerate(counts) if count]
+        if not kept:
+            return
+        total = sum(counts)
+        mean = sum(counts[number] * limits[number] for number in kept) / total
+        squares = sum(counts[number] * limits[number] ** 2 for number in kept)
+        self.writer.add_histogram_raw(
+            name,
+            min=limits[kept[0]],
+            max=limits[kept[-1]],
+            num=total,
+            sum=mean * total,
+            sum_squares=squares,
+            bucket_limits=limits,
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self.writer is not None:
+            self.writer.close()
