@@ -83,12 +83,17 @@ def test_a_long_document_does_not_fill_a_stretch_of_training():
 
 
 def test_blend_keeps_shares_and_order():
-    parts = [[("a", i) for i in range(1000)], [("b", i) for i in range(1000)]]
-    blend = Blend(parts, [3.0, 1.0], 400)
-    drawn = [blend[i] for i in range(400)]
-    assert abs(sum(name == "a" for name, _ in drawn) - 300) <= 1
-    assert [number for name, number in drawn if name == "a"] == list(range(sum(name == "a" for name, _ in drawn)))
-    assert [Blend(parts, [3.0, 1.0], 800)[i] for i in range(400)] == drawn  # a longer run begins alike
+    parts = [[Sample(number, None, None, (name,)) for number in range(1000)] for name in "ab"]
+
+    def drawn(samples):
+        blend = Blend(parts, [3.0, 1.0], samples)
+        return [(blend[i].documents[0], blend[i].source, blend[i].tokens) for i in range(400)]
+
+    found = drawn(400)
+    first = [number for name, _, number in found if name == "a"]
+    assert abs(len(first) - 300) <= 1 and first == list(range(len(first)))
+    assert {(name, source) for name, source, _ in found} == {("a", 0), ("b", 1)}
+    assert drawn(800) == found  # a longer run begins alike
 
 
 def test_collate_packs_rows_and_restarts_positions():
@@ -129,7 +134,8 @@ def test_batches_pin_all_their_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self.clone())
     batch = MicroBatch.collate([packed([40])[0]], 1, 0, 8)
     copy = batch.pin_memory()
-    tensors = batch.tokens, batch.labels, batch.loss_mask, batch.position_ids, batch.layout.chunk_ids
+    tensors = (getattr(batch, name) for name in ("tokens", "labels", "loss_mask", "position_ids", "sources"))
+    tensors = *tensors, batch.layout.chunk_ids
     assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in tensors}
     assert copy.layout.plan is batch.layout.plan and copy.tokens is not batch.tokens
 

@@ -4,6 +4,7 @@ from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.merge import REMOVED, config_from_values
 from inplace_ttt.config.ranges import check_key, check_ranges
 from inplace_ttt.config.schema import (
+    SOURCE_LISTS,
     TARGETS,
     TTT,
     VOCAB_MULTIPLE,
@@ -28,6 +29,7 @@ from inplace_ttt.config.schema import (
 
 __all__ = [
     "REMOVED",
+    "SOURCE_LISTS",
     "TARGETS",
     "TTT",
     "VOCAB_MULTIPLE",

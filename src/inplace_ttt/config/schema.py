@@ -127,6 +127,7 @@ class Parallel:
 class Source:
     path: Annotated[str, Path(), LAYOUT] = MISSING  # prefix of a .bin and .idx pair, which are known by their content
     weight: Annotated[Positive, IDENTITY] = 1.0
+    name: Annotated[str, Word(), LAYOUT] | None = None  # in records; null: the last part of path
 
 
 @dataclass
@@ -140,6 +141,8 @@ class Data:
     # attention, positions and fast weights start anew with each document
     reset_at_documents: Annotated[bool, IDENTITY] = True
     validation_fraction: Annotated[float, Ge(0), Lt(1), AllowInfNan(False), IDENTITY] = 0.02  # of the documents
+    # held-out data of one's own, like sources; empty: validation_fraction of each source, else nothing of them
+    validation: Annotated[list[Source], IDENTITY] = field(default_factory=list)
     num_workers: Annotated[int, Ge(0), Le(1024), LAYOUT] = 0  # processes that read ahead
     recall_pairs: Annotated[Size, IDENTITY] = 16  # recall: key-value pairs in a sequence
     recall_alphabet: Annotated[int, Ge(1), Le(2**26), IDENTITY] = 100  # recall: different keys, and different values
@@ -256,6 +259,10 @@ def _unwrap(hint) -> tuple[type, bool, OnResume | None]:
             (hint,) = (one for one in typing.get_args(hint) if one is not type(None))
         else:
             return hint, optional, role
+
+
+# keys whose value is a list of sources
+SOURCE_LISTS = tuple(name.removesuffix(".path") for name in schema_keys() if name.endswith(".path"))
 
 
 def padded_vocab_size(vocab_size: int) -> int:

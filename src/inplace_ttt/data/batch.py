@@ -16,6 +16,7 @@ class Sample:
     labels: Tensor  # (s,) int64: the token that follows
     loss_mask: Tensor  # (s,) fp32: 1 where the label counts
     documents: tuple[int, ...] | None  # bounds, from 0 to s; None: one document
+    source: int = 0  # the number of the data's source
 
 
 @dataclass
@@ -29,6 +30,7 @@ class MicroBatch:
     labels: Tensor  # (b, s)
     loss_mask: Tensor  # (b, s)
     position_ids: Tensor  # (b, s), from 0 in each document
+    sources: Tensor  # (b, s) int16, of each token
     layout: SequenceLayout
 
     @classmethod
@@ -45,6 +47,8 @@ class MicroBatch:
             else torch.stack([getattr(sample, key) for sample in samples])
             for key in ("tokens", "labels", "loss_mask")
         )
+        sources = torch.tensor([sample.source for sample in samples], dtype=torch.int16)
+        sources = sources.repeat_interleave(samples[0].tokens.shape[0]).view_as(tokens)
         documents = None
         positions = torch.arange(tokens.shape[1])
         if packed:
@@ -58,7 +62,7 @@ class MicroBatch:
         layout = SequenceLayout(documents)
         if chunk_size is not None:
             layout = layout.with_plan(tokens.shape[1], chunk_size, cp_size, cp_rank)
-        parts = (tokens, labels, loss_mask, positions.expand_as(tokens))
+        parts = (tokens, labels, loss_mask, positions.expand_as(tokens), sources)
         return cls(*(take_local(part, cp_size, cp_rank, dim=1).contiguous() for part in parts), layout)
 
     def pin_memory(self) -> "MicroBatch":

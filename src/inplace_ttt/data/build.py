@@ -9,11 +9,11 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, Source, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.identity import check_tokens, identity
 from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_indexed, split_documents
-from inplace_ttt.data.prepare import read_description
+from inplace_ttt.data.prepare import Description, read_description
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.megatron.indexed import IndexedDataset
@@ -23,18 +23,40 @@ BLEND_BYTES = 10  # of each sample of a run with several sources
 
 
 @dataclass
-class Corpora:
-    """Hold the opened sources of a configuration; synthetic data have none."""
+class Corpus:
+    """Hold an opened source."""
 
-    prefixes: list[str]
-    files: list[IndexedDataset]
-    identity: list[dict]  # of each, see identity.py
+    prefix: str
+    indexed: IndexedDataset
+    described: Description | None
+    identity: dict  # see identity.py
+
+    @classmethod
+    def open(cls, path: str, key: str) -> "Corpus":
+        """Open the files of a prefix, which ``key`` names. Raises UserError."""
+        prefix = os.path.expanduser(path)
+        indexed, described = open_indexed(prefix, key), read_description(prefix)
+        mark = described.tokenizer_fingerprint if described else None
+        return cls(prefix, indexed, described, identity(prefix, indexed, mark))
+
+
+@dataclass
+class Corpora:
+    """Hold the opened data of a configuration; synthetic data have none."""
+
+    sources: list[Corpus]
+    validation: list[Corpus]
     vocab_size: int
+
+    @property
+    def identity(self) -> list[dict]:
+        """Return the identity of each corpus, those of ``data.validation`` last."""
+        return [one.identity for one in (*self.sources, *self.validation)]
 
     def check_tokens(self) -> None:
         """Raise UserError where a token is none of the vocabulary; reads all tokens the first time."""
-        for prefix, indexed, described in zip(self.prefixes, self.files, self.identity, strict=True):
-            check_tokens(prefix, indexed, described, self.vocab_size)
+        for one in (*self.sources, *self.validation):
+            check_tokens(one.prefix, one.indexed, one.identity, self.vocab_size)
 
 
 @dataclass
@@ -43,6 +65,7 @@ class Sets:
     validation: object | None
     vocab_size: int
     epochs: tuple[float, ...] = ()  # of each source, how often the run reads it
+    held_out: tuple[str, ...] = ()  # names of what ``validation`` is mixed of, by the number in its samples
 
 
 def open_corpora(config: Config) -> Corpora:
@@ -60,16 +83,13 @@ def open_corpora(config: Config) -> Corpora:
                 f"model.vocab_size={config.model.vocab_size} is too small for data.recall_alphabet="
                 f"{data.recall_alphabet}: use {needed} or more, or null"
             )
-        return Corpora([], [], [], config.model.vocab_size or needed)
+        return Corpora([], [], config.model.vocab_size or needed)
     if not data.sources:
         raise UserError("data.sources is empty: name at least one, as in data.sources=[{path: data/python}]")
-    prefixes = [os.path.expanduser(source.path) for source in data.sources]
-    files = [open_indexed(prefix) for prefix in prefixes]
-    described = [read_description(prefix) for prefix in prefixes]
-    vocab_size = _vocab_size(config, dict(zip(prefixes, described, strict=True)))
-    marks = [one.tokenizer_fingerprint if one else None for one in described]
-    known = [identity(prefix, indexed, mark) for prefix, indexed, mark in zip(prefixes, files, marks, strict=True)]
-    return Corpora(prefixes, files, known, vocab_size)
+    sources = [Corpus.open(source.path, "data.sources") for source in data.sources]
+    validation = [Corpus.open(source.path, "data.validation") for source in data.validation]
+    vocab_size = _vocab_size(config, {one.prefix: one.described for one in (*sources, *validation)})
+    return Corpora(sources, validation, vocab_size)
 
 
 def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PACKING) -> Sets:
@@ -83,18 +103,22 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
             corpora.vocab_size,
         )
     aligned = config.ttt.enabled or packing == 1  # without fast weights there are no chunks
+    common = dict(
+        seq_length=data.seq_length,
+        align=config.ttt.chunk_size if aligned else 1,
+        reset=data.reset_at_documents,
+        packing=packing,
+    )
+    fraction = 0.0 if corpora.validation else data.validation_fraction
     training, held_out = [], []
-    for number, (prefix, indexed) in enumerate(zip(corpora.prefixes, corpora.files, strict=True)):
-        common = dict(
-            seq_length=data.seq_length,
-            align=config.ttt.chunk_size if aligned else 1,
-            reset=data.reset_at_documents,
-            packing=packing,
-        )
-        kept, validation = split_documents(indexed, data.validation_fraction, prefix)
-        training.append(PackedDocuments(indexed, kept, seed=train.seed + 7919 * number, **common))
+    for number, one in enumerate(corpora.sources):
+        kept, validation = split_documents(one.indexed, fraction, one.prefix)
+        training.append(PackedDocuments(one.indexed, kept, seed=train.seed + 7919 * number, **common))
         if len(validation):
-            held_out.append(PackedDocuments(indexed, validation, seed=0, shuffle=False, **common))
+            held_out.append(PackedDocuments(one.indexed, validation, seed=0, shuffle=False, **common))
+    for one in corpora.validation:
+        everything, _ = split_documents(one.indexed, 0.0, one.prefix)
+        held_out.append(PackedDocuments(one.indexed, everything, seed=0, shuffle=False, **common))
     weights = [source.weight for source in data.sources]
     samples = train.steps * train.global_batch_size
     free = psutil.virtual_memory().available
@@ -104,13 +128,21 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
             f"need {BLEND_BYTES * samples / 2**30:,.1f} GiB to be mixed, and {free / 2**30:,.1f} are free: use fewer "
             f"steps, or one source"
         )
-    share = sum(weights)
+    share, of_held_out = sum(weights), data.validation or data.sources
+    is_evaluated = len(held_out) == len(of_held_out) and train.eval_samples
     return Sets(
         Blend(training, weights, samples),
-        Blend(held_out, weights, train.eval_samples) if len(held_out) == len(weights) and train.eval_samples else None,
+        Blend(held_out, [one.weight for one in of_held_out], train.eval_samples) if is_evaluated else None,
         corpora.vocab_size,
         tuple(samples * weight / share / part.samples for weight, part in zip(weights, training, strict=True)),
+        tuple(_names(of_held_out)) if is_evaluated else (),
     )
+
+
+def _names(sources: list[Source]) -> list[str]:
+    """Return what records call sources; names that are there twice are numbered."""
+    names = [one.name or os.path.basename(one.path.rstrip("/")) for one in sources]
+    return [f"{name}_{number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
 def _vocab_size(config: Config, described: dict) -> int:
@@ -128,7 +160,8 @@ def _vocab_size(config: Config, described: dict) -> int:
     elif sizes:
         if len({one.tokenizer_fingerprint for one in sizes.values()}) > 1:
             raise UserError(
-                f"data.sources were made with different tokenizers ({', '.join(sizes)}): prepare them alike"
+                f"data.sources and data.validation were made with different tokenizers ({', '.join(sizes)}): prepare "
+                f"them alike"
             )
         needed = next(iter(sizes.values())).vocab_size
     elif config.model.vocab_size:

@@ -14,6 +14,7 @@ without fast weights, and the last sample of an epoch could hold padding alone; 
 
 import os
 import struct
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -112,15 +113,16 @@ class Blend:
     def __getitem__(self, index: int) -> Sample:
         if len(self.parts) == 1:
             return self.parts[0][index]
-        return self.parts[self.which[index]][int(self.number[index])]
+        which = int(self.which[index])
+        return replace(self.parts[which][int(self.number[index])], source=which)
 
 
-def open_indexed(prefix: str) -> IndexedDataset:
-    """Open the file pair of a prefix, checked to be there and whole."""
+def open_indexed(prefix: str, key: str = "data.sources") -> IndexedDataset:
+    """Open the file pair of a prefix, checked to be there and whole. ``key``: the one that names it."""
     for ending in ("bin", "idx"):
         if not os.path.isfile(f"{prefix}.{ending}"):
             raise UserError(
-                f"data.sources names '{prefix}', but '{prefix}.{ending}' does not exist: make it with "
+                f"{key} names '{prefix}', but '{prefix}.{ending}' does not exist: make it with "
                 f"launch/prepare_data.py --output {prefix}"
             )
     if not os.path.getsize(f"{prefix}.bin"):  # which cannot be mapped into memory

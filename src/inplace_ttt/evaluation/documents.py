@@ -65,10 +65,11 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
         return Chosen([_recall(config, number).cut(selection.length) for number in range(selection.count)],
                       f"held-out samples of {run.name}", None)  # fmt: skip
     texts, known = [], []
-    for source in data.sources:
+    for source in data.validation or data.sources:
         prefix = _prefix(source.path, run)
-        indexed = open_indexed(prefix)
-        _, numbers = split_documents(indexed, data.validation_fraction, prefix)
+        indexed = open_indexed(prefix, "data.validation" if data.validation else "data.sources")
+        everything, numbers = split_documents(indexed, 0.0 if data.validation else data.validation_fraction, prefix)
+        numbers = everything if data.validation else numbers
         texts += [(indexed, int(number)) for number in numbers]
         described = read_description(prefix)
         known.append(described.tokenizer_fingerprint if described else None)

@@ -11,11 +11,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from inplace_ttt.config import REMOVED, Config, UserError, first_line, schema_keys
+from inplace_ttt.config import REMOVED, SOURCE_LISTS, Config, UserError, first_line, schema_keys
 
 KEYS = schema_keys()
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
-_PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # of data.sources
+_PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # of SOURCE_LISTS
 
 KINDS = {
     int: "a whole number",
@@ -115,7 +115,7 @@ def _quote(override: str) -> str:
     """Quote what is text, unless it is quoted already, or null where null means something."""
     key, _, value = override.partition("=")
     key = re.sub(r"\[(\d+)\]", r".\1", key)
-    if key == "data.sources":
+    if key in SOURCE_LISTS:
         return f"{key}={re.sub(_PATH_IN_LIST, _quote_path, value)}"
     if _plain(key) not in TEXT or (value == "null" and KEYS[_plain(key)].optional):
         return f"{key}={value}"

@@ -31,7 +31,7 @@ from inplace_ttt.training.health import first_broken_layer, last_broken_gradient
 from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder
-from inplace_ttt.training.step import Stepper, Totals, unwrap
+from inplace_ttt.training.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.training.tensorboard import TensorBoard
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from inplace_ttt.watch import Watch
@@ -314,26 +314,33 @@ class Loop:
             return True
         record = dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy)
         record["position"] = ranges.records(totals.by_position)
+        if totals.by_source:
+            record["sources"] = _by_name(self.sets.held_out, totals.by_source)
         said = f"step {step}: held-out loss {totals.mean_loss:.4f}, accuracy {totals.accuracy:.1%}"
         if self.layers and self.config.train.eval_without_fast_weights:
             plain = self._totals_of(step, batches, ranges, fast_weights=False)
             if plain is None:
                 return True
             record["loss_without_fast_weights"] = plain.mean_loss
-            for one, without in zip(record["position"], ranges.records(plain.by_position), strict=True):
+            pairs = list(zip(record["position"], ranges.records(plain.by_position), strict=True))
+            if plain.by_source:
+                pairs += zip(record["sources"], _by_name(self.sets.held_out, plain.by_source), strict=True)
+            for one, without in pairs:
                 one["loss_without_fast_weights"] = without["loss"]
             said += f"; {plain.mean_loss:.4f} without fast weights"
+        said += "".join(f"; {one['name']} {one['loss']:.4f}" for one in record.get("sources", []))
         self.recorder.write(record)
         self.recorder.say(said)
         return False
 
     def _totals_of(self, step: int, batches: list[MicroBatch], ranges: PositionRanges, **options) -> Totals | None:
         """Return the totals of an evaluation, or None if any rank was asked to stop meanwhile."""
-        totals = Totals()
+        totals, names = Totals(), self.sets.held_out
+        sources = len(names) if len(names) > 1 else 0
         for first in range(0, len(batches), EVAL_GROUP):
             group = batches[first : first + EVAL_GROUP]
             marked = self._marked(group, f"the evaluation after step {step}")
-            totals += self.stepper.evaluate(marked, len(group), ranges, **options)
+            totals += self.stepper.evaluate(marked, len(group), ranges, sources=sources, **options)
             if self._any_asked_to_stop():
                 return None
         return totals
@@ -379,6 +386,12 @@ class Loop:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _by_name(names: Sequence[str], sums: Pairs) -> list[dict]:
+    """Return for each source that holds tokens: its name, the number of tokens, their mean loss."""
+    found = zip(names, sums, strict=True)
+    return [dict(name=name, tokens=int(tokens), loss=loss / tokens) for name, (loss, tokens) in found if tokens]
 
 
 def _root_cause(error: BaseException) -> str:

@@ -2,10 +2,11 @@
 
 
 def numbers_of(record: dict) -> dict[str, float]:
-    """Return ``train/loss``, ``eval/loss``, ``eval_loss/position_0_2048``, ``update_ratio/layer_5`` and so on."""
+    """Return ``train/loss``, ``eval/loss``, ``eval_loss/position_0_2048``, ``eval_loss/source_web`` and so on."""
     prefix = "eval/" if record.get("eval") else "train/"
     found = {key if "/" in key else prefix + key: value for key, value in record.items() if type(value) in (int, float)}
-    for one in record.get("position", []):
-        name = f"position_{one['from']}_{one['to']}"
+    parts = {f"position_{one['from']}_{one['to']}": one for one in record.get("position", [])}
+    parts |= {f"source_{one['name']}": one for one in record.get("sources", [])}
+    for name, one in parts.items():
         found |= {f"eval_{key}/{name}": one[key] for key in one if key.startswith("loss")}
     return found

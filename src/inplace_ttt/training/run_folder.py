@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import MISSING
 
-from inplace_ttt.config import Config, OnResume, UserError, schema_keys
+from inplace_ttt.config import SOURCE_LISTS, Config, OnResume, UserError, schema_keys
 from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
 from inplace_ttt.hf.companions import keep_companions
@@ -154,7 +154,7 @@ class RunFolder:
             if key not in known and was[key] in (MISSING, None):
                 continue  # a damaged file that does not say it
             if KEYS[key].on_resume is OnResume.REFUSED:
-                if key == "data.sources" and _weights(was[key]) == _weights(value):
+                if key in SOURCE_LISTS and _weights(was[key]) == _weights(value):
                     continue  # a source is its content, wherever it lies
                 raise UserError(
                     f"{key}={value}, but the run in run.dir='{self.path}' was begun with {was[key]}: "
@@ -178,14 +178,14 @@ class RunFolder:
         if progress.data is None:
             notes = ["the run's data are known by their content from now on"] if self.identity else []
             return progress.packing, notes
-        for number, (was, here) in enumerate(zip(progress.data, self.identity, strict=False)):
+        named = [(key, one.path) for key in SOURCE_LISTS for one in getattr(config.data, key.removeprefix("data."))]
+        for (key, path), was, here in zip(named, progress.data, self.identity, strict=False):
             if was != here:
-                keys = ("tokenizer", "documents", "tokens", "digest")
-                what = next(key for key in keys if was.get(key) != here[key])
+                facts = ("tokenizer", "documents", "tokens", "digest")
+                what = next(fact for fact in facts if was.get(fact) != here[fact])
                 raise UserError(
-                    f"data.sources: '{config.data.sources[number].path}' is not what the run in {place} was begun with "
-                    f"({what} {was.get(what)} then, {here[what]} now): name the data it was begun with, or use another "
-                    f"run.dir"
+                    f"{key}: '{path}' is not what the run in {place} was begun with ({what} {was.get(what)} then, "
+                    f"{here[what]} now): name the data it was begun with, or use another run.dir"
                 )
         return progress.packing, []
 

@@ -18,6 +18,13 @@ from inplace_ttt.data.batch import MicroBatch
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.megatron.model import TTTGPTModel
 
+Pairs = tuple[tuple[float, float], ...]
+
+
+def _added(some: Pairs, others: Pairs) -> Pairs:
+    pairs = itertools.zip_longest(some, others, fillvalue=(0.0, 0.0))
+    return tuple((loss + more_loss, tokens + more_tokens) for (loss, tokens), (more_loss, more_tokens) in pairs)
+
 
 @dataclass
 class Totals:
@@ -26,15 +33,16 @@ class Totals:
     loss: float = 0.0
     tokens: float = 0.0
     correct: float = 0.0  # predicted right; counted in evaluation only
-    by_position: tuple[tuple[float, float], ...] = ()  # (loss, tokens) of each range, if any was asked for
+    by_position: Pairs = ()  # (loss, tokens) of each range, if any was asked for
+    by_source: Pairs = ()  # (loss, tokens) of each source of the data, likewise
 
     def __add__(self, other: "Totals") -> "Totals":
-        pairs = itertools.zip_longest(self.by_position, other.by_position, fillvalue=(0.0, 0.0))
         return Totals(
             self.loss + other.loss,
             self.tokens + other.tokens,
             self.correct + other.correct,
-            tuple((loss + more_loss, tokens + more_tokens) for (loss, tokens), (more_loss, more_tokens) in pairs),
+            _added(self.by_position, other.by_position),
+            _added(self.by_source, other.by_source),
         )
 
     @property
@@ -65,16 +73,18 @@ class Stepper:
         count: int,
         ranges: PositionRanges | None = None,
         *,
+        sources: int = 0,
         fast_weights: bool = True,
     ) -> Totals:
         """Return loss and right predictions, without gradients.
 
         Args:
             ranges: of positions whose loss is summed apart.
+            sources: number of the data's sources whose loss is summed apart; 0: of none.
             fast_weights: False switches them off, so that TTT layers are plain MLPs.
         """
         with self._evaluating(fast_weights):
-            return self._forward(batches, count, forward_only=True, ranges=ranges)
+            return self._forward(batches, count, forward_only=True, ranges=ranges, sources=sources)
 
     def sums_of_each(
         self, batches: Sequence[MicroBatch], ranges: Sequence[PositionRanges], *, fast_weights: bool = True
@@ -109,11 +119,16 @@ class Stepper:
         self.model.train(was_training)
 
     def _run(
-        self, batches: Iterator[MicroBatch], count: int, ranges: Iterator[PositionRanges | None], forward_only: bool
+        self,
+        batches: Iterator[MicroBatch],
+        count: int,
+        ranges: Iterator[PositionRanges | None],
+        forward_only: bool,
+        sources: int = 0,
     ) -> list[dict[str, Tensor]]:
         """Return what the last pipeline stage reports of each micro batch; on others nothing."""
         return self.run(
-            forward_step_func=partial(_forward_step, ranges=ranges),
+            forward_step_func=partial(_forward_step, ranges=ranges, sources=sources),
             data_iterator=batches,
             model=[self.model],
             num_microbatches=count,
@@ -127,16 +142,23 @@ class Stepper:
             dist.broadcast(sums, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
 
     def _forward(
-        self, batches: Iterator[MicroBatch], count: int, forward_only: bool, ranges: PositionRanges | None = None
+        self,
+        batches: Iterator[MicroBatch],
+        count: int,
+        forward_only: bool,
+        ranges: PositionRanges | None = None,
+        sources: int = 0,
     ) -> Totals:
-        reports = self._run(batches, count, itertools.repeat(ranges), forward_only)
-        sums = torch.zeros(3 + 2 * (len(ranges) if ranges else 0), dtype=torch.float64, device=self.device)
+        reports = self._run(batches, count, itertools.repeat(ranges), forward_only, sources)
+        positions = len(ranges) if ranges else 0
+        sums = torch.zeros(3 + 2 * (positions + sources), dtype=torch.float64, device=self.device)
         for report in reports:
             sums += report["sums"]
         dist.all_reduce(sums, group=self.groups.dp_cp)
         self._tell_stages(sums)
-        loss, tokens, correct, *by_position = sums.tolist()
-        return Totals(loss, tokens, correct, tuple(itertools.batched(by_position, 2)))
+        loss, tokens, correct, *rest = sums.tolist()
+        pairs = tuple(itertools.batched(rest, 2))
+        return Totals(loss, tokens, correct, pairs[:positions], pairs[positions:])
 
     def _shapes(self) -> dict:
         """Return the shape that pipeline stages send: Megatron divides the length by the ranks that split it."""
@@ -156,27 +178,30 @@ def unwrap(model) -> TTTGPTModel:
     return model
 
 
-def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[PositionRanges | None]):
+def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[PositionRanges | None], sources: int):
     batch = next(batches)
     out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
-    return out, partial(_sums, batch.loss_mask, batch.position_ids, next(ranges))
+    return out, partial(_sums, batch, next(ranges), sources)
 
 
 def _sums(
-    mask: Tensor, positions: Tensor, ranges: PositionRanges | None, out: Tensor
+    batch: MicroBatch, ranges: PositionRanges | None, sources: int, out: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return what Megatron asks of a loss: the sum over tokens, their number, and what to report.
 
     Tokens that do not count are left out by selection, not by a product: their loss may be anything.
     """
     losses, correct = out
-    counts = mask > 0
+    counts = batch.loss_mask > 0
     total = torch.where(counts, losses, 0.0).sum()
     tokens = counts.sum()
     right = torch.where(counts, correct, 0.0).sum()
     sums = torch.stack([total.detach().double(), tokens.double(), right.double()])
     if ranges is not None:
-        sums = torch.cat([sums, ranges.sums(positions, losses.detach(), counts).flatten()])
+        sums = torch.cat([sums, ranges.sums(batch.position_ids, losses.detach(), counts).flatten()])
+    for number in range(sources):
+        own = counts & (batch.sources == number)
+        sums = torch.cat([sums, torch.stack([losses.detach()[own].double().sum(), own.sum().double()])])
     return total, tokens.int(), {"sums": sums}
 
 
