@@ -4,6 +4,11 @@ python launch/prepare_data.py --output data/mine --tokenizer Qwen/Qwen3-4B-Base 
 python launch/prepare_data.py --output data/web --tokenizer DIR --dataset HuggingFaceFW/fineweb-edu --split train
 python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048
 
+Conversations (rows of messages, or of a prompt and its completion) become text by the tokenizer's chat template, and
+their answers alone count in the loss:
+
+python launch/prepare_data.py --output data/chats --tokenizer Qwen/Qwen3-4B --supervised chats.jsonl
+
 Documents that cannot be used (cut off, no text in them, another encoding) are left out, counted, and the first ten
 named. Stopped, the same command goes on; parts that are done stay done when a file is mended.
 """
@@ -43,6 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--split", default="train", help="of the dataset (train)")
     source.add_argument("--python-packages", action="store_true", help="the sources of the installed Python packages")
     source.add_argument("--max-megabytes", type=float, default=32.0, help="of --python-packages (32)")
+    source.add_argument(
+        "--supervised",
+        action="store_true",
+        help="rows hold conversations (messages, or prompt and completion), of which the answers alone count",
+    )
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--tokenizer", metavar="NAME", help="folder or Hugging Face name")
     tokens.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE entries")
@@ -84,6 +94,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-megabytes {arguments.max_megabytes}: use a number above 0")
     if not Path(arguments.output).name or arguments.output.endswith("/"):
         raise UserError(f"--output '{arguments.output}' is a folder: name a prefix in it, such as data/mine")
+    if arguments.supervised and (arguments.python_packages or arguments.train_tokenizer is not None):
+        raise UserError("--supervised needs rows of conversations, and a --tokenizer with a chat template")
+    if arguments.supervised and arguments.text_key != "text":
+        raise UserError(f"--text-key {arguments.text_key} names a field of text, which --supervised does not read")
     if not arguments.text_key:
         raise UserError("--text-key '' is empty: name the key or column that holds the text")
     for option, value in (("--dataset-config", arguments.dataset_config), ("--split", arguments.split)):
@@ -103,16 +117,18 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         return
 
     from inplace_ttt.data import documents, prepare
+    from inplace_ttt.data.conversations import Conversations
     from inplace_ttt.data.tokenizer import begins_texts, load_tokenizer, train_tokenizer
 
     report = documents.Report(strict=arguments.strict)
+    field = Conversations() if arguments.supervised else arguments.text_key
     total = None
     if arguments.dataset:
         settings = dict(dataset=arguments.dataset, config=arguments.dataset_config, split=arguments.split)
 
         def read(report):
             return documents.read_hub_dataset(
-                arguments.dataset, arguments.dataset_config, arguments.split, arguments.text_key, report
+                arguments.dataset, arguments.dataset_config, arguments.split, field, report
             )
     elif arguments.python_packages:
         settings = dict(python_packages=arguments.max_megabytes)
@@ -129,7 +145,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
             total = sum(f.stat().st_size for f in files)
 
         def read(report):
-            return documents.read_documents(files, arguments.text_key, report, arguments.format)
+            return documents.read_documents(files, field, report, arguments.format)
 
     if arguments.tokenizer:
         tokenizer = load_tokenizer(arguments.tokenizer)
@@ -141,6 +157,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         begin=begins_texts(tokenizer) if arguments.bos is None else arguments.bos,
         end=not arguments.no_eos,
         special_tokens=arguments.special_tokens,
+        supervised=arguments.supervised,
     )
     with Progress(
         TextColumn("tokenizing"),
@@ -171,6 +188,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
                 progress=progress,
                 options=options,
                 overwrite=arguments.overwrite,
+                leave_out=report.leave_out,
             )
         except UserError as error:
             if report.places and "no text" in str(error):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from inplace_ttt.config import Config, Source, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.identity import check_tokens, identity
-from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_indexed, split_documents
+from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_answers, open_indexed, split_documents
 from inplace_ttt.data.prepare import Description, read_description
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
@@ -30,6 +30,7 @@ class Corpus:
     indexed: IndexedDataset
     described: Description | None
     identity: dict  # see identity.py
+    answers: IndexedDataset | None  # which tokens count in the loss; None: all
 
     @classmethod
     def open(cls, path: str, key: str) -> "Corpus":
@@ -37,7 +38,8 @@ class Corpus:
         prefix = os.path.expanduser(path)
         indexed, described = open_indexed(prefix, key), read_description(prefix)
         mark = described.tokenizer_fingerprint if described else None
-        return cls(prefix, indexed, described, identity(prefix, indexed, mark))
+        answers = open_answers(prefix, indexed) if described and described.supervised else None
+        return cls(prefix, indexed, described, identity(prefix, indexed, mark, answers is not None), answers)
 
 
 @dataclass
@@ -113,11 +115,13 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
     training, held_out = [], []
     for number, one in enumerate(corpora.sources):
         kept, validation = split_documents(one.indexed, fraction, one.prefix)
+        common["answers"] = one.answers
         training.append(PackedDocuments(one.indexed, kept, seed=train.seed + 7919 * number, **common))
         if len(validation):
             held_out.append(PackedDocuments(one.indexed, validation, seed=0, shuffle=False, **common))
     for one in corpora.validation:
         everything, _ = split_documents(one.indexed, 0.0, one.prefix)
+        common["answers"] = one.answers
         held_out.append(PackedDocuments(one.indexed, everything, seed=0, shuffle=False, **common))
     weights = [source.weight for source in data.sources]
     samples = train.steps * train.global_batch_size

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import zstandard
 
@@ -31,9 +32,20 @@ FORMATS = {
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
 }
 COMPRESSIONS = (".zst", ".gz")
+WRITTEN = ("bin", "idx", "json", "answers.bin", "answers.idx", "tokenizer", "parts", "checked")  # of an output
 NAMED = 10  # places of what was left out that are named
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)
+
+
+class Field(Protocol):
+    """Take a document out of a row of JSON or Parquet."""
+
+    def columns(self, names: list[str]) -> list[str] | None:
+        """Return the columns of a table that it reads; None where there are none."""
+
+    def take(self, row, place: str, report: "Report") -> str | None:
+        """Return the document of a row; None where it has none that can be used, which the report counts."""
 
 
 @dataclass
@@ -126,24 +138,25 @@ def format_of(path: Path) -> str:
 
 
 def read_documents(
-    files: list[Path], text_key: str, report: Report | None = None, file_format: str | None = None
+    files: list[Path], field: str | Field, report: Report | None = None, file_format: str | None = None
 ) -> Iterator[str]:
     """Yield the documents of all files in order: one a line of .jsonl, one a row of .parquet, else one a file.
 
-    ``report`` counts what is left out. ``file_format``: of files whose endings do not say it.
+    ``field``: of rows, by its name if it is text. ``report`` counts what is left out. ``file_format``: of files whose
+    endings do not say it.
     """
-    report = report or Report(strict=True)
+    report, field = report or Report(strict=True), _as_field(field)
     readers = dict(parquet=_read_parquet, jsonl=_read_json_lines, json=_read_json, text=_read_text)
     for path in files:
         read = readers[file_format or format_of(path)]
         try:
-            yield from read(path, text_key, report)
+            yield from read(path, field, report)
         except _UNREADABLE as error:
             report.leave_out(f"file '{path}'", f"cannot be read ({one_line(error)}): mend or remove it")
 
 
 def read_hub_dataset(
-    name: str, config: str | None, split: str, text_key: str, report: Report | None = None
+    name: str, config: str | None, split: str, field: str | Field, report: Report | None = None
 ) -> Iterator[str]:
     """Yield the documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a
     folder that its ``save_to_disk`` wrote."""
@@ -151,7 +164,7 @@ def read_hub_dataset(
 
     from inplace_ttt.hub import hub_is_reached
 
-    report = report or Report(strict=True)
+    report, field = report or Report(strict=True), _as_field(field)
     folder = user_path(name)
     if not folder.exists() and not hub_is_reached():
         raise UserError(f"dataset '{name}' is no folder, and the hub is out of reach: give files, or mend the network")
@@ -164,7 +177,7 @@ def read_hub_dataset(
         else:
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, row in enumerate(rows):
-            text = _text(row, text_key, f"dataset '{name}', row {number}", report)
+            text = field.take(row, f"dataset '{name}', row {number}", report)
             if text is not None:
                 yield text
     except UserError:
@@ -208,7 +221,7 @@ def _belongs_to(path: Path, output: Path | None) -> bool:
     """Tell whether a file is one that prepare_data writes for this output, or lies in a folder of it."""
     if output is None:
         return False
-    written = {Path(f"{output}.{end}").resolve() for end in ("bin", "idx", "json", "tokenizer", "parts", "checked")}
+    written = {Path(f"{output}.{end}").resolve() for end in WRITTEN}
     here = path.resolve()
     return not written.isdisjoint((here, *here.parents))
 
@@ -226,7 +239,10 @@ def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if suffix == ".gz" else path.open("rb")
 
 
-def _read_text(path: Path, text_key: str, report: Report) -> Iterator[str]:
+def _read_text(path: Path, field: Field, report: Report) -> Iterator[str]:
+    if not isinstance(field, TextField):
+        report.leave_out(f"file '{path}'", "is text, where there should be rows: use .jsonl, .json or .parquet")
+        return
     with _open(path) as stream:
         text = _decoded(stream.read())
     text = report.checked(text, f"file '{path}'")
@@ -240,7 +256,7 @@ def _decoded(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_json_lines(path: Path, text_key: str, report: Report) -> Iterator[str]:
+def _read_json_lines(path: Path, field: Field, report: Report) -> Iterator[str]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -253,12 +269,12 @@ def _read_json_lines(path: Path, text_key: str, report: Report) -> Iterator[str]
             except (ValueError, RecursionError) as error:
                 report.leave_out(place, f"is not JSON ({_json_fault(error)}); one object a line is needed")
                 continue
-            text = _text(row, text_key, place, report)
+            text = field.take(row, place, report)
             if text is not None:
                 yield text
 
 
-def _read_json(path: Path, text_key: str, report: Report) -> Iterator[str]:
+def _read_json(path: Path, field: Field, report: Report) -> Iterator[str]:
     """Yield one object or a list of them; a file with an object a line is read as such."""
     with _open(path) as stream:
         content = stream.read()
@@ -268,11 +284,11 @@ def _read_json(path: Path, text_key: str, report: Report) -> Iterator[str]:
         report.leave_out(f"file '{path}'", f"is not JSON ({_json_fault(error)})")
         return
     except ValueError:
-        yield from _read_json_lines(path, text_key, report)
+        yield from _read_json_lines(path, field, report)
         return
     listed = isinstance(rows, list)
     for number, row in enumerate(rows if listed else [rows], start=1):
-        text = _text(row, text_key, f"{path}, element {number}" if listed else str(path), report)
+        text = field.take(row, f"{path}, element {number}" if listed else str(path), report)
         if text is not None:
             yield text
 
@@ -287,7 +303,7 @@ def _json_fault(error: Exception) -> str:
     return "a number has too many digits" if "digits" in str(error) else one_line(error)
 
 
-def _read_parquet(path: Path, text_key: str, report: Report) -> Iterator[str]:
+def _read_parquet(path: Path, field: Field, report: Report) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -297,22 +313,27 @@ def _read_parquet(path: Path, text_key: str, report: Report) -> Iterator[str]:
     except (pa.ArrowException, OSError, ValueError) as error:
         report.leave_out(f"file '{path}'", f"is not a readable Parquet file ({one_line(error)}); remove or replace it")
         return
-    if schema.names.count(text_key) > 1:
-        report.leave_out(f"'{path}'", f"has {schema.names.count(text_key)} columns '{text_key}': give them other names")
+    columns = field.columns(schema.names)
+    if columns is None:
+        hint = "--text-key takes one of" if isinstance(field, TextField) else "there is"
+        report.leave_out(f"'{path}'", f"has no column {field}; {hint} {schema.names}")
         return
-    if text_key not in schema.names:
-        report.leave_out(f"'{path}'", f"has no column '{text_key}'; --text-key takes one of {schema.names}")
+    doubled = next((name for name in columns if schema.names.count(name) > 1), None)
+    if doubled is not None:
+        report.leave_out(f"'{path}'", f"has {schema.names.count(doubled)} columns '{doubled}': give them other names")
         return
-    kind = schema.field(text_key).type
+    kind = schema.field(columns[0]).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        report.leave_out(f"'{path}'", f"has {kind} in its column '{text_key}', where there should be strings")
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if isinstance(field, TextField) and not is_text:
+        report.leave_out(f"'{path}'", f"has {kind} in its column {field}, where there should be strings")
         return
     number = 0
     try:
-        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-            for value in batch.column(0):
-                text = _text({text_key: _value(value)}, text_key, f"{path}, row {number}", report)
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
+                row = dict(zip(columns, map(_value, values), strict=True))
+                text = field.take(row, f"{path}, row {number}", report)
                 number += 1
                 if text is not None:
                     yield text
@@ -327,17 +348,34 @@ def _value(value):
         return b""  # no string: it is left out
 
 
-def _text(row, text_key: str, place: str, report: Report) -> str | None:
-    """Return the text of a row, or None where it has none that can be used, which the report counts."""
-    if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-        if isinstance(row, dict) and text_key in row:
-            if row[text_key] is None:
-                report.empty += 1
-                return None
-            kind = type(row[text_key]).__name__
-            report.leave_out(place, f"has {kind} under '{text_key}', where there should be text")
-        else:
+@dataclass(frozen=True)
+class TextField:
+    """A field or column that holds the text of a document."""
+
+    key: str
+
+    def columns(self, names: list[str]) -> list[str] | None:
+        """Return the column in a list, if it is there."""
+        return [self.key] if self.key in names else None
+
+    def take(self, row, place: str, report: Report) -> str | None:
+        """Return the text of a row; None where it has none that can be used, which the report counts."""
+        if not isinstance(row, dict) or self.key not in row:
             keys = ", ".join(map(str, list(row)[:20])) if isinstance(row, dict) else type(row).__name__
-            report.leave_out(place, f"has no text under '{text_key}'; --text-key names the field (there is: {keys})")
-        return None
-    return report.checked(row[text_key], place)
+            report.leave_out(place, f"has no text under {self}; --text-key names the field (there is: {keys})")
+            return None
+        value = row[self.key]
+        if value is None:
+            report.empty += 1
+            return None
+        if not isinstance(value, str):
+            report.leave_out(place, f"has {type(value).__name__} under {self}, where there should be text")
+            return None
+        return report.checked(value, place)
+
+    def __str__(self) -> str:
+        return f"'{self.key}'"
+
+
+def _as_field(field: str | Field) -> Field:
+    return TextField(field) if isinstance(field, str) else field

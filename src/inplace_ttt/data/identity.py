@@ -15,18 +15,19 @@ BLOCK = 1 << 24  # bytes read at a time
 PROBES, PROBE = 64, 4096  # places in the tokens that the digest looks at, and bytes at each
 
 
-def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None) -> dict:
-    """Return documents, tokens, tokenizer and a digest of a corpus: of its whole index, and of its tokens at places
-    that are spread over it."""
+def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None, supervised: bool = False) -> dict:
+    """Return documents, tokens, tokenizer and a digest of a corpus: of its whole index, and of its tokens (and of which
+    of them count, if it is ``supervised``) at places that are spread over it."""
     digest = xxhash.xxh3_128()
     with open(f"{prefix}.idx", "rb") as index:
         while block := index.read(BLOCK):
             digest.update(block)
-    with open(f"{prefix}.bin", "rb") as tokens:
-        size = os.fstat(tokens.fileno()).st_size
-        for place in sorted({size * number // PROBES for number in range(PROBES)}):
-            tokens.seek(place)
-            digest.update(tokens.read(PROBE))
+    for path in (f"{prefix}.bin", f"{prefix}.answers.bin")[: 1 + supervised]:
+        with open(path, "rb") as tokens:
+            size = os.fstat(tokens.fileno()).st_size
+            for place in sorted({size * number // PROBES for number in range(PROBES)}):
+                tokens.seek(place)
+                digest.update(tokens.read(PROBE))
     return dict(
         documents=len(indexed.sequence_lengths),
         tokens=int(indexed.sequence_lengths.sum(dtype=np.int64)),

@@ -27,6 +27,7 @@ from inplace_ttt.megatron.indexed import DType, IndexedDataset
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, kind of numbers, sequences, documents
 
 PACKING = 2  # the version of the order of samples
+ANSWERS = "answers"  # PREFIX.answers.bin and .idx say which tokens count in the loss
 
 
 class PackedDocuments:
@@ -43,12 +44,14 @@ class PackedDocuments:
         seed: int,
         shuffle: bool = True,
         packing: int = PACKING,
+        answers: IndexedDataset | None = None,
     ):
         """Use the documents with these numbers of a file.
 
         ``align``: documents start at multiples of so many tokens. ``reset``: samples know their documents; without it
-        a sample is one document, and nothing is aligned. ``packing``: the version of the order of samples."""
-        self.indexed, self.documents, self.packing = indexed, documents, packing
+        a sample is one document, and nothing is aligned. ``packing``: the version of the order of samples. ``answers``:
+        which tokens count in the loss; None: all."""
+        self.indexed, self.documents, self.packing, self.answers = indexed, documents, packing, answers
         self.seq_length, self.reset, self.seed, self.shuffle = seq_length, reset, seed, shuffle
         # the last token of a document is only ever a label
         self.lengths = indexed.sequence_lengths[documents].astype(np.int64) - 1
@@ -87,6 +90,8 @@ class PackedDocuments:
                 at = slice(left - first, left - first + real)
                 text = self.indexed.get(int(self.documents[which]), offset=inside, length=real + 1).astype(np.int64)
                 tokens[at], labels[at], mask[at] = text[:-1], text[1:], 1.0
+                if self.answers is not None:  # of the labels
+                    mask[at] = self.answers.get(int(self.documents[which]), offset=inside + 1, length=real) != 0
             bounds.append(left - first)
             place += 1
         if end - first < s:
@@ -144,6 +149,15 @@ def open_indexed(prefix: str, key: str = "data.sources") -> IndexedDataset:
             f"'{prefix}.bin' has {size} bytes where its index needs {needed}: it is cut off; prepare it again"
         )
     return indexed
+
+
+def open_answers(prefix: str, indexed: IndexedDataset) -> IndexedDataset:
+    """Open what says which tokens of a file pair count in the loss. Raises UserError where it is not there, or of
+    other tokens."""
+    answers = open_indexed(f"{prefix}.{ANSWERS}", f"'{prefix}.json', which says supervised,")
+    if not np.array_equal(answers.sequence_lengths, indexed.sequence_lengths):
+        raise UserError(f"'{prefix}.{ANSWERS}.idx' is not of the tokens in '{prefix}.bin': prepare the data again")
+    return answers
 
 
 def _header_fault(path: str) -> str | None:

@@ -3,7 +3,8 @@
 Documents are read in order and dealt out in parts of some megabytes. Each part is tokenized and written by a worker
 under a name of its own; what has its final name is whole, and known by the text that it is of. A second run uses the
 parts whose text is the same. At the end the parts are joined into PREFIX.bin and PREFIX.idx, beside PREFIX.json, which
-says what they are, and PREFIX.tokenizer/, what they were made with.
+says what they are, and PREFIX.tokenizer/, what they were made with. Of conversations PREFIX.answers.bin and .idx say in
+the same format, with a number for each token, which tokens count in the loss.
 """
 
 import multiprocessing
@@ -18,6 +19,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
+from inplace_ttt.data.conversations import Encoder
+from inplace_ttt.data.packed import ANSWERS
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.lock import lock_beside
@@ -25,7 +28,7 @@ from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
 
 PART_BYTES = 4_000_000  # of text
 MARK = ".inplace_ttt_parts"  # in a folder of parts, or of a tokenizer, that is ours
-ENDINGS = ("bin", "idx", "json")
+ENDINGS = ("bin", "idx", "json", f"{ANSWERS}.bin", f"{ANSWERS}.idx")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Options:
     begin: bool = False  # the tokenizer's begin-of-text token before each document
     end: bool = True  # its end-of-text token after each
     special_tokens: str = "text"  # text: as any other characters; control: as the tokens that they name
+    supervised: bool = False  # documents are conversations (conversations.py), of which answers alone count
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Description:
     begin: bool = False
     end: bool = True
     special_tokens: str = "control"  # as it was before there was a choice
+    supervised: bool = False
 
 
 def read_description(prefix: str) -> Description | None:
@@ -78,13 +83,15 @@ def prepare(
     progress: Callable[[int, int, int], None],
     options: Options = Options(),
     overwrite: bool = False,
+    leave_out: Callable[[str, str], None] = lambda place, why: None,
 ) -> Description:
     """Write PREFIX.bin, .idx, .json and .tokenizer/.
 
     ``settings`` is what the result depends on besides text, tokenizer and options: where it equals that of a run that
     was stopped, that run's parts are used. ``progress(documents, bytes, tokens)`` is called after each part with what
-    it adds. Raises UserError where another process writes there, where there is something that would be overwritten,
-    or where nothing is left to write.
+    it adds, ``leave_out(place, why)`` for each conversation that the chat template does not take. Raises UserError
+    where another process writes there, where there is something that would be overwritten, or where nothing is left to
+    write.
     """
     _check_options(tokenizer, options)
     parts = Path(f"{prefix}.parts")
@@ -97,8 +104,10 @@ def prepare(
         counts, names = [0, 0], []
         context = multiprocessing.get_context("forkserver")
         with context.Pool(workers, _start_worker, (str(parts / "tokenizer"), str(parts), options)) as pool:
-            for name, size, n_documents, n_tokens in _bounded(pool, _write_part, _deal(documents), 2 * workers):
+            for name, size, n_documents, n_tokens, bad in _bounded(pool, _write_part, _deal(documents), 2 * workers):
                 names.append(name)
+                for place, why in bad:
+                    leave_out(place, why)
                 counts[0] += n_documents
                 counts[1] += n_tokens
                 progress(n_documents, size, n_tokens)
@@ -140,6 +149,8 @@ def _check_options(tokenizer: PreTrainedTokenizerBase, options: Options) -> None
         )
     if options.begin and tokenizer.bos_token_id is None:
         raise UserError(f"tokenizer '{name}' has no begin-of-text token (bos_token): leave --bos out")
+    if options.supervised:
+        _encoder(tokenizer, options)
 
 
 def _open_parts(parts: Path, settings: dict) -> None:
@@ -201,6 +212,22 @@ def _start_worker(tokenizer_path: str, parts: str, options: Options) -> None:
     _worker.update(tokenizer=load_tokenizer(tokenizer_path), parts=Path(parts), options=options)
 
 
+def _encoder(tokenizer: PreTrainedTokenizerBase, options: Options) -> Encoder:
+    return Encoder(tokenizer, begin=options.begin, end=options.end, control=options.special_tokens == "control")
+
+
+def _encode_conversations(texts: list[str], bad: list[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield tokens, and which of them count; note those that cannot be encoded."""
+    encoder = _encoder(_worker["tokenizer"], _worker["options"])
+    for text in texts:
+        try:
+            found = encoder.encode(text)
+        except ValueError as error:
+            bad.append((f"the conversation {text[:60]!r}...", str(error)))
+            continue
+        yield found.tokens, found.counts
+
+
 def _encode(texts: list[str]) -> Iterator[np.ndarray]:
     tokenizer, options = _worker["tokenizer"], _worker["options"]
     begin = [tokenizer.bos_token_id] if options.begin else []
@@ -211,7 +238,7 @@ def _encode(texts: list[str]) -> Iterator[np.ndarray]:
         yield np.asarray(begin + ids + end)
 
 
-def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int]:
+def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int, list[tuple[str, str]]]:
     number, texts = item
     name, parts = f"{number:06d}", _worker["parts"]
     digest, size = xxhash.xxh3_128(), 0
@@ -223,33 +250,46 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int]:
     try:
         counts = read_json(done)
         if counts["digest"] == digest.hexdigest():
-            return name, size, counts["documents"], counts["tokens"]
+            return name, size, counts["documents"], counts["tokens"], [tuple(one) for one in counts.get("bad", [])]
     except (UserError, KeyError):
         pass
     done.unlink(missing_ok=True)
     dtype = DType.optimal_dtype(entries_of(_worker["tokenizer"]))
-    builder = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype)
-    n_documents = n_tokens = 0
-    for ids in _encode(texts):
+    builder, answers = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype), None
+    n_documents, n_tokens, bad = 0, 0, []
+    if _worker["options"].supervised:
+        answers = IndexedDatasetBuilder(str(parts / f"{name}.{ANSWERS}.bin"), dtype=np.uint8)
+        encoded = _encode_conversations(texts, bad)
+    else:
+        encoded = ((ids, None) for ids in _encode(texts))
+    for ids, counts in encoded:
         builder.add_document(ids, [len(ids)])
+        if answers is not None:
+            answers.add_document(counts, [len(ids)])
         n_documents += 1
         n_tokens += len(ids)
     builder.finalize(str(parts / f"{name}.idx"))
-    write_json(done, dict(documents=n_documents, tokens=n_tokens, digest=digest.hexdigest()))
-    return name, size, n_documents, n_tokens
+    if answers is not None:
+        answers.finalize(str(parts / f"{name}.{ANSWERS}.idx"))
+    write_json(done, dict(documents=n_documents, tokens=n_tokens, digest=digest.hexdigest(), bad=bad))
+    return name, size, n_documents, n_tokens, bad
 
 
 def _join(prefix: str, parts: list[Path], description: Description) -> None:
     """Join the parts; all files get their names at the end, the description last."""
-    folder = parts[0].parent
-    builder = IndexedDatasetBuilder(str(folder / "whole.bin"), dtype=DType.optimal_dtype(description.vocab_size))
-    for part in parts:
-        builder.add_index(str(part))
-    builder.finalize(str(folder / "whole.idx"))
-    Path(f"{prefix}.json").unlink(missing_ok=True)
-    Path(f"{prefix}.checked").unlink(missing_ok=True)
+    folder, kinds = parts[0].parent, {"": DType.optimal_dtype(description.vocab_size)}
+    if description.supervised:
+        kinds[f".{ANSWERS}"] = np.uint8
+    for kind, dtype in kinds.items():
+        builder = IndexedDatasetBuilder(str(folder / f"whole{kind}.bin"), dtype=dtype)
+        for part in parts:
+            builder.add_index(f"{part}{kind}")
+        builder.finalize(str(folder / f"whole{kind}.idx"))
+    for ending in ("json", "checked", f"{ANSWERS}.bin", f"{ANSWERS}.idx"):
+        Path(f"{prefix}.{ending}").unlink(missing_ok=True)
     shutil.rmtree(f"{prefix}.tokenizer", ignore_errors=True)
     os.replace(folder / "tokenizer", f"{prefix}.tokenizer")
-    for ending in ("bin", "idx"):
-        os.replace(folder / f"whole.{ending}", f"{prefix}.{ending}")
+    for kind in kinds:
+        for ending in ("bin", "idx"):
+            os.replace(folder / f"whole{kind}.{ending}", f"{prefix}{kind}.{ending}")
     write_json(Path(f"{prefix}.json"), asdict(description))

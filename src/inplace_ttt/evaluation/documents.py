@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import Config, UserError
 from inplace_ttt.data.documents import Report, find_files, read_documents
-from inplace_ttt.data.packed import open_indexed, split_documents
+from inplace_ttt.data.packed import open_answers, open_indexed, split_documents
 from inplace_ttt.data.prepare import read_description
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall
 from inplace_ttt.data.tokenizer import fingerprint
@@ -64,14 +64,16 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
             raise UserError(f"--length {selection.length}: the samples of '{run}' have {data.seq_length} tokens")
         return Chosen([_recall(config, number).cut(selection.length) for number in range(selection.count)],
                       f"held-out samples of {run.name}", None)  # fmt: skip
-    texts, known = [], []
+    texts: list[Place] = []
+    known = []
     for source in data.validation or data.sources:
         prefix = _prefix(source.path, run)
         indexed = open_indexed(prefix, "data.validation" if data.validation else "data.sources")
         everything, numbers = split_documents(indexed, 0.0 if data.validation else data.validation_fraction, prefix)
         numbers = everything if data.validation else numbers
-        texts += [(indexed, int(number)) for number in numbers]
         described = read_description(prefix)
+        answers = open_answers(prefix, indexed) if described and described.supervised else None
+        texts += [(indexed, int(number), answers) for number in numbers]
         known.append(described.tokenizer_fingerprint if described else None)
     if not texts:
         raise UserError(f"'{run}' holds no document out (data.validation_fraction): name some with --documents")
@@ -82,7 +84,8 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
 def of_corpus(prefix: str, selection: Selection) -> Chosen:
     """Return documents of a prepared corpus, by the prefix of its files."""
     indexed, described = open_indexed(prefix), read_description(prefix)
-    texts = [(indexed, number) for number in range(len(indexed.sequence_lengths))]
+    answers = open_answers(prefix, indexed) if described and described.supervised else None
+    texts = [(indexed, number, answers) for number in range(len(indexed.sequence_lengths))]
     known = described.tokenizer_fingerprint if described else None
     return Chosen(_choose(texts, selection, f"'{prefix}'"), f"documents of {prefix}", known)
 
@@ -120,9 +123,13 @@ def _prefix(path: str, run: Path) -> str:
     return next((place for place in places if is_corpus(place)), path)
 
 
-def _choose(texts: list[tuple[IndexedDataset, int]], selection: Selection, where: str) -> list[Document]:
+# A corpus, the number of a document in it, and which tokens of the corpus count
+Place = tuple[IndexedDataset, int, IndexedDataset | None]
+
+
+def _choose(texts: list[Place], selection: Selection, where: str) -> list[Document]:
     """Return documents that are long enough, in an order that the seed decides."""
-    lengths = [int(indexed.sequence_lengths[number]) for indexed, number in texts]
+    lengths = [int(indexed.sequence_lengths[number]) for indexed, number, _ in texts]
     order = np.random.default_rng(selection.seed).permutation(len(texts))
     chosen = [texts[place] for place in order if lengths[place] > selection.at_least][: selection.count]
     if not chosen:
@@ -130,10 +137,11 @@ def _choose(texts: list[tuple[IndexedDataset, int]], selection: Selection, where
     return list(_read(chosen, selection.length))
 
 
-def _read(chosen: list[tuple[IndexedDataset, int]], length: int) -> Iterator[Document]:
-    for indexed, number in chosen:
+def _read(chosen: list[Place], length: int) -> Iterator[Document]:
+    for indexed, number, answers in chosen:
         size = min(int(indexed.sequence_lengths[number]), length + 1)
-        yield Document(indexed.get(number, offset=0, length=size).astype(np.int64))
+        counts = None if answers is None else answers.get(number, offset=1, length=size - 1) != 0
+        yield Document(indexed.get(number, offset=0, length=size).astype(np.int64), counts)
 
 
 def _too_short(where: str, selection: Selection, longest: int) -> UserError:
