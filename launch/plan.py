@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--gpus", type=int, help="how many (what parallel=8xh100 says, else as many of 8 as it can use)"
     )
+    parser.add_argument("--config-dir", metavar="DIR", help="your own recipes, as DIR/recipe/NAME.yaml")
     parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (likewise, else H100)")
     arguments = parser.parse_intermixed_args()
     for override in arguments.overrides:
@@ -41,7 +42,7 @@ def main() -> int:
     arguments = parse_arguments()
     from inplace_ttt import estimate
     from inplace_ttt.config import UserError
-    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
     from inplace_ttt.validation import validate
 
     try:
@@ -49,7 +50,9 @@ def main() -> int:
             raise UserError(f"--gpus {arguments.gpus}: use 1 to {2**20:,}")
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
-        config = to_config(compose_config(arguments.overrides, ROOT / "recipes"))
+        own = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
+        overrides, recipes = split_config_dir([*arguments.overrides, *own], ROOT / "recipes")
+        config = to_config(compose_config(overrides, recipes))
         assumed = assume(config)
         arguments.gpus = usable(config) if arguments.gpus is None else arguments.gpus
         validate(config, arguments.gpus)

@@ -26,6 +26,9 @@ SCRIPT = Path("launch/slurm/train.sbatch")
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
+    parser.add_argument(
+        "--config-dir", type=os.path.abspath, metavar="DIR", help="your own recipes, as DIR/recipe/NAME.yaml"
+    )
     parser.add_argument("--then", action="append", default=[], metavar="KEYS", help="a run for when this one is done")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="and processes (8)")
@@ -52,6 +55,8 @@ def main() -> int:
     try:
         check_options(arguments)
         runs = [arguments.overrides, *(split(keys) for keys in arguments.then)]
+        if arguments.config_dir is not None:
+            runs = [[f"--config-dir={arguments.config_dir}", *overrides] for overrides in runs]
         if arguments.nodes < 1 or arguments.gpus_per_node < 1:
             raise UserError(
                 f"--nodes {arguments.nodes} --gpus-per-node {arguments.gpus_per_node}: use 1 or more of each"
@@ -107,10 +112,10 @@ def split(keys: str) -> list[str]:
 def check(overrides: list[str], arguments: argparse.Namespace, first: bool):
     """The run's configuration. Raises UserError for a configuration that cannot work on so many processes."""
     from inplace_ttt.files import user_path
-    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
     from inplace_ttt.validation import validate
 
-    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    config = to_config(compose_config(*split_config_dir(overrides, ROOT / "recipes")))
     load = config.checkpoint.load
     if load is not None and (not first or (arguments.dry_run and not user_path(load).is_dir())):
         config.checkpoint.load = None  # what an earlier run is yet to write, or what lies elsewhere

@@ -36,6 +36,8 @@ def _create(parameters):
 
 
 def _starts_our_script(arguments: list[str]) -> bool:
+    if "inplace_ttt.train" in arguments:  # -m
+        return True
     for argument in map(Path, arguments[1:]):
         root = argument.absolute().parent.parent
         if argument.suffix in (".py", ".sh") and (root / "src/inplace_ttt").is_dir():
@@ -59,12 +61,19 @@ def _show(kind: type[BaseException], error: BaseException, trace) -> None:
 def _sentences(error: BaseException) -> list[str]:
     """Return what ranks of ours said of their end, each sentence once; the first one to fail comes last."""
     failures = sorted(getattr(error, "failures", {}).items(), key=lambda one: one[1].timestamp, reverse=True)
+    codes = {rank: _code(failure.message) for rank, failure in failures}
+    is_explained = any(code in (2, 3) for code in codes.values())  # then torchrun has ended the others, by SIGTERM
     said = []
     for rank, failure in failures:
-        message = failure.message
-        if isinstance(message, dict) and MARK in message.get("extraInfo", {}):
-            said.append(message["message"])
-        elif failure.exitcode < 0:  # it could not say anything
+        if codes[rank] is not None:
+            said.append(failure.message["message"])
+        elif failure.exitcode < 0 and not (is_explained and -failure.exitcode == signal.SIGTERM):
+            # it could not say anything
             name = next((one.name for one in signal.Signals if one == -failure.exitcode), -failure.exitcode)
             said.append(f"stopped: rank {rank} was ended by {name}; {GO_ON}")
     return list(dict.fromkeys(said))[-4:]
+
+
+def _code(message) -> int | None:
+    """Return the exit code that a rank of ours has noted in its error file; None for others."""
+    return message.get("extraInfo", {}).get(MARK) if isinstance(message, dict) else None

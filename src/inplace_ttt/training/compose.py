@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from inplace_ttt.config import REMOVED, SOURCE_LISTS, Config, UserError, first_line, schema_keys
+from inplace_ttt.files import read_yaml, user_path
 
 KEYS = schema_keys()
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
@@ -29,12 +31,55 @@ ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=True)
 
 
-def compose_config(overrides: list[str], recipes: Path) -> DictConfig:
+@dataclass(frozen=True)
+class Recipes:
+    """The folder of this program's recipes, and perhaps one of the user's own beside it."""
+
+    folder: Path
+    own: Path | None = None
+
+    def files(self, group: str) -> list[str]:
+        """Return the names of what can be chosen as ``group=NAME``."""
+        return sorted({path.stem for folder in self._folders for path in (folder / group).glob("*.yaml")})
+
+    @property
+    def groups(self) -> set[str]:
+        return {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [self.folder] if self.own is None else [self.folder, self.own]
+
+
+def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Recipes]:
+    """Take ``--config-dir DIR`` out of a command line. Raises UserError where DIR is no folder, or has a file that
+    cannot be read or has a name that is taken."""
+    rest, own = [], None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config-dir" or word.startswith("--config-dir="):
+            own = word.partition("=")[2] if "=" in word else next(words, "")
+        else:
+            rest.append(word)
+    if own is None:
+        return rest, Recipes(recipes)
+    if not own or not user_path(own).is_dir():
+        raise UserError(f"--config-dir '{own}' is no folder: name one that holds recipe/NAME.yaml")
+    for file in sorted(user_path(own).rglob("*.yaml")):
+        name = file.relative_to(user_path(own))
+        if (recipes / name).is_file():
+            raise UserError(f"--config-dir '{own}': there is a {name} among the recipes already: use another name")
+        read_yaml(file, "mend it")
+    return rest, Recipes(recipes, user_path(own))
+
+
+def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:
     """Return the configuration that the overrides make of ``recipes/config.yaml``, with types checked.
 
     Text arrives as typed: the value of a key whose type is text is quoted for Hydra, whose grammar makes a number of
     2026_01_01 and refuses /data/lr=1e-3. Raises UserError for an override that cannot be used.
     """
+    recipes = recipes if isinstance(recipes, Recipes) else Recipes(recipes)
     _check_recipe(overrides, recipes)
     _check_keys(overrides, recipes)
     quoted = [_quote(override) for override in overrides]
@@ -48,9 +93,10 @@ def compose_config(overrides: list[str], recipes: Path) -> DictConfig:
         raise UserError(_explain(error, quoted, recipes)) from error
 
 
-def _compose(overrides: list[str], recipes: Path) -> DictConfig:
-    with initialize_config_dir(str(recipes.resolve()), version_base="1.3"):
-        return compose("config", overrides=overrides)
+def _compose(overrides: list[str], recipes: Recipes) -> DictConfig:
+    more = [] if recipes.own is None else [f"hydra.searchpath=[{_quoted(f'file://{recipes.own.resolve()}')}]"]
+    with initialize_config_dir(str(recipes.folder.resolve()), version_base="1.3"):
+        return compose("config", overrides=[*overrides, *more])
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -74,8 +120,8 @@ def _missing(node, prefix: str = "") -> list[str]:
     return [key for name, value in inner for key in _missing(value, f"{prefix}{name}.")]
 
 
-def _check_recipe(overrides: list[str], recipes: Path) -> None:
-    known = sorted(path.stem for path in (recipes / "recipe").glob("*.yaml"))
+def _check_recipe(overrides: list[str], recipes: Recipes) -> None:
+    known = recipes.files("recipe")
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "recipe" and value not in known:
@@ -84,9 +130,9 @@ def _check_recipe(overrides: list[str], recipes: Path) -> None:
             raise UserError(f"recipe={value} does not exist; {hint}")
 
 
-def _check_keys(overrides: list[str], recipes: Path) -> None:
+def _check_keys(overrides: list[str], recipes: Recipes) -> None:
     """Every override is key=value with a key that there is; keys are neither added nor removed."""
-    groups = {path.name for path in recipes.iterdir() if path.is_dir()}
+    groups = recipes.groups
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key[0] in "+~-":
@@ -96,7 +142,7 @@ def _check_keys(overrides: list[str], recipes: Path) -> None:
                 f"'{_shown(override)}' is not understood: settings are written key=value, such as {example}"
             )
         if key in groups:
-            choices = sorted(path.stem for path in (recipes / key).glob("*.yaml"))
+            choices = recipes.files(key)
             if value not in choices:
                 raise UserError(f"{key}={value} does not exist; there is {', '.join(choices)}")
         elif key in REMOVED:
@@ -145,7 +191,7 @@ def _check_grammar(override: str) -> None:
         ) from error
 
 
-def _explain(error: BaseException, overrides: list[str], recipes: Path) -> str:
+def _explain(error: BaseException, overrides: list[str], recipes: Recipes) -> str:
     """One sentence that names the override at fault: the first that fails also without the others."""
     recipe = [override for override in overrides if override.startswith("recipe=")]
     for override in overrides:
@@ -167,7 +213,12 @@ def _shown(override: str) -> str:
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return re.sub(r"\s+", " ", first_line(error))[:200]
+    said = first_line(error)
+    if said.endswith("raised while composing config:"):  # of a recipe, and what is wrong stands in the lines behind
+        where, (_, what, *more) = said.rpartition(": ")[0], str(error).strip().splitlines()
+        key = next((line.strip() for line in more if line.strip().startswith("full_key:")), "")
+        said = f"{where}: {what.strip()}{' ' if key else ''}{key}"
+    return re.sub(r"\s+", " ", said)[:200]
 
 
 def _plain(key: str) -> str:

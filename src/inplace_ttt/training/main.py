@@ -17,6 +17,7 @@ torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=va
   recipe=NAME   one of {recipes}
   key=value     any key of the configuration, such as train.steps=100 or parallel.context_parallel_size=2
   --cfg         print the configuration and stop
+  --config-dir DIR   your own recipes, as DIR/recipe/NAME.yaml, beside these
 
 Without torchrun it runs one process. A run goes on from the last checkpoint in its run.dir."""
 
@@ -24,7 +25,7 @@ Without torchrun it runs one process. A run goes on from the last checkpoint in 
 def main(arguments: list[str], recipes: Path) -> int:
     """Run the command line and return the exit code: 0 trained or saved and stopped as asked, 2 the user must change
     something, 3 stopped itself, 4 something failed that may pass: another rank, a file system."""
-    from inplace_ttt.training.compose import compose_config, to_config
+    from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
     from inplace_ttt.validation import validate
 
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -33,7 +34,8 @@ def main(arguments: list[str], recipes: Path) -> int:
     show = "--cfg" in arguments
     overrides = [argument for argument in arguments if argument not in ("--cfg", "job")]
     try:
-        composed = compose_config(overrides, recipes)
+        overrides, folders = split_config_dir(overrides, recipes)
+        composed = compose_config(overrides, folders)
         config = to_config(composed)
         if show:
             print(OmegaConf.to_yaml(composed, resolve=True), end="")
