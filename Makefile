@@ -40,9 +40,10 @@ test-all: test ## and then those marked slow
 test-cluster: setup ## the tests on a real Slurm and a real Docker, started here (root; the packages that .ci/run installs)
 	@$(BIN)/python -m pytest -q tests/cluster
 
-lint: setup ## check the style
+lint: setup ## check style and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 	@$(BIN)/shellcheck --external-sources $(SCRIPTS)
 	@$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 

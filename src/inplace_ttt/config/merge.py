@@ -1,7 +1,7 @@
 """Build a Config from the values of a file, also of one that an earlier version wrote."""
 
 from dataclasses import fields, is_dataclass
-from typing import get_type_hints
+from typing import cast, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +29,7 @@ def config_from_values(values: dict, place: str) -> Config:
     values = _with_family(values)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), _FILLED, _known(values, Config))
-        config = OmegaConf.to_object(merged)
+        config = cast(Config, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{place} is not of this version: {first_line(error)}") from error
     try:
@@ -53,5 +53,6 @@ def _known(values: dict, cls: type) -> dict:
     for field in fields(cls):
         if field.name in values:
             value, kind = values[field.name], hints[field.name]
-            known[field.name] = _known(value, kind) if is_dataclass(kind) and isinstance(value, dict) else value
+            is_section = isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict)
+            known[field.name] = _known(value, kind) if is_section else value
     return known

@@ -4,7 +4,7 @@ import functools
 import re
 import typing
 from dataclasses import asdict, is_dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, TypeAdapter, ValidationError
@@ -70,10 +70,11 @@ def check_ranges(section, prefix: str = "") -> None:
     ``prefix`` is put before the names of keys, such as ``model.``.
     """
     try:
-        _adapter(type(section)).validate_python(asdict(section))
+        cls: Any = type(section)
+        _adapter(cls).validate_python(asdict(section))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(_sentence(type(section), prefix, first)) from None
+        raise UserError(_sentence(type(section), prefix, dict(first))) from None
 
 
 def check_key(name: str, value) -> None:
@@ -90,7 +91,7 @@ def check_key(name: str, value) -> None:
 
 
 @functools.cache
-def _adapter(cls: type) -> TypeAdapter:
+def _adapter(cls: Any) -> TypeAdapter:
     return TypeAdapter(cls)
 
 
@@ -111,7 +112,9 @@ def _sentence(cls: type, prefix: str, error: dict) -> str:
 
 def _bounds(cls: type, place: tuple) -> tuple[dict[type, float], bool]:
     """Return the bounds that the schema gives the key at ``place`` by their kinds, and whether it may be null."""
-    hint, bounds, optional = cls, {}, False
+    hint: Any = cls
+    bounds: dict[type, float] = {}
+    optional = False
     for step in place:
         if isinstance(step, str) and is_dataclass(hint):
             hint = typing.get_type_hints(hint, include_extras=True)[step]

@@ -40,7 +40,8 @@ class MicroBatch:
         Samples without document bounds become rows; samples with them are concatenated in a single row.
         ``chunk_size``: tokens per chunk of the TTT layers. None: there are none, and no plan is made.
         """
-        packed = samples[0].documents is not None
+        of_each = [sample.documents for sample in samples if sample.documents is not None]
+        packed = bool(of_each)
         tokens, labels, loss_mask = (
             torch.cat([getattr(sample, key) for sample in samples])[None]
             if packed
@@ -49,21 +50,22 @@ class MicroBatch:
         )
         sources = torch.tensor([sample.source for sample in samples], dtype=torch.int16)
         sources = sources.repeat_interleave(samples[0].tokens.shape[0]).view_as(tokens)
-        documents = None
+        documents: tuple[int, ...] | None = None
         positions = torch.arange(tokens.shape[1])
         if packed:
             offset, bounds = 0, [0]
-            for sample in samples:
-                bounds += [offset + bound for bound in sample.documents[1:]]
-                offset += sample.tokens.shape[0]
+            for own in of_each:
+                bounds += [offset + bound for bound in own[1:]]
+                offset += own[-1]
             documents = tuple(bounds)
             starts = torch.tensor(documents[:-1])
             positions = positions - torch.repeat_interleave(starts, torch.diff(torch.tensor(documents)))
-        layout = SequenceLayout(documents)
+        layout = SequenceLayout() if documents is None else SequenceLayout(documents)
         if chunk_size is not None:
             layout = layout.with_plan(tokens.shape[1], chunk_size, cp_size, cp_rank)
         parts = (tokens, labels, loss_mask, positions.expand_as(tokens), sources)
-        return cls(*(take_local(part, cp_size, cp_rank, dim=1).contiguous() for part in parts), layout)
+        local = [take_local(part, cp_size, cp_rank, dim=1).contiguous() for part in parts]
+        return cls(local[0], local[1], local[2], local[3], local[4], layout)
 
     def pin_memory(self) -> "MicroBatch":
         """Return a copy in pinned memory, from which copies to a GPU do not wait."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -105,7 +106,7 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
             corpora.vocab_size,
         )
     aligned = config.ttt.enabled or packing == 1  # without fast weights there are no chunks
-    common = dict(
+    common: dict[str, Any] = dict(
         seq_length=data.seq_length,
         align=config.ttt.chunk_size if aligned else 1,
         reset=data.reset_at_documents,
@@ -224,7 +225,7 @@ def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[
     return list(range(first + dp_rank * share, first + (dp_rank + 1) * share))
 
 
-class NumbersOfSteps(Sequence):
+class NumbersOfSteps(Sequence[int]):
     """Number the samples of one data-parallel rank in many steps; compute each number when it is asked for."""
 
     def __init__(self, steps: range, per_step: int, dp_size: int, dp_rank: int):
@@ -233,7 +234,7 @@ class NumbersOfSteps(Sequence):
     def __len__(self) -> int:
         return len(self.steps) * self.share
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index):
         if not 0 <= index < len(self):
             raise IndexError(index)
         step, number = divmod(index, self.share)

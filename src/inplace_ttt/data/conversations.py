@@ -103,17 +103,17 @@ class Encoder:
         text = self._render(messages)
         found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens, offsets = found["input_ids"], np.asarray(found["offset_mapping"]).reshape(-1, 2)
-        counts, ended = np.zeros(len(tokens), dtype=np.uint8), True
+        counted, ended = np.zeros(len(tokens), dtype=np.uint8), True
         for start, stop in self._answers(messages, text):
             inside = np.flatnonzero((offsets[:, 0] < stop) & (offsets[:, 1] > start))  # the first may begin before it
-            counts[inside] = 1
+            counted[inside] = 1
             behind = last = int(inside[-1]) + 1
             while last < len(tokens) and not text[slice(*offsets[last])].strip():
                 last += 1  # white space before what ends the turn
             ended = last < len(tokens) and tokens[last] in self.special
             if ended or last == len(tokens):
-                counts[behind : last + 1] = 1
-        tokens, counts = list(tokens), counts.tolist()
+                counted[behind : last + 1] = 1
+        tokens, counts = list(tokens), counted.tolist()
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.begin and tokens[:1] != [first]:
             tokens, counts = [first, *tokens], [0, *counts]
@@ -139,7 +139,7 @@ class Encoder:
 
     def _render(self, messages: list[dict], **options) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options) if messages else ""
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options)) if messages else ""
         except Exception as error:  # a template raises anything
             raise ValueError(f"is not taken by the chat template ({one_line(error)})") from error
 

@@ -244,8 +244,8 @@ def _read_text(path: Path, field: Field, report: Report) -> Iterator[str]:
         report.leave_out(f"file '{path}'", "is text, where there should be rows: use .jsonl, .json or .parquet")
         return
     with _open(path) as stream:
-        text = _decoded(stream.read())
-    text = report.checked(text, f"file '{path}'")
+        content = _decoded(stream.read())
+    text = report.checked(content, f"file '{path}'")
     if text is not None:
         yield text
 

@@ -115,7 +115,12 @@ def prepare(
             shutil.rmtree(parts)
             raise UserError("the input holds no text: nothing was written")
         description = Description(
-            *counts, entries_of(tokenizer), tokenizer.eos_token_id, fingerprint(tokenizer), **asdict(options)
+            documents=counts[0],
+            tokens=counts[1],
+            vocab_size=entries_of(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            tokenizer_fingerprint=fingerprint(tokenizer),
+            **asdict(options),
         )
         _join(prefix, [parts / name for name in names], description)
         shutil.rmtree(parts)
@@ -256,16 +261,18 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int, list[t
     done.unlink(missing_ok=True)
     dtype = DType.optimal_dtype(entries_of(_worker["tokenizer"]))
     builder, answers = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype), None
-    n_documents, n_tokens, bad = 0, 0, []
+    n_documents, n_tokens = 0, 0
+    bad: list[tuple[str, str]] = []
+    encoded: Iterable[tuple[np.ndarray, np.ndarray | None]]
     if _worker["options"].supervised:
         answers = IndexedDatasetBuilder(str(parts / f"{name}.{ANSWERS}.bin"), dtype=np.uint8)
         encoded = _encode_conversations(texts, bad)
     else:
         encoded = ((ids, None) for ids in _encode(texts))
-    for ids, counts in encoded:
+    for ids, scored in encoded:
         builder.add_document(ids, [len(ids)])
         if answers is not None:
-            answers.add_document(counts, [len(ids)])
+            answers.add_document(scored, [len(ids)])
         n_documents += 1
         n_tokens += len(ids)
     builder.finalize(str(parts / f"{name}.idx"))

@@ -26,7 +26,7 @@ from inplace_ttt.ttt.order import Task, backward_order, forward_order
 from inplace_ttt.ttt.plan import CALLER, Plan, ScanStage, merge_adjacent
 from inplace_ttt.ttt.products import add_outer_sum, squared_norms_of_spans, state_dtype
 from inplace_ttt.ttt.rule import ScanStep, UpdateRule
-from inplace_ttt.ttt.scan import Exchange, SavedCarries, Scan
+from inplace_ttt.ttt.scan import Carries, Exchange, SavedCarries, Scan
 from inplace_ttt.ttt.target import ChunkTargets
 from inplace_ttt.ttt.window import Window, WindowPool
 
@@ -145,6 +145,7 @@ class FastWeightLinear(torch.autograd.Function):
         plan, cache, pool = call.plan, call.carry_cache, WindowPool(keep=call.keep)
         out = z.new_empty(s, b, d)
         targets = _Targets(call, source, z, weight, v)
+        carries: Carries
         if cache is not None and cache.incoming is not None:
             carries = SavedCarries(cache.incoming, d)
         else:
@@ -272,8 +273,8 @@ def _gradients(
     pool.release()
     suffix.finish()
     limit = None if kept_inner is None else _weight_bytes(kept_inner)
-    windows = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
-    for batch, window in windows:
+    inner = call.inner_windows(weight, v, z, call.prefix_step, pool) if kept_inner is None else kept_inner
+    for batch, window in inner:
         window.apply(g[:, batch], dz[:, batch], transpose=False)
         if kept_inner is not None:
             pool.give(window.weights)

@@ -4,6 +4,8 @@ It is for inference alone. Each chunk's bound needs all that was written before 
 would wait for one another: they refuse it.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,7 +37,7 @@ def bounded_fast_weight_linear(
         trained_chunks: 1 or more.
         Others: as ``fast_weight_linear`` has them.
     """
-    options = dict(eta=eta, chunk_size=chunk_size, clip=clip, tp_group=tp_group)
+    options: dict[str, Any] = dict(eta=eta, chunk_size=chunk_size, clip=clip, tp_group=tp_group)
     start, stop, length = 0, trained_chunks * chunk_size, len(z)
     if length <= stop:
         return fast_weight_linear(z, v, weight, **options)

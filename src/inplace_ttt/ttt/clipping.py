@@ -102,7 +102,8 @@ class UpdateClip:
             for batch in range(z.shape[1])
         ]
         squared = sum_over(self.tp_group, torch.cat([part.squared for part in parts]))
-        for part, part.squared in zip(parts, squared.split([len(part.spans) for part in parts]), strict=True):
+        for part, own in zip(parts, squared.split([len(part.spans) for part in parts]), strict=True):
+            part.squared = own
             norm = abs(self.eta) * part.squared.sqrt()
             part.factor = torch.where(norm > self.limit, self.limit / norm, 1.0)
             stack_spans(self.factors[:, part.batch : part.batch + 1], part.spans).copy_(part.factor[:, None, None])
@@ -115,7 +116,7 @@ class UpdateClip:
         if not prefers_gram(spans[0][1] - spans[0][0], v.shape[2], z.shape[2]):
             squared = squared_norms_of_spans(v[:, [batch]], z[:, [batch]], spans)[0]
             return _ClippedChunks(batch, spans, squared, False, None)
-        grams = tuple(gram(stack_spans(t[:, batch], spans)) for t in (v, z))
+        grams = gram(stack_spans(v[:, batch], spans)), gram(stack_spans(z[:, batch], spans))
         squared = (grams[0] * grams[1]).sum((1, 2), dtype=state_dtype(z.dtype)).clamp(min=0)
         return _ClippedChunks(batch, spans, squared, True, grams if for_backward else None)
 

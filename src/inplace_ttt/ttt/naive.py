@@ -60,8 +60,8 @@ def fast_weight_linear(
     out = torch.stack(outputs, dim=1)
     if not output_final_state:
         return out
-    updates, chunk_z, chunk_v = zip(*states, strict=True)
-    return out, FastWeightState(torch.stack(updates), torch.stack(chunk_z, dim=1), torch.stack(chunk_v, dim=1))
+    all_updates, all_z, all_v = zip(*states, strict=True)
+    return out, FastWeightState(torch.stack(all_updates), torch.stack(all_z, dim=1), torch.stack(all_v, dim=1))
 
 
 def _clipped(update: Tensor, weight: Tensor, clip: float | None) -> Tensor:

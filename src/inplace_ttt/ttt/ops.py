@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def fast_weight_linear(
     carry_cache: CarryCache | None = None,
     return_update_norms: bool = False,
     return_update_ratios: bool = False,
-) -> Tensor | tuple[Tensor, ...]:  # (s, b, d)
+) -> Any:  # (s, b, d), or a tuple that begins with it
     """Apply a down-projection with fast weights (Feng et al., arXiv 2604.06169, section 3): apply, then update.
 
     ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, j over the chunks of ``chunk_size`` tokens
@@ -167,7 +168,7 @@ def fast_weight_linear(
         result = _run(z, v, weight, plan.with_state(initial_state is not None, hands_out_state), initial_state, options)
     if output_final_state and last_is_empty and cp_rank == 0:
         result = replace(result, state=zero_state(z, d))
-    found = [result.out]
+    found: list = [result.out]
     if output_final_state:
         found.append(result.state)
     if return_update_norms:
@@ -306,9 +307,9 @@ def _continue_chunk(
     first_document = plan.bounds[1]
     head = min(chunk_size - pending, first_document)  # tokens that belong to the unfinished chunk
     continues = head < first_document
-    chunk = [torch.cat([kept, given[:head]]) for kept, given in ((state.z, z), (state.v, v))]
+    chunk_z, chunk_v = (torch.cat([kept, given[:head]]) for kept, given in ((state.z, z), (state.v, v)))
     chunk_plan = make_plan(pending + head, chunk_size).with_state(True, continues or (head == s and hands_out_state))
-    first = _run(*chunk, weight, chunk_plan, state, options)
+    first = _run(chunk_z, chunk_v, weight, chunk_plan, state, options)
     out = first.out[pending:]
     if head == s:
         return replace(first, out=out)

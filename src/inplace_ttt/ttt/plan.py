@@ -112,7 +112,7 @@ class Plan:
     @cached_property
     def read_chunks(self) -> tuple[bool, ...]:
         """Tell of each local chunk, in token order, whether a later chunk of its document reads what it writes."""
-        read = set()
+        read: set[Span] = set()
         for segment in (*(segment for stage in self.prefix for segment in stage.segments), *self.inner):
             ends_here = not segment.sends or not segment.last_writes
             read.update(segment.chunks[:-1] if ends_here else segment.chunks)

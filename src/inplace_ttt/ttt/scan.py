@@ -94,7 +94,7 @@ class RingCarries:
         initial: Tensor | None = None,  # (b, d, f), the caller's
     ):
         self.stages, self.blocks, self.shape, self.transport, self.initial = stages, blocks, shape, transport, initial
-        self.options = dict(dtype=dtype, device=device)
+        self.dtype, self.device = dtype, device
         self.incoming: dict[int, Tensor] = {}
         self.outgoing: dict[int, Tensor] = {}
 
@@ -102,11 +102,11 @@ class RingCarries:
         """Post the receives of a stage, and allocate what it sends."""
         source, target = self.stages[stage].source, self.stages[stage].target
         if target is not None:
-            self.outgoing[stage] = torch.empty(self.shape, **self.options)
+            self.outgoing[stage] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         if source == CALLER:
             self.incoming[stage] = self.initial
         elif source is not None:
-            self.incoming[stage] = torch.empty(self.shape, **self.options)
+            self.incoming[stage] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             parts = (rows[block] for rows in self.incoming[stage] for block in self.blocks)
             for number, part in enumerate(parts):
                 self.transport.post_recv(source, number, part)
@@ -220,7 +220,7 @@ class SideStreams:
     """
 
     def __init__(self, device: torch.device):
-        self.streams = ()
+        self.streams: tuple[torch.cuda.Stream, ...] = ()
         if device.type == "cuda":
             current = torch.cuda.current_stream(device)
             self.streams = _streams(current)

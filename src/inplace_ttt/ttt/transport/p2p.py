@@ -10,8 +10,8 @@ class P2PTransport:
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype):
         self.group, self.dtype = group, dtype
-        self.posted: dict[tuple[int, int], tuple[Tensor, Tensor, dist.Work]] = {}
-        self.sent: list[tuple[Tensor, dist.Work]] = []
+        self.posted: dict[tuple[int, int], tuple[Tensor, Tensor, dist.Work | None]] = {}
+        self.sent: list[tuple[Tensor, dist.Work | None]] = []
 
     def post_recv(self, peer: int, number: int, block: Tensor) -> None:
         """See ``Transport.post_recv``."""

@@ -46,8 +46,8 @@ class SymmetricMemoryTransport:
         ranks = [peer for peer in (self.rank - 1, self.rank, self.rank + 1) if 0 <= peer < group.size()]
         self.memory = memory
         self.blocks = {peer: self.handle.get_buffer(peer, (2, sum(numels)), dtype) for peer in ranks}
-        flag = dict(sizes=(1,), dtype=torch.int32, storage_offset=offset // 4)  # the first one
-        self.flags = {peer: self.handle.get_buffer(peer, **flag).data_ptr() for peer in ranks}
+        first = offset // 4  # flag
+        self.flags = {peer: self.handle.get_buffer(peer, (1,), torch.int32, first).data_ptr() for peer in ranks}
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.posted: dict[tuple[int, int], Tensor] = {}
         self.sent: list[Tensor] = []

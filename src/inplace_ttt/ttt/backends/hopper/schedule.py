@@ -75,7 +75,9 @@ def make_schedule(
         totals_wanted: the states at the ends of documents are read.
         stream: the only stream that will read the tables, current here. None: there is no GPU.
     """
-    rows, tokens, documents = [], [], 0
+    rows: list = []
+    tokens: list = []
+    documents = 0
     for place, segment in enumerate(segments):
         for number, (start, stop) in enumerate(segment.chunks):
             is_last = number == len(segment.chunks) - 1
