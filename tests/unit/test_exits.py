@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from inplace_ttt.exits import fail
+from inplace_ttt.torchrun import MARK, _sentences
 
 
 @pytest.fixture
@@ -46,3 +49,22 @@ def test_what_cannot_be_said_is_told_all_the_same(told, monkeypatch):
     monkeypatch.setattr("sys.stderr", Full())
     assert fail("stopped: the disk is full", 3) == 3
     assert told.read_text() == "3\n"
+
+
+def failure(code, when, said=None):
+    message = "" if said is None else dict(message=said, extraInfo={MARK: code})
+    return SimpleNamespace(exitcode=code, timestamp=when, message=message)
+
+
+def test_torchrun_names_the_cause_and_not_whom_it_ended():
+    terminated, killed = -signal.SIGTERM, -signal.SIGKILL
+    for failures, said in [
+        ({0: failure(terminated, 1), 1: failure(2, 2, "error: no")}, ["error: no"]),
+        ({0: failure(3, 1, "stopped: NaN"), 1: failure(terminated, 2)}, ["stopped: NaN"]),
+        ({0: failure(2, 1, "error: no"), 1: failure(2, 2, "error: no")}, ["error: no"]),
+    ]:
+        assert _sentences(SimpleNamespace(failures=failures)) == said
+    for ended in (terminated, killed):  # who is ended by somebody else is the cause of what the others say
+        failures = {0: failure(ended, 1), 1: failure(4, 2, "contact with another rank was lost")}
+        lost, cause = _sentences(SimpleNamespace(failures=failures))
+        assert "was lost" in lost and f"rank 0 was ended by {signal.Signals(-ended).name}" in cause
