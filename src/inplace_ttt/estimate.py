@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
 from inplace_ttt.flops import forward_flops, peak_flops
-from inplace_ttt.models import family_of
-from inplace_ttt.ttt.ops import KEPT_SHARE
+from inplace_ttt.hf.parameters import layer_parameters
+from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
 from inplace_ttt.validation import validate
 
 GIB = 2**30
@@ -19,8 +19,6 @@ GIB = 2**30
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 # Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
 OUTSIDE_TORCH = 4.0 * GIB
-# Chunk weights that are made at a time (ttt/backends/hopper/scan.py; twice as many between ranks)
-WINDOW = 768 * 2**20
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
 FRAGMENTED = 0.05
 # Shares of the peak that products, attention and attention's forward alone reach, and the time of all else beside
@@ -86,23 +84,17 @@ class Share:
 
     def parameters(self, stage: int) -> int:
         """On one GPU of a pipeline stage."""
-        model, ttt = self.config.model, self.config.ttt
-        d, f, channels = model.hidden_size, model.ffn_hidden_size, model.kv_channels
-        queries, keys = model.num_attention_heads * channels, model.num_query_groups * channels
-        family = family_of(model)
-        split = d * (2 * queries + 2 * keys + 3 * f) + family.split_parameters(model)
-        whole = 2 * d + family.whole_parameters(model)
-        fast = d * ttt.conv_kernel + d * d * ttt.project
+        model, each = self.config.model, layer_parameters(self.config.model, self.config.ttt)
         ends = (stage == 0) + (stage == self.pp - 1)  # embedding and output
         if self.pp == 1 and model.tie_word_embeddings:
             ends = 1
         vocabulary = padded_vocab_size(model.vocab_size or 0)
         layers = len(self.layers(stage))
         return int(
-            layers * (split / self.tp + whole)
-            + self.fast_layers(stage) * fast
-            + ends * vocabulary * d / self.tp
-            + (stage == self.pp - 1) * d
+            layers * (each.split / self.tp + each.whole)
+            + self.fast_layers(stage) * each.fast
+            + ends * vocabulary * model.hidden_size / self.tp
+            + (stage == self.pp - 1) * model.hidden_size  # the last norm
         )
 
 
@@ -201,7 +193,7 @@ class _Activations:
     @property
     def window(self) -> float:
         """Chunk weights that there are at a time where they are not kept."""
-        return min(self.chunk_weights, WINDOW * (1 if self.share.cp == 1 else 2))
+        return min(self.chunk_weights, WINDOW_BYTES if self.share.cp == 1 else EXCHANGE_WINDOW_BYTES)
 
     def fast_at_work(self, held: float) -> float:
         """Return what a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from inplace_ttt.config import Model
 from inplace_ttt.models.mapping import Entry
 
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
@@ -24,6 +23,3 @@ class Family:
     has_windows: bool = False  # config.json can say that layers attend to a window
     # size of a head where config.json does not say it, from hidden_size and num_attention_heads
     head_dim: Callable[[int, int], int] = lambda hidden, heads: max(1, hidden // heads)
-    # parameters of a layer that are whole on every tensor-parallel rank, and that are split, beside what all have
-    whole_parameters: Callable[[Model], int] = lambda model: 0
-    split_parameters: Callable[[Model], int] = lambda model: 0

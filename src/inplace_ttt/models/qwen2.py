@@ -16,5 +16,4 @@ QWEN2 = Family(
         ),
     ),
     has_windows=True,
-    split_parameters=lambda model: (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels,
 )

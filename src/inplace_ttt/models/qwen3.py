@@ -15,5 +15,4 @@ QWEN3 = Family(
     fixed=dict(attention_bias=False),
     has_windows=True,
     head_dim=lambda hidden, heads: 128,
-    whole_parameters=lambda model: 2 * model.kv_channels,
 )

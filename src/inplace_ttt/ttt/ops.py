@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from inplace_ttt.operation import KEPT_SHARE
 from inplace_ttt.ttt.autograd import Call, CarryCache, FastWeightLinear
 from inplace_ttt.ttt.backends import choose_backend
 from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, check_documents, make_plan
@@ -17,10 +18,6 @@ from inplace_ttt.ttt.scan import Exchange
 from inplace_ttt.ttt.state import FastWeightState, check_state, zero_state
 from inplace_ttt.ttt.target import ChunkTargets
 from inplace_ttt.ttt.transport import PREFIXES
-
-# Chunk weights are kept for the backward where they take no more than this share of the free device memory, counting
-# all layers whose saved chunk weights are alive at once
-KEPT_SHARE = 0.125
 
 
 def fast_weight_linear(

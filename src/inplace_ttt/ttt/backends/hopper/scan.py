@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from inplace_ttt.operation import CHUNK_MULTIPLE, EXCHANGE_WINDOW_BYTES, WINDOW_BYTES
 from inplace_ttt.ttt.backends.hopper.schedule import COLUMNS, CONTINUES, Schedule, make_schedule
 from inplace_ttt.ttt.plan import Segment
 from inplace_ttt.ttt.rule import ScanStep
@@ -34,12 +35,6 @@ BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
 # Columns of bf16 that are contiguous in a tile's shared memory (128 bytes, the width of its swizzle), and the fewest
 # rows of them that one TMA store takes
 PIECE_F, LEAST_PIECE_ROWS = 64, 32
-# Chunk sizes are multiples of this: of others the last step of every chunk would be partly empty
-CHUNK_MULTIPLE = 64
-# Bytes of chunk weights held at a time where they are not kept; more where carries are exchanged between ranks, which
-# would wait for each other's products between one window and the next
-WINDOW_BYTES = 768 * 2**20
-EXCHANGE_WINDOW_BYTES = 2 * WINDOW_BYTES
 
 
 @gluon.jit

@@ -1,0 +1,50 @@
+"""Parameters of a model, counted in the model itself: two of its layers are built where tensors have no memory."""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+
+from inplace_ttt.config import TTT, Config, Model
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Numbers of parameters of a layer."""
+
+    split: int  # over tensor-parallel ranks: of attention and MLP
+    whole: int  # on each of them: norms
+    fast: int  # likewise, of a layer with fast weights alone
+
+
+_known: dict[str, LayerParameters] = {}
+
+
+def layer_parameters(model: Model, ttt: TTT) -> LayerParameters:
+    """Count the parameters of one layer of the family's class, without fast weights and with them."""
+    # what does not change them is left out, so that few models are built
+    sizes = replace(copy.deepcopy(model), num_layers=2, vocab_size=8, sliding_window=None, window_attn_skip_freq=None)
+    key = repr((sizes, ttt.conv_kernel, ttt.project))
+    if key not in _known:
+        _known[key] = _count(sizes, replace(ttt, enabled=True, layers=[0]))
+    return _known[key]
+
+
+def _count(model: Model, ttt: TTT) -> LayerParameters:
+    """Count those of the second layer, and of the first one, which has fast weights, these alone."""
+    from inplace_ttt.hf import modeling_inplace_ttt as exported
+    from inplace_ttt.hf.config import write_config
+
+    config = Config(model=model, ttt=ttt)
+    config.data.seq_length = ttt.chunk_size
+    keys = write_config(config, "float32", base=None)
+    kind = getattr(exported, keys["architectures"][0])
+    with torch.device("meta"):
+        network = kind(kind.config_class.from_dict(keys))
+    found: Counter[str] = Counter()
+    for name, parameter in network.model.layers.named_parameters():
+        layer = name.split(".")[0]
+        part = "fast" if ".ttt_" in name else "whole" if "norm" in name else "split"
+        found[part if layer == "1" or part == "fast" else "other layer"] += parameter.numel()
+    return LayerParameters(found["split"], found["whole"], found["fast"])
