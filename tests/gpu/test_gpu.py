@@ -16,10 +16,10 @@ from inplace_ttt.data.build import micro_batches
 from inplace_ttt.ttt import fast_weight_linear, naive, scan
 from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
 from inplace_ttt.validation import transformer_engine_available
+from layouts import parallel
 from models import VOCAB, train_losses
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
-from parallel.test_layouts import parallel
-from parallel.test_scan_over_ranks import error_of_slices, random_case, zigzag
+from numerics.slices import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
 

@@ -12,7 +12,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 from inplace_ttt.ttt import FastWeightState, fast_weight_linear, naive
 from inplace_ttt.ttt.products import gram
 from numerics.cases import largest, operands, random_documents, relative_error
-from parallel.test_scan_over_ranks import zigzag
+from numerics.slices import zigzag
 from ranks import run_ranks
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from exported_models import CHUNK, build, close, texts
 from inplace_ttt.config import UserError
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.calibration import choose_bound
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.ttt import ChunkTargets, bounded_fast_weight_linear, fast_weight_linear
 from inplace_ttt.ttt.target import chunk_target
-from numerics.test_exported_model import CHUNK, build, close, texts
 from ranks import run_ranks
 
 OPTIONS = dict(eta=0.5, chunk_size=5)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from exported_models import CHUNK, build, close, texts
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.hf import modeling_inplace_ttt as exported
@@ -13,7 +14,6 @@ from inplace_ttt.hf.calibration import HISTOGRAMS, choose_clip, update_norms
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.training.update_histograms import LastHistograms
 from inplace_ttt.ttt import histogram
-from numerics.test_exported_model import CHUNK, build, close, texts
 
 
 def noted(path, *ratios):

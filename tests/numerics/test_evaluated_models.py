@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from exported_models import build, texts
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation.columns import columns_of
@@ -15,7 +16,6 @@ from inplace_ttt.evaluation.generation import Prompt, answer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Named, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
-from numerics.test_exported_model import build, texts
 
 CPU = torch.device("cpu")
 ON, OFF = FastWeightMode(), FastWeightMode(on=False)

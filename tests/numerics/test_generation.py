@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
+from exported_models import build
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation import generation
 from inplace_ttt.evaluation.generation import Prompt, answer, batches
 from inplace_ttt.evaluation.models import Model
-from numerics.test_exported_model import build
 
 
 @pytest.fixture(scope="module")

@@ -3,29 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from hf_models import SMALL, our_logits, weights
 from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.megatron.manifest import write_manifest
 from launching import ROOT
 from ranks import run_ranks
 
-SMALL = dict(
-    vocab_size=199,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-)
 FAMILIES = {
     "qwen3 tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "qwen3 untied": Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=False),
@@ -82,53 +72,6 @@ def theirs(request, tmp_path_factory):
     return folder, model
 
 
-def our_logits(imported: str, text, sizes: dict, ttt: dict | None = None):
-    """Logits of all tokens on the last pipeline stage, gathered over the vocabulary."""
-    import torch.distributed as dist
-    import yaml
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    from inplace_ttt.megatron import runtime
-    from inplace_ttt.megatron.checkpoint import Checkpointer
-    from inplace_ttt.megatron.model import build_model
-    from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
-    from inplace_ttt.ttt.layout import SequenceLayout
-    from models import tiny_config
-
-    model = yaml.safe_load(Path(f"{imported}/model.yaml").read_text())
-    config = tiny_config(
-        {"model": model, "ttt": ttt or {"enabled": False}, "data": {"seq_length": len(text)}, "parallel": sizes}
-    )
-    groups = runtime.start(config.parallel, 0)
-    ours = build_model(config, torch.float32, "local", config.model.vocab_size, groups)
-    wrapped = wrap_data_parallel(ours, ours.config, config)
-    optimizer, _ = build_optimizer(wrapped, ours.config, config)
-    Checkpointer(None, ours, optimizer, groups, keep=1, async_save=False).load_weights(Path(imported))
-    tokens = torch.tensor(text)[None]
-    positions, layout = torch.arange(len(text))[None], SequenceLayout(documents=None)
-    found = []
-
-    def forward(batches, model):
-        out = model(tokens, positions, layout)
-        return out, lambda logits: found.append(logits) or (logits.sum(), {})
-
-    with torch.no_grad():
-        get_forward_backward_func(pp_size=groups.pp.size(), vp_size=None)(
-            forward_step_func=forward,
-            data_iterator=None,
-            model=[wrapped.eval()],
-            num_microbatches=1,
-            seq_length=len(text),
-            micro_batch_size=1,
-            forward_only=True,
-        )
-    if not found:
-        return None
-    parts = [torch.empty_like(found[0]) for _ in range(groups.tp.size())]
-    dist.all_gather(parts, found[0].contiguous(), group=groups.tp)
-    return torch.cat(parts, dim=-1)[0, :, : config.model.vocab_size].numpy()
-
-
 @pytest.mark.parametrize(
     "sizes", [{}, dict(tensor_model_parallel_size=2), dict(pipeline_model_parallel_size=2)], ids=["1", "TP2", "PP2"]
 )
@@ -141,10 +84,6 @@ def test_logits_equal_transformers(theirs, sizes, tmp_path):
     found = run_ranks(2 if sizes else 1, our_logits, str(tmp_path / "imported"), text.tolist(), sizes)
     logits = torch.from_numpy(next(logits for logits in reversed(found) if logits is not None))
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def weights(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

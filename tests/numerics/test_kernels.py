@@ -82,7 +82,7 @@ def worst_error(seeds):
     kernels.chunk_weights = chunk_weights_in_torch
     ops.choose_backend = lambda *_: kernels.HopperBackend()
     ops._free_bytes = lambda device: 0
-    from parallel.test_scan_over_ranks import error_of_slices, norms_of_all_ranks, zigzag
+    from numerics.slices import error_of_slices, norms_of_all_ranks, zigzag
 
     for seed in seeds:
         rng = random.Random(seed)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from inplace_ttt.ttt import UpdateRule, fast_weight_linear, naive
 from inplace_ttt.ttt.products import add_outer_sum
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
-from parallel.test_scan_over_ranks import error_of_slices, random_case, zigzag
+from numerics.slices import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
 

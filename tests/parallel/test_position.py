@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from inplace_ttt.evaluation.position import PositionRanges
+from layouts import CP2, CP2_PP2, CP4, INPUT_EMBED, PP2, TP2_SP
 from models import SEQ_LENGTH, Training, tiny_config
-from parallel.test_layouts import CP2, CP2_PP2, CP4, INPUT_EMBED, PP2, TP2_SP
 from ranks import run_ranks
 
 RANGES = PositionRanges((0, 8, 16, 24, 60))
