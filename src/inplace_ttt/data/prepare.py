@@ -87,6 +87,14 @@ def prepare(
 ) -> Description:
     """Write PREFIX.bin, .idx, .json and .tokenizer/.
 
+    Example::
+
+        >>> from inplace_ttt.data.tokenizer import train_tokenizer
+        >>> texts = ["one document", "and another one"]
+        >>> made = dict(settings={}, workers=1, progress=lambda documents, size, tokens: None)
+        >>> prepare(texts, train_tokenizer(texts, 270), f"{folder}/corpus", **made).documents
+        2
+
     ``settings`` is what the result depends on besides text, tokenizer and options: where it equals that of a run that
     was stopped, that run's parts are used. ``progress(documents, bytes, tokens)`` is called after each part with what
     it adds, ``leave_out(place, why)`` for each conversation that the chat template does not take. Raises UserError

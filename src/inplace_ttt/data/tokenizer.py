@@ -40,7 +40,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Return a byte-level BPE of ``vocab_size`` entries, the end-of-text token included."""
+    """Return a byte-level BPE of ``vocab_size`` entries, the end-of-text token included.
+
+    Example::
+
+        >>> tokenizer = train_tokenizer(["the cat sat on the mat"], 260)
+        >>> len(tokenizer), tokenizer.decode(tokenizer("the cat")["input_ids"])
+        (260, 'the cat')
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

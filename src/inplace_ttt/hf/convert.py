@@ -96,6 +96,13 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     """Make a checkpoint of ours, for ``checkpoint.load``, from a folder in Hugging Face's format.
 
     Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
+
+    Example::
+
+        >>> import_checkpoint(folder / "theirs", folder / "mine").num_layers
+        4
+        >>> (folder / "mine/model.yaml").is_file()
+        True
     """
     hf_config = read_json(source / CONFIG, REPLACE)
     place = f"'{source}/config.json'"
@@ -153,6 +160,12 @@ def export_checkpoint(
     bound: str | None = None,
 ) -> Config:
     """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
+
+    Example::
+
+        >>> config = export_checkpoint(folder / "imported", folder / "exported", clip="0.01")
+        >>> sorted(path.name for path in (folder / "exported").glob("*.py"))
+        ['modeling_inplace_ttt.py']
 
     ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
     ``tokenizer``: whether one comes along. ``clip``, ``bound``: how updates are clipped while the exported model reads,

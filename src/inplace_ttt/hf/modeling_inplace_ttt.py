@@ -475,7 +475,17 @@ class _FastWeightsInCache:
         self.fast_weights = FastWeights()
 
     def fold(self) -> None:
-        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each."""
+        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each.
+
+        Example::
+
+            >>> step, cache = torch.compile(model, backend="eager"), StaticCache(model.config, max_cache_len=64)
+            >>> token = model(torch.tensor([[1, 2, 3]]), past_key_values=cache).logits[:, -1:].argmax(-1)
+            >>> for place in range(3, 6):
+            ...     cache.fold()
+            ...     out = step(token, past_key_values=cache, position_ids=torch.tensor([[place]]))
+            ...     token = out.logits.argmax(-1)
+        """
         self.fast_weights.recount()
         self.fast_weights.fold()
 
@@ -1095,6 +1105,13 @@ class FastWeightsMixin:
 
         Keys and values are not kept: what was read is remembered by the fast weights alone.
 
+        Example::
+
+            >>> text = torch.randint(0, model.config.vocab_size, (1, 100))
+            >>> book = model.read(text, name="a text")
+            >>> book.texts[0][0]["name"], book.texts[0][0]["tokens"], book.chunks == [100 // model.config.ttt_chunk]
+            ('a text', 100, True)
+
         Args:
             input_ids: (batch, t).
             attention_mask: (batch, t), 0 where there is padding.
@@ -1142,6 +1159,12 @@ class FastWeightsMixin:
 
     def load_fast_weights(self, path: str, tokenizer=None, check: bool = True) -> FastWeights:
         """Read fast weights that were saved, to the devices of the layers.
+
+        Example::
+
+            >>> model.read(torch.randint(0, model.config.vocab_size, (1, 100))).save(f"{folder}/book.safetensors")
+            >>> model.load_fast_weights(f"{folder}/book.safetensors").texts[0][0]["tokens"]
+            100
 
         Args:
             tokenizer: the one that questions are made with.
@@ -1209,7 +1232,15 @@ class FastWeightsMixin:
                 yield from ((f"{prefix}.{name}", tensor.detach()) for name, tensor in own.items())
 
     def generate(self, *args, fast_weights: FastWeights | None = None, **kwargs):
-        """As transformers' own; ``fast_weights`` of one text are given to all of the batch."""
+        """Generate as transformers does; ``fast_weights`` of one text are given to all of the batch.
+
+        Example::
+
+            >>> book = model.read(torch.randint(0, model.config.vocab_size, (1, 100)))
+            >>> questions = torch.randint(0, model.config.vocab_size, (2, 10))
+            >>> model.generate(questions, fast_weights=book, max_new_tokens=5, do_sample=False).shape
+            torch.Size([2, 15])
+        """
         if fast_weights is not None and kwargs.get("past_key_values") is not None:
             raise ValueError("fast_weights and past_key_values: a cache has fast weights of its own; give one of them")
         self._book, before = fast_weights, self.config._attn_implementation

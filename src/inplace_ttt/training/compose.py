@@ -78,6 +78,13 @@ def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:
 
     Text arrives as typed: the value of a key whose type is text is quoted for Hydra, whose grammar makes a number of
     2026_01_01 and refuses /data/lr=1e-3. Raises UserError for an override that cannot be used.
+
+    Example::
+
+        >>> composed = compose_config(["recipe=tiny_ttt", "train.steps=7"], recipes)
+        >>> config = to_config(composed)
+        >>> config.train.steps, config.ttt.enabled
+        (7, True)
     """
     recipes = recipes if isinstance(recipes, Recipes) else Recipes(recipes)
     _check_recipe(overrides, recipes)

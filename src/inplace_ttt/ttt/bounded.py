@@ -32,6 +32,15 @@ def bounded_fast_weight_linear(
     Behind chunk n = ``trained_chunks`` S has the norm ``|S_n|``. There, and behind each later chunk, S is scaled down
     to the norm ``bound * |S_n|`` where its own is larger.
 
+    Example::
+
+        >>> z, v, weight = torch.randn(100, 2, 8), torch.randn(100, 2, 4), torch.randn(4, 8)
+        >>> options = dict(eta=0.1, chunk_size=10)
+        >>> bounded = bounded_fast_weight_linear(z, v, weight, bound=0.5, trained_chunks=4, **options)
+        >>> free = fast_weight_linear(z, v, weight, **options)
+        >>> torch.allclose(bounded[:40], free[:40]), torch.allclose(bounded[40:], free[40:])
+        (True, False)
+
     Args:
         bound: above 0.
         trained_chunks: 1 or more.

@@ -26,6 +26,15 @@ class ChunkTargets:
     Under context parallelism the carry of the first slice is then on its way to other ranks before the targets of the
     second slice are computed.
 
+    Example::
+
+        >>> u, kernel, projection = torch.randn(12, 1, 4), torch.randn(4, 1, 3), torch.eye(4)
+        >>> chunk_ids = torch.arange(12) // 6  # two chunks of six tokens
+        >>> v = ChunkTargets(u, kernel, projection, chunk_ids).materialise()
+        >>> alone = ChunkTargets(u[:6], kernel, projection, chunk_ids[:6]).materialise()
+        >>> torch.allclose(v[:6], alone)  # a target sees its own chunk alone
+        True
+
     Args:
         u: (s, b, d), what the convolution reads: the MLP's inputs, or the embeddings.
         weight: (d, 1, kernel), kernel odd.

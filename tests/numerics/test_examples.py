@@ -1,0 +1,50 @@
+"""The examples in docstrings of what users call."""
+
+import doctest
+import sys
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from exported_models import build
+from inplace_ttt.data.prepare import prepare
+from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from inplace_ttt.hf.modeling_inplace_ttt import FastWeightCache, InPlaceTTTQwen3ForCausalLM
+from inplace_ttt.training import compose
+from inplace_ttt.ttt import ChunkTargets, bounded_fast_weight_linear, fast_weight_linear
+from launching import ROOT
+
+EXAMPLES = [
+    fast_weight_linear,
+    bounded_fast_weight_linear,
+    ChunkTargets,
+    InPlaceTTTQwen3ForCausalLM.read,
+    InPlaceTTTQwen3ForCausalLM.load_fast_weights,
+    InPlaceTTTQwen3ForCausalLM.generate,
+    FastWeightCache.fold,
+    import_checkpoint,
+    export_checkpoint,
+    compose.compose_config,
+    prepare,
+    train_tokenizer,
+]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory) -> dict:
+    """What examples know beside what is at hand where they stand: a model, a folder with it, the recipes."""
+    folder, model = tmp_path_factory.mktemp("examples"), build("qwen3")
+    model.save_pretrained(folder / "theirs")
+    import_checkpoint(folder / "theirs", folder / "imported")
+    return dict(torch=torch, StaticCache=StaticCache, model=model, folder=folder, recipes=ROOT / "recipes")
+
+
+@pytest.mark.parametrize("called", EXAMPLES, ids=lambda called: called.__qualname__)
+def test_example(called, names, capsys):
+    own = vars(sys.modules[called.__module__])
+    (example,) = doctest.DocTestFinder(recurse=False).find(called, called.__qualname__, globs={**own, **names})
+    assert example.examples
+    result = doctest.DocTestRunner().run(example)
+    assert not result.failed, capsys.readouterr().out
