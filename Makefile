@@ -3,6 +3,9 @@ SHELL := bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+# of `make data`, and more keys of `make train`: make train KEYS="train.steps=20 log.wandb=disabled"
+MEGABYTES ?= 32
+KEYS ?=
 # torchrun gives each process one thread unless told otherwise: divide the cores
 export OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(NPROC) )); echo $$(( n > 0 ? n : 1 )))
 SCRIPTS = $(wildcard launch/*.sh launch/slurm/*.sh docker/*.sh) launch/slurm/train.sbatch .ci/run
@@ -21,10 +24,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt launch/setup.sh
 	@bash launch/setup.sh $(VENV)
 
 data: setup ## make the default corpus: the sources of the installed Python packages
-	@$(BIN)/python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048 --if-missing
+	@$(BIN)/python launch/prepare_data.py --output data/python --python-packages --max-megabytes $(MEGABYTES) \
+	  --train-tokenizer 2048 --if-missing
 
 train: data ## the main job: a model with fast weights on real long documents, over two context-parallel ranks
-	@$(RUN) recipe=tiny_ttt
+	@$(RUN) recipe=tiny_ttt $(KEYS)
 
 evaluate: setup ## what the fast weights of `make train` are worth: loss by position, and a needle in a haystack
 	@test -d runs/tiny_ttt/checkpoints || $(MAKE) train
