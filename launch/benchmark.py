@@ -99,7 +99,7 @@ def main() -> int:
     import torch
 
     from inplace_ttt.config import UserError
-    from inplace_ttt.exits import fail
+    from inplace_ttt.resilience.exits import fail
     from inplace_ttt.ttt import LayoutError
 
     try:

@@ -6,7 +6,7 @@ import sys
 def run() -> None:
     try:
         from inplace_ttt.evaluation.main import main
-        from inplace_ttt.exits import leave
+        from inplace_ttt.resilience.exits import leave
     except KeyboardInterrupt:  # before there is anything to keep
         sys.exit(130)
     leave(main(sys.argv[1:]))

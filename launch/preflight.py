@@ -18,8 +18,8 @@ from rich.table import Table
 
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World
-from inplace_ttt.exits import fail, leave
-from inplace_ttt.preflight.node import Finding, State, examine
+from inplace_ttt.resilience.exits import fail, leave
+from inplace_ttt.resilience.preflight.node import Finding, State, examine
 
 COLORS = {State.THERE: "green", State.LACKING: "yellow", State.BROKEN: "red"}
 
@@ -65,8 +65,8 @@ def look(arguments: argparse.Namespace) -> int:
 
 
 def look_together(folder: Path, minutes: float) -> list[Finding]:
-    from inplace_ttt.preflight.ranks import reports_of_all
-    from inplace_ttt.preflight.verdict import judge
+    from inplace_ttt.resilience.preflight.ranks import reports_of_all
+    from inplace_ttt.resilience.preflight.verdict import judge
 
     return judge(reports_of_all(folder, minutes, lambda why: leave(fail(why, 4))))
 

@@ -6,8 +6,8 @@ import sys
 
 def run() -> None:
     try:
-        from inplace_ttt.exits import leave
         from inplace_ttt.inference.reading import main
+        from inplace_ttt.resilience.exits import leave
     except KeyboardInterrupt:  # before there is anything to keep
         sys.exit(130)
     leave(main(sys.argv[1:]))

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from inplace_ttt.exits import leave
+from inplace_ttt.resilience.exits import leave
 from inplace_ttt.training.main import main
 
 if __name__ == "__main__":  # saving checkpoints starts processes that import this file again

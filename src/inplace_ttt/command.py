@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from inplace_ttt.config import UserError
-from inplace_ttt.exits import LASTING, USERS
+from inplace_ttt.resilience.exits import LASTING, USERS
 
 
 def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:

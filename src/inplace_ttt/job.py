@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from inplace_ttt.config import Parallel
 from inplace_ttt.environment import World
-from inplace_ttt.exits import LASTING, USERS, fail, leave
-from inplace_ttt.rendezvous import Rendezvous
-from inplace_ttt.signals import StopRequest
-from inplace_ttt.torchrun import GO_ON
-from inplace_ttt.watch import Watch
+from inplace_ttt.resilience.exits import LASTING, USERS, fail, leave
+from inplace_ttt.resilience.rendezvous import Rendezvous
+from inplace_ttt.resilience.signals import StopRequest
+from inplace_ttt.resilience.torchrun import GO_ON
+from inplace_ttt.resilience.watch import Watch
 
 SLOW = 6.0  # times the time-out: what may take that long, by the patience of the watch
 ASKED_TO_STOP = 130  # the exit code of what was asked to stop before its end

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from hf_models import SMALL, our_logits, weights
 from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
-from inplace_ttt.megatron.manifest import write_manifest
+from inplace_ttt.resilience.checksums import write_manifest
 from launching import ROOT
 from ranks import run_ranks
 

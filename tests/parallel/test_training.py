@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from inplace_ttt.megatron.manifest import corruption
+from inplace_ttt.resilience.checksums import corruption
 from launching import SMALL, kill_all, numbers, run_main, torchrun, workers
 from ranks import run_ranks
 
@@ -479,7 +479,7 @@ def test_a_run_of_an_earlier_version_goes_on(alone, tmp_path):
 
 
 def test_two_runs_in_one_folder(alone, tmp_path):
-    from inplace_ttt.lock import Lock
+    from inplace_ttt.resilience.lock import Lock
 
     run = tmp_path / "run"
     shutil.copytree(alone, run)

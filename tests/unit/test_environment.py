@@ -11,7 +11,7 @@ import pytest
 from inplace_ttt import environment
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World, check_environment, master_address
-from inplace_ttt.rendezvous import Rendezvous
+from inplace_ttt.resilience.rendezvous import Rendezvous
 from launching import ROOT
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
@@ -96,7 +96,7 @@ def test_too_few_files(monkeypatch):
 
 
 def test_an_agents_store_that_is_not_there(variables, monkeypatch):
-    monkeypatch.setattr("inplace_ttt.rendezvous.ANSWERS", 1.0)
+    monkeypatch.setattr("inplace_ttt.resilience.rendezvous.ANSWERS", 1.0)
     variables(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
     with pytest.raises(UserError, match=r"nothing answers at MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=1"):
         Rendezvous(World(1, 2, 1), 0.02)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from inplace_ttt.exits import fail
-from inplace_ttt.torchrun import MARK, _sentences
+from inplace_ttt.resilience.exits import fail
+from inplace_ttt.resilience.torchrun import MARK, _sentences
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from inplace_ttt.data.documents import Report, find_files, read_documents
 from inplace_ttt.data.packed import open_indexed
 from inplace_ttt.data.tokenizer import entries_of, load_tokenizer, train_tokenizer
 from inplace_ttt.files import user_path
-from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron.indexed import IndexedDataset
+from inplace_ttt.resilience.lock import lock_beside
 from inplace_ttt.training.plots import axes, save
 from inplace_ttt.training.records import read_metrics
 from inplace_ttt.training.status import Status, picture, screen

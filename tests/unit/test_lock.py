@@ -12,9 +12,9 @@ import pytest
 
 from inplace_ttt.config import UserError
 from inplace_ttt.hf.convert import fresh_folder
-from inplace_ttt.lock import Lock
+from inplace_ttt.resilience.lock import Lock
 
-HOLD = "import sys, time; from pathlib import Path; from inplace_ttt.lock import Lock; "
+HOLD = "import sys, time; from pathlib import Path; from inplace_ttt.resilience.lock import Lock; "
 HOLD += "lock = Lock(Path(sys.argv[1]), 'x');"
 
 

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-from inplace_ttt.preflight import node as preflight
-from inplace_ttt.preflight.node import State
+from inplace_ttt.resilience.preflight import node as preflight
+from inplace_ttt.resilience.preflight.node import State
 from launching import ROOT
 
 

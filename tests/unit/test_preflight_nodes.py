@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from inplace_ttt.preflight.node import State
-from inplace_ttt.preflight.ranks import Report, versions
-from inplace_ttt.preflight.verdict import judge
+from inplace_ttt.resilience.preflight.node import State
+from inplace_ttt.resilience.preflight.ranks import Report, versions
+from inplace_ttt.resilience.preflight.verdict import judge
 from launching import ROOT
 
 HOSTS = ("node1", "node1", "node2", "node2", "node3", "node3")

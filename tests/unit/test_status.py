@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from inplace_ttt.training.pace import ENOUGH, Pace, Probe
+from inplace_ttt.resilience.stragglers import ENOUGH, Pace, Probe
 from inplace_ttt.training.status import Status, sparkline
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
 from launching import ROOT

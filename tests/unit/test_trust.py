@@ -17,8 +17,8 @@ from inplace_ttt.files import read_json, read_yaml
 from inplace_ttt.hf.companions import copy_companions
 from inplace_ttt.hf.convert import SafetensorsFolder
 from inplace_ttt.megatron import reading
-from inplace_ttt.megatron.manifest import corruption, damage, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
+from inplace_ttt.resilience.checksums import corruption, damage, write_manifest
 
 
 class Payload:

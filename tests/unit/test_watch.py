@@ -4,10 +4,11 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from inplace_ttt.watch import DONE, Beat, Seen, Watch, _where, who_hangs, who_is_gone
+from inplace_ttt.resilience.watch import DONE, Beat, Seen, Watch, _where, who_hangs, who_is_gone
 
 
 def seen(marks: int = 5, silent: float = 0.0, *, waits: bool = True, where: str = "", left: str | None = None) -> Seen:
@@ -175,3 +176,10 @@ def test_a_store_that_is_gone_ends_the_wait():
     del server
     watch.finish()
     assert not said
+
+
+def test_frames_of_this_package_are_known_wherever_they_are():
+    from inplace_ttt import ttt
+    from inplace_ttt.resilience.watch import PACKAGE
+
+    assert Path(ttt.__file__).is_relative_to(PACKAGE) and PACKAGE.name == "inplace_ttt"

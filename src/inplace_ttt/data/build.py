@@ -18,7 +18,7 @@ from inplace_ttt.data.prepare import Description, read_description
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.megatron.indexed import IndexedDataset
-from inplace_ttt.signals import unheard
+from inplace_ttt.resilience.signals import unheard
 
 BLEND_BYTES = 10  # of each sample of a run with several sources
 

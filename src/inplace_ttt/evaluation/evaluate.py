@@ -21,8 +21,8 @@ from inplace_ttt.evaluation.pictures import draw
 from inplace_ttt.evaluation.reading_task import ReadingTask
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.job import Job
-from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron import runtime
+from inplace_ttt.resilience.lock import lock_beside
 
 KINDS = {
     "position": ReadingTask,

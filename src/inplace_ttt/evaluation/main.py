@@ -3,7 +3,7 @@
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World, check_environment
 from inplace_ttt.evaluation.arguments import HELP, parse
-from inplace_ttt.exits import fail, tolerate_closed_output
+from inplace_ttt.resilience.exits import fail, tolerate_closed_output
 
 
 def main(words: list[str]) -> int:

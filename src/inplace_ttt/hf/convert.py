@@ -31,10 +31,10 @@ from inplace_ttt.hf.companions import (
 )
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import Row, check_names, weight_map
-from inplace_ttt.lock import lock_beside
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
-from inplace_ttt.megatron.manifest import PARTIAL_MARK, corruption, write_manifest
 from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
+from inplace_ttt.resilience.checksums import PARTIAL_MARK, corruption, write_manifest
+from inplace_ttt.resilience.lock import lock_beside
 
 SHARD_BYTES = 10**9
 REPLACE = "download it again"

@@ -20,10 +20,10 @@ from inplace_ttt.evaluation.arguments import Parser, is_key, read_key, tokens
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import Named, check_tokens, chosen_dtype, open_model
-from inplace_ttt.exits import fail
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, described
 from inplace_ttt.job import Job, run_job
+from inplace_ttt.resilience.exits import fail
 
 HELP = """\
 Read texts once, and save what the fast weights have learnt: launch/read_book.py MODEL FILE [FILE ...] --output BOOK

@@ -28,10 +28,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from inplace_ttt.config import UserError
 from inplace_ttt.files import own_umask, read_json, write_json
 from inplace_ttt.megatron import reading
-from inplace_ttt.megatron.manifest import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
 from inplace_ttt.megatron.optimizer import keep_values
 from inplace_ttt.megatron.runtime import agree
-from inplace_ttt.signals import end_with_parent, unheard
+from inplace_ttt.resilience.checksums import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
+from inplace_ttt.resilience.signals import end_with_parent, unheard
 
 NAME = re.compile(r"step_(\d{8})")
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from inplace_ttt.config import Parallel, UserError
 from inplace_ttt.environment import World
 from inplace_ttt.megatron import cpu
-from inplace_ttt.rendezvous import Rendezvous, join
+from inplace_ttt.resilience.rendezvous import Rendezvous, join
 
 # The watch ends a run that hangs after parallel.timeout_minutes and says why; collectives would not, so they end later
 LATER = 1.5

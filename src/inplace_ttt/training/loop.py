@@ -19,22 +19,22 @@ from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
 from inplace_ttt.evaluation.position import PositionRanges
-from inplace_ttt.exits import LASTING
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import agree, device
-from inplace_ttt.signals import StopRequest
+from inplace_ttt.resilience.exits import LASTING
+from inplace_ttt.resilience.signals import StopRequest
+from inplace_ttt.resilience.stragglers import ENOUGH, WINDOW, Pace, Probe, table_of
+from inplace_ttt.resilience.watch import Watch
 from inplace_ttt.training import update_histograms
 from inplace_ttt.training.health import first_broken_layer, last_broken_gradient
-from inplace_ttt.training.pace import ENOUGH, WINDOW, Pace, Probe, table_of
 from inplace_ttt.training.records import MetricsFile, Screen, WandB
 from inplace_ttt.training.run_folder import RunFolder
 from inplace_ttt.training.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.training.tensorboard import TensorBoard
 from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
-from inplace_ttt.watch import Watch
 
 FULL = 16 * 2**20  # bytes that are free on a disk that is full for a checkpoint
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop

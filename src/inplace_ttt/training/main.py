@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.environment import World, check_environment
-from inplace_ttt.exits import fail
 from inplace_ttt.files import user_path
+from inplace_ttt.resilience.exits import fail
 from inplace_ttt.sizes import check_memory, total_parameters
 
 HELP = """\

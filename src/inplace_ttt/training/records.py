@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.files import read_json_lines, write_text
-from inplace_ttt.signals import unheard
+from inplace_ttt.resilience.signals import unheard
 from inplace_ttt.training.numbers import numbers_of
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # of a step, by the machine's speed

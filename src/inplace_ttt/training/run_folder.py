@@ -13,10 +13,10 @@ from inplace_ttt.config import SOURCE_LISTS, Config, OnResume, UserError, schema
 from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
 from inplace_ttt.hf.companions import keep_companions
-from inplace_ttt.lock import Lock
 from inplace_ttt.megatron.checkpoint import read_progress, remove_abandoned, whole_checkpoints
-from inplace_ttt.megatron.manifest import corruption
 from inplace_ttt.megatron.runtime import agree
+from inplace_ttt.resilience.checksums import corruption
+from inplace_ttt.resilience.lock import Lock
 
 KEYS = schema_keys()
 

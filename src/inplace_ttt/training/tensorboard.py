@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from inplace_ttt.config import Config, UserError, one_line
-from inplace_ttt.signals import unheard
+from inplace_ttt.resilience.signals import unheard
 from inplace_ttt.training.numbers import numbers_of
 
 FOLDER = "tensorboard"  # of a run

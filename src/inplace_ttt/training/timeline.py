@@ -5,7 +5,7 @@ metrics.jsonl is what a run computes, the same however often it was interrupted;
 - ``start``: ``time`` (Unix seconds), ``step`` after which it goes on, ``hosts``, ``ranks``; of a restart also
   ``down_seconds`` (from the last step of the start before to the first of this one), ``redone_steps`` and
   ``redone_seconds`` (what was done after the checkpoint and is done again)
-- ``ranks``: ``step``, ``spread`` (the slowest rank's arithmetic over the median's), ``slow`` (see pace.py)
+- ``ranks``: ``step``, ``spread`` (the slowest rank's arithmetic over the median's), ``slow`` (see stragglers.py)
 - ``end``: ``time``, ``why``; a run that was killed has none
 """
 

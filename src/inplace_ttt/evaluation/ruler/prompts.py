@@ -24,7 +24,7 @@ from inplace_ttt.evaluation.ruler.needles import needle_at_depth
 from inplace_ttt.evaluation.ruler.sources import Sources
 from inplace_ttt.evaluation.ruler.task import Draft
 from inplace_ttt.files import read_json_lines, write_text
-from inplace_ttt.signals import end_with_parent
+from inplace_ttt.resilience.signals import end_with_parent
 
 VERSION = 2  # of the generators: samples of others are made anew
 TEMPLATES = ("base", "chat")

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import inplace_ttt
 from inplace_ttt.config import one_line
 from inplace_ttt.environment import World
 from inplace_ttt.packages import version
-from inplace_ttt.preflight.node import State, examine
-from inplace_ttt.rendezvous import Rendezvous, join
-from inplace_ttt.watch import Watch
+from inplace_ttt.resilience.preflight.node import State, examine
+from inplace_ttt.resilience.rendezvous import Rendezvous, join
+from inplace_ttt.resilience.watch import Watch
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu13")
 PINGS = 5
@@ -124,7 +125,7 @@ def versions() -> dict[str, str]:
 
 def _code() -> str:
     """This package's sources, as a short checksum."""
-    package, sums = Path(__file__).parent.parent, hashlib.sha256()
+    package, sums = Path(inplace_ttt.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         sums.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return sums.hexdigest()[:12]

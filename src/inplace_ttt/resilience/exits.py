@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from inplace_ttt.torchrun import MARK
+from inplace_ttt.resilience.torchrun import MARK
 
 # What a user must mend before a run can go on; other failures of a file system may pass
 LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -6,8 +6,8 @@ differ, clocks apart, slow arithmetic and slow links cost time and are said.
 
 import statistics
 
-from inplace_ttt.preflight.node import Finding, State
-from inplace_ttt.preflight.ranks import Report
+from inplace_ttt.resilience.preflight.node import Finding, State
+from inplace_ttt.resilience.preflight.ranks import Report
 
 SLOW_GPU, SLOW_LINK = 0.85, 0.5  # of the median
 SLOW_CPU = 0.5  # other programs may run there

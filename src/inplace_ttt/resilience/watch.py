@@ -31,13 +31,14 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+import inplace_ttt
 from inplace_ttt.config import one_line
 from inplace_ttt.environment import World
-from inplace_ttt.rendezvous import Rendezvous
+from inplace_ttt.resilience.rendezvous import Rendezvous
 
 # Innermost Python frames of a rank that waits for others, rather than being what others wait for
 _WAITING = ("torch/distributed/", "ttt/transport/", "p2p_communication.py", "tensor_parallel/mappings")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(inplace_ttt.__file__).parent
 ANSWER = 10.0  # seconds in which the store answers, if it is reached
 DONE = "done"  # why a rank ends that has nothing to complain of
 
