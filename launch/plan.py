@@ -1,6 +1,6 @@
 """Say what a run needs before a node is burnt: memory of each part, work of a step, time of the whole.
 
-python launch/plan.py recipe=qwen3_4b_ttt_128k parallel=8xh100
+python launch/plan.py recipe=qwen3_4b_ttt_128k parallel=h100 --gpus 16
 python launch/plan.py recipe=qwen3_4b_ttt parallel.context_parallel_size=2 --gpus 32 --gpu H200
 
 Exits with 2, and says what would fit, where the run does not.
@@ -23,19 +23,10 @@ VOCABULARY = 32_768  # where nothing says it
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
-    parser.add_argument(
-        "--gpus", type=int, help="how many (what parallel=8xh100 says, else as many of 8 as it can use)"
-    )
+    parser.add_argument("--gpus", type=int, help="how many (as many of 8 as it can use)")
     parser.add_argument("--config-dir", metavar="DIR", help="your own recipes, as DIR/recipe/NAME.yaml")
-    parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (likewise, else H100)")
-    arguments = parser.parse_intermixed_args()
-    for override in arguments.overrides:
-        count, x, name = override.removeprefix("parallel=").partition("x")
-        if override.startswith("parallel=") and x and count.isdigit():
-            arguments.gpus = int(count) if arguments.gpus is None else arguments.gpus
-            arguments.gpu = name.upper() if arguments.gpu is None else arguments.gpu
-    arguments.gpu = "H100" if arguments.gpu is None else arguments.gpu
-    return arguments
+    parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (that of parallel=h200, else H100)")
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:
@@ -48,6 +39,8 @@ def main() -> int:
     try:
         if arguments.gpus is not None and not 1 <= arguments.gpus <= 2**20:
             raise UserError(f"--gpus {arguments.gpus}: use 1 to {2**20:,}")
+        presets = [word.partition("=")[2].upper() for word in arguments.overrides if word.startswith("parallel=")]
+        arguments.gpu = arguments.gpu or next((name for name in presets if name in estimate.GPUS), "H100")
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
         own = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []

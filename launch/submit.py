@@ -1,8 +1,8 @@
 """Submit a run to Slurm, its configuration checked first.
 
-python launch/submit.py --nodes 2 --time 24:00:00 recipe=qwen3_4b_ttt parallel=16xh100
-python launch/submit.py --nodes 2 recipe=qwen3_4b_ttt parallel=16xh100 \\
-  --then "recipe=qwen3_4b_ttt_128k parallel=16xh100"
+python launch/submit.py --nodes 2 --time 24:00:00 recipe=qwen3_4b_ttt parallel=h100
+python launch/submit.py --nodes 2 recipe=qwen3_4b_ttt parallel=h100 \\
+  --then "recipe=qwen3_4b_ttt_128k parallel=h100"
 
 --dry-run shows what would be submitted. The job saves and requeues itself before its time limit and after a crash:
 launch/slurm/train.sbatch. Each --then waits for the run before it to be done, and is cancelled if that fails for good.

@@ -22,7 +22,7 @@ STEP_24 = [
     "optim.lr=1e-5",
     "run.name=seen",
 ]
-STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=2xh200", "train.global_batch_size=1"]
+STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=h200", "train.global_batch_size=1"]
 OFF = ["ttt.enabled=false"]
 
 
@@ -66,21 +66,29 @@ def test_kept_chunk_weights_are_counted_where_they_are_kept():
     )
 
 
-LAYOUTS = sorted(path.stem for path in (ROOT / "recipes" / "parallel").glob("*x*.yaml"))
+PRESETS = sorted(path.stem for path in (ROOT / "recipes" / "parallel").glob("*.yaml"))
 CURRICULA = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*_ttt_128k.yaml"))
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.startswith("2x")])
-def test_every_curriculum_fits_every_layout(layout):
+@pytest.mark.parametrize("count", [8, 16, 64])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_curriculum_fits_every_preset(preset, count):
     from inplace_ttt.validation import validate
 
-    count, name = layout.split("x")
-    gpu = estimate.GPUS[name.upper()]
+    gpu = estimate.GPUS[preset.upper()]
     for recipe in (*CURRICULA, *(name.removesuffix("_128k") for name in CURRICULA)):
-        config = to_config(compose_config([f"recipe={recipe}", f"parallel={layout}"], ROOT / "recipes"))
+        config = to_config(compose_config([f"recipe={recipe}", f"parallel={preset}"], ROOT / "recipes"))
         config.checkpoint.load = None
-        validate(config, int(count))
-        assert estimate.memory(config, int(count), gpu).needed <= gpu.memory
+        validate(config, count)
+        assert estimate.memory(config, count, gpu).needed <= gpu.memory
+
+
+@pytest.mark.parametrize(("ranks", "here", "overlaps"), [("16", "8", True), ("8", "8", False), ("", "x", False)])
+def test_presets_overlap_between_nodes(monkeypatch, ranks, here, overlaps):
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    config = to_config(compose_config(["recipe=qwen3_4b_ttt", "parallel=h100"], ROOT / "recipes"))
+    assert config.parallel.overlap_grad_reduce == config.parallel.overlap_param_gather == overlaps
 
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
@@ -90,12 +98,12 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yam
 def test_every_recipe_fits_the_preset_that_it_names(recipe):
     from inplace_ttt.validation import validate
 
-    named = re.search(rf"recipe={recipe} parallel=(\w+)", (ROOT / f"recipes/recipe/{recipe}.yaml").read_text())
+    content = (ROOT / f"recipes/recipe/{recipe}.yaml").read_text()
+    named = re.search(rf"recipe={recipe} parallel=(\w+) +# (\d+) GPUs", content)
     if named is None:
         assert recipe in ("recall", "smollm2_135m_ttt", "tiny", "tiny_ttt")  # for one GPU or a laptop
         return
-    count, name = named[1].split("x")
-    gpu = estimate.GPUS[name.upper()]
+    gpu, count = estimate.GPUS[named[1].upper()], named[2]
     config = to_config(compose_config([f"recipe={recipe}", f"parallel={named[1]}"], ROOT / "recipes"))
     config.checkpoint.load = None
     validate(config, int(count))
@@ -124,7 +132,7 @@ def test_warm_up_in_steps_or_tokens():
 
 
 def test_says_that_it_fits():
-    done = plan("recipe=qwen3_4b_ttt_128k", "parallel=16xh200")
+    done = plan("recipe=qwen3_4b_ttt_128k", "parallel=h200", "--gpus", "16")
     assert done.returncode == 0, done.stderr
     assert "16 x H200" in done.stdout and "CP 2 DP 8" in done.stdout and "it fits" in done.stdout
 

@@ -13,12 +13,12 @@ def submit(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-CURRICULUM = ["recipe=qwen3_4b_ttt", "parallel=16xh100", "checkpoint.load=null"]
+CURRICULUM = ["recipe=qwen3_4b_ttt", "parallel=h100", "checkpoint.load=null"]
 
 
 def test_dry_run_shows_both_stages_and_the_script():
     done = submit("--nodes", "2", "--time", "1:00:00", "--container", "image.sqsh", "--sbatch=--qos=high", *CURRICULUM,
-                  "--then", "recipe=qwen3_4b_ttt_128k parallel=16xh100", "--dry-run")  # fmt: skip
+                  "--then", "recipe=qwen3_4b_ttt_128k parallel=h100", "--dry-run")  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, *script = done.stdout.splitlines()
     assert "--nodes=2 --gpus-per-node=8 --time=1:00:00 --exclusive --mem=0 --qos=high" in first

@@ -1,6 +1,7 @@
 """From ``recipe=NAME key=value ...`` to a checked Config; Hydra composes, we say what is wrong in one sentence."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,17 @@ KINDS = {
 }
 
 ConfigStore.instance().store(name="schema", node=Config)
-# for parallel layouts that follow the length of the samples
+
+
+def _several_nodes() -> bool:
+    """Tell whether torchrun started ranks on several nodes."""
+    ranks, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return ranks.isdecimal() and here.isdecimal() and int(ranks) > int(here)
+
+
+# for parallel layouts that follow the length of the samples, and the machines
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=True)
+OmegaConf.register_new_resolver("several_nodes", _several_nodes, replace=True)
 
 
 @dataclass(frozen=True)
