@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def decode(models: Models, after: list[int], rows: list[int], tokens: int) -> li
                     variant = f"{name}, {'static' if static else 'dynamic'}"
                     place = dict(variant=variant, texts=f"{number} x {length}")
                     found.append(place | _decoded(models, model, book, number, length, tokens, static))
+                    said = f"{found[-1]['ms_per_step']:.2f} ms a step, peak {found[-1]['peak_gib']:.1f} GiB"
+                    print(f"{variant}, {number} x {length}: {said}", file=sys.stderr, flush=True)
             # of whatever cache is the faster one without fast weights
             best, best_mean = (min(one[key] for one in found[:2]) for key in ("ms_per_step", "mean_ms"))
             records += [
@@ -85,7 +88,8 @@ def decode(models: Models, after: list[int], rows: list[int], tokens: int) -> li
 
 
 def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int, tokens: int, static: bool) -> dict:
-    steps = []
+    steps: list[float] = []
+    started, recorded = time.perf_counter(), 0.0
     _reset_peak(model.device)
     for count in (min(tokens, 8), tokens) if static else (tokens,):  # the first generation records the graph
         cache = filled_cache(model, book, rows, after, tokens + 2, static)
@@ -96,6 +100,7 @@ def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int
             min_new_tokens=count + 1, do_sample=False, streamer=clock,
         )  # fmt: skip
         steps = [1e3 * (b - a) for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
+        recorded = recorded or time.perf_counter() - started
         del cache
     other = models.base if model is models.ours else models.ours
     return dict(
@@ -103,6 +108,7 @@ def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int
         ms_per_step=statistics.median(steps),
         mean_ms=statistics.fmean(steps),
         slowest_ms=max(steps),
+        first_s=recorded,  # the first generation, in which a graph is recorded
         peak_gib=_peak(model.device) - _weight_bytes(other) / GIB,
     )
 
