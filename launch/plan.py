@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parse_arguments()
     from inplace_ttt import estimate
     from inplace_ttt.config import UserError
-    from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
+    from inplace_ttt.training.compose import compose_config, to_config, with_own
     from inplace_ttt.validation import validate
 
     try:
@@ -43,9 +43,7 @@ def main() -> int:
         arguments.gpu = arguments.gpu or next((name for name in presets if name in estimate.GPUS), "H100")
         if arguments.gpu not in estimate.GPUS:
             raise UserError(f"--gpu {arguments.gpu} is not known: use one of {', '.join(estimate.GPUS)}")
-        own = [f"--config-dir={arguments.config_dir}"] if arguments.config_dir else []
-        overrides, recipes = split_config_dir([*arguments.overrides, *own], ROOT / "recipes")
-        config = to_config(compose_config(overrides, recipes))
+        config = to_config(compose_config(arguments.overrides, with_own(ROOT / "recipes", arguments.config_dir)))
         assumed = assume(config)
         arguments.gpus = usable(config) if arguments.gpus is None else arguments.gpus
         validate(config, arguments.gpus)

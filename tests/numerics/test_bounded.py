@@ -86,7 +86,7 @@ def test_norms_are_summed_over_columns():
 @torch.no_grad()
 @pytest.mark.parametrize("by_itself", [False, True])
 def test_books_go_on(tmp_path, monkeypatch, by_itself):
-    """What a book has written, and how much it may write, is saved with it: before, at and past the trained length."""
+    """Save with a book what it has written and how much it may write: before, at and past the trained length."""
     if by_itself:
         monkeypatch.setattr(exported, "fast_weight_linear", None)
     model, text = build("bounded"), texts(2, 120)

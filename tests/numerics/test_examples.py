@@ -34,7 +34,7 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory) -> dict:
-    """What examples know beside what is at hand where they stand: a model, a folder with it, the recipes."""
+    """Give examples the names that their modules lack: a model, a folder with it, the recipes."""
     folder, model = tmp_path_factory.mktemp("examples"), build("qwen3")
     model.save_pretrained(folder / "theirs")
     import_checkpoint(folder / "theirs", folder / "imported")

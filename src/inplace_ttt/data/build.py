@@ -12,35 +12,14 @@ from torch.utils.data import DataLoader
 
 from inplace_ttt.config import Config, Source, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.identity import check_tokens, identity
-from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, open_answers, open_indexed, split_documents
-from inplace_ttt.data.prepare import Description, read_description
+from inplace_ttt.data.corpus import Corpus
+from inplace_ttt.data.identity import check_tokens
+from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
-from inplace_ttt.megatron.indexed import IndexedDataset
 from inplace_ttt.resilience.signals import unheard
 
 BLEND_BYTES = 10  # of each sample of a run with several sources
-
-
-@dataclass
-class Corpus:
-    """Hold an opened source."""
-
-    prefix: str
-    indexed: IndexedDataset
-    described: Description | None
-    identity: dict  # see identity.py
-    answers: IndexedDataset | None  # which tokens count in the loss; None: all
-
-    @classmethod
-    def open(cls, path: str, key: str) -> "Corpus":
-        """Open the files of a prefix, which ``key`` names. Raises UserError."""
-        prefix = os.path.expanduser(path)
-        indexed, described = open_indexed(prefix, key), read_description(prefix)
-        mark = described.tokenizer_fingerprint if described else None
-        answers = open_answers(prefix, indexed) if described and described.supervised else None
-        return cls(prefix, indexed, described, identity(prefix, indexed, mark, answers is not None), answers)
 
 
 @dataclass

@@ -32,7 +32,9 @@ FORMATS = {
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
 }
 COMPRESSIONS = (".zst", ".gz")
-WRITTEN = ("bin", "idx", "json", "answers.bin", "answers.idx", "tokenizer", "parts", "checked")  # of an output
+ANSWERS = "answers"  # PREFIX.answers.bin and .idx of an output say which tokens count in the loss
+ENDINGS = ("bin", "idx", "json", f"{ANSWERS}.bin", f"{ANSWERS}.idx")  # of its files
+WRITTEN = (*ENDINGS, "tokenizer", "parts", "checked")
 NAMED = 10  # places of what was left out that are named
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from inplace_ttt.config import UserError
+from inplace_ttt.data.documents import ANSWERS
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron.indexed import IndexedDataset
 
@@ -22,7 +23,7 @@ def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None, supe
     with open(f"{prefix}.idx", "rb") as index:
         while block := index.read(BLOCK):
             digest.update(block)
-    for path in (f"{prefix}.bin", f"{prefix}.answers.bin")[: 1 + supervised]:
+    for path in (f"{prefix}.bin", f"{prefix}.{ANSWERS}.bin")[: 1 + supervised]:
         with open(path, "rb") as tokens:
             size = os.fstat(tokens.fileno()).st_size
             for place in sorted({size * number // PROBES for number in range(PROBES)}):

@@ -22,12 +22,12 @@ import torch
 
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.data.batch import Sample
+from inplace_ttt.data.documents import ANSWERS
 from inplace_ttt.megatron.indexed import DType, IndexedDataset
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, kind of numbers, sequences, documents
 
 PACKING = 2  # the version of the order of samples
-ANSWERS = "answers"  # PREFIX.answers.bin and .idx say which tokens count in the loss
 
 
 class PackedDocuments:

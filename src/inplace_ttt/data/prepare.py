@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.conversations import Encoder
-from inplace_ttt.data.packed import ANSWERS
+from inplace_ttt.data.documents import ANSWERS, ENDINGS
 from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
@@ -28,7 +28,6 @@ from inplace_ttt.resilience.lock import lock_beside
 
 PART_BYTES = 4_000_000  # of text
 MARK = ".inplace_ttt_parts"  # in a folder of parts, or of a tokenizer, that is ours
-ENDINGS = ("bin", "idx", "json", f"{ANSWERS}.bin", f"{ANSWERS}.idx")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import Config, UserError
+from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.documents import Report, find_files, read_documents
-from inplace_ttt.data.packed import open_answers, open_indexed, split_documents
-from inplace_ttt.data.prepare import read_description
+from inplace_ttt.data.packed import split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall
 from inplace_ttt.data.tokenizer import fingerprint
-from inplace_ttt.megatron.indexed import IndexedDataset
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,11 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
     known = []
     for source in data.validation or data.sources:
         prefix = _prefix(source.path, run)
-        indexed = open_indexed(prefix, "data.validation" if data.validation else "data.sources")
-        everything, numbers = split_documents(indexed, 0.0 if data.validation else data.validation_fraction, prefix)
-        numbers = everything if data.validation else numbers
-        described = read_description(prefix)
-        answers = open_answers(prefix, indexed) if described and described.supervised else None
-        texts += [(indexed, int(number), answers) for number in numbers]
-        known.append(described.tokenizer_fingerprint if described else None)
+        corpus = Corpus.open(prefix, "data.validation" if data.validation else "data.sources")
+        fraction = 0.0 if data.validation else data.validation_fraction
+        everything, numbers = split_documents(corpus.indexed, fraction, prefix)
+        texts += [(corpus, int(number)) for number in (everything if data.validation else numbers)]
+        known.append(corpus.tokenizer)
     if not texts:
         raise UserError(f"'{run}' holds no document out (data.validation_fraction): name some with --documents")
     return Chosen(_choose(texts, selection, f"the held-out set of '{run}'"), f"held-out documents of {run.name}",
@@ -83,11 +80,9 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
 
 def of_corpus(prefix: str, selection: Selection) -> Chosen:
     """Return documents of a prepared corpus, by the prefix of its files."""
-    indexed, described = open_indexed(prefix), read_description(prefix)
-    answers = open_answers(prefix, indexed) if described and described.supervised else None
-    texts = [(indexed, number, answers) for number in range(len(indexed.sequence_lengths))]
-    known = described.tokenizer_fingerprint if described else None
-    return Chosen(_choose(texts, selection, f"'{prefix}'"), f"documents of {prefix}", known)
+    corpus = Corpus.open(prefix)
+    texts = [(corpus, number) for number in range(len(corpus.indexed.sequence_lengths))]
+    return Chosen(_choose(texts, selection, f"'{prefix}'"), f"documents of {prefix}", corpus.tokenizer)
 
 
 def of_files(
@@ -123,13 +118,12 @@ def _prefix(path: str, run: Path) -> str:
     return next((place for place in places if is_corpus(place)), path)
 
 
-# A corpus, the number of a document in it, and which tokens of the corpus count
-Place = tuple[IndexedDataset, int, IndexedDataset | None]
+Place = tuple[Corpus, int]  # and the number of a document in it
 
 
 def _choose(texts: list[Place], selection: Selection, where: str) -> list[Document]:
     """Return documents that are long enough, in an order that the seed decides."""
-    lengths = [int(indexed.sequence_lengths[number]) for indexed, number, _ in texts]
+    lengths = [int(corpus.indexed.sequence_lengths[number]) for corpus, number in texts]
     order = np.random.default_rng(selection.seed).permutation(len(texts))
     chosen = [texts[place] for place in order if lengths[place] > selection.at_least][: selection.count]
     if not chosen:
@@ -138,10 +132,10 @@ def _choose(texts: list[Place], selection: Selection, where: str) -> list[Docume
 
 
 def _read(chosen: list[Place], length: int) -> Iterator[Document]:
-    for indexed, number, answers in chosen:
-        size = min(int(indexed.sequence_lengths[number]), length + 1)
-        counts = None if answers is None else answers.get(number, offset=1, length=size - 1) != 0
-        yield Document(indexed.get(number, offset=0, length=size).astype(np.int64), counts)
+    for corpus, number in chosen:
+        size = min(int(corpus.indexed.sequence_lengths[number]), length + 1)
+        counts = None if corpus.answers is None else corpus.answers.get(number, offset=1, length=size - 1) != 0
+        yield Document(corpus.indexed.get(number, offset=0, length=size).astype(np.int64), counts)
 
 
 def _too_short(where: str, selection: Selection, longest: int) -> UserError:

@@ -364,7 +364,7 @@ class FastWeights:
         found = cls()
         try:
             with safe_open(path, framework="pt") as file:
-                found._take_description((file.metadata() or {}).get("about"))
+                limits = found._take_description((file.metadata() or {}).get("about"))
                 names = set(file.keys())
                 if "count" not in names:
                     raise ValueError("no tensor 'count'")
@@ -379,17 +379,17 @@ class FastWeights:
                     raise ValueError("'chunks' of other texts")
                 for name in sorted(names - {"count"}):
                     found._take(name, file.get_tensor(name))
-                found._take_limits(file.metadata())
+                found._take_limits(limits)
             for _, state in found._named():
                 state.check(found.counts)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
             raise ValueError(f"'{path}' holds no fast weights ({error})") from error
         return found
 
-    def _take_description(self, written: str | None) -> None:
-        """Read what a file says of itself; older ones say nothing."""
+    def _take_description(self, written: str | None) -> dict:
+        """Read what a file says of itself, and return its limits; older ones say nothing."""
         if written is None:
-            return
+            return {}
         about = json.loads(written)
         if not isinstance(about, dict) or about.get("format") != BOOK:
             raise ValueError(f"not of the format '{BOOK}'")
@@ -401,10 +401,11 @@ class FastWeights:
         counts = isinstance(self.chunks, list) and all(type(one) is int and one >= 0 for one in self.chunks)
         if not named or not lists or not counts:
             raise ValueError("a damaged description")
+        return about.get("limits", {})
 
-    def _take_limits(self, metadata: dict | None) -> None:
+    def _take_limits(self, limits: dict) -> None:
         """Take what a file says of the norms of sums."""
-        limits, states = json.loads((metadata or {}).get("about", "{}")).get("limits", {}), dict(self._named())
+        states = dict(self._named())
         if not isinstance(limits, dict) or not limits.keys() <= states.keys():
             raise ValueError("limits of something else")
         for name, row in limits.items():

@@ -71,8 +71,13 @@ def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Re
             own = word.partition("=")[2] if "=" in word else next(words, "")
         else:
             rest.append(word)
+    return rest, with_own(recipes, own)
+
+
+def with_own(recipes: Path, own: str | None) -> Recipes:
+    """Return the recipes with those of a user's folder. Raises UserError as ``split_config_dir``."""
     if own is None:
-        return rest, Recipes(recipes)
+        return Recipes(recipes)
     if not own or not user_path(own).is_dir():
         raise UserError(f"--config-dir '{own}' is no folder: name one that holds recipe/NAME.yaml")
     for file in sorted(user_path(own).rglob("*.yaml")):
@@ -80,7 +85,7 @@ def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Re
         if (recipes / name).is_file():
             raise UserError(f"--config-dir '{own}': there is a {name} among the recipes already: use another name")
         read_yaml(file, "mend it")
-    return rest, Recipes(recipes, user_path(own))
+    return Recipes(recipes, user_path(own))
 
 
 def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:

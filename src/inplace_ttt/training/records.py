@@ -183,12 +183,9 @@ def _histograms(layers: dict[str, dict[str, int]]) -> dict:
         return {}
     import wandb
 
-    from inplace_ttt.training.update_histograms import dense
-    from inplace_ttt.ttt import histogram
+    from inplace_ttt.training.update_histograms import dense, log10_edges
 
-    inner = histogram.edges().log10().tolist()
-    width = inner[1] - inner[0]
-    edges = [inner[0] - width, *inner, inner[-1] + width]  # W&B's outer bins have an end
+    edges = log10_edges()
     return {
         f"update_norm_log10/layer_{layer}": wandb.Histogram(np_histogram=(dense(sparse), edges))
         for layer, sparse in layers.items()

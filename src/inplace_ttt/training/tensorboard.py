@@ -40,25 +40,19 @@ class TensorBoard:
         self.writer.flush()
 
     def _add_histogram(self, name: str, sparse: dict[str, int], step: int) -> None:
-        from inplace_ttt.training.update_histograms import dense
-        from inplace_ttt.ttt import histogram
+        from inplace_ttt.training.update_histograms import dense, log10_edges
 
-        inner = histogram.edges().log10().tolist()
-        limits = [*inner, inner[-1] + inner[1] - inner[0]]  # upper edges of bins; the outer ones have an end here
-        counts = dense(sparse)
+        limits, counts = log10_edges()[1:], dense(sparse)  # upper edges of bins
         kept = [number for number, count in enumerate(counts) if count]
         if not kept:
             return
-        total = sum(counts)
-        mean = sum(counts[number] * limits[number] for number in kept) / total
-        squares = sum(counts[number] * limits[number] ** 2 for number in kept)
         self.writer.add_histogram_raw(
             name,
             min=limits[kept[0]],
             max=limits[kept[-1]],
-            num=total,
-            sum=mean * total,
-            sum_squares=squares,
+            num=sum(counts),
+            sum=sum(counts[number] * limits[number] for number in kept),
+            sum_squares=sum(counts[number] * limits[number] ** 2 for number in kept),
             bucket_limits=limits,
             bucket_counts=counts,
             global_step=step,

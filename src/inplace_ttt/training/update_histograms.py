@@ -56,6 +56,13 @@ def dense(sparse: Sparse) -> list[int]:
     return [sparse.get(str(number), 0) for number in range(histogram.BINS)]
 
 
+def log10_edges() -> list[float]:
+    """Return the edges of all bins as powers of ten; the outer bins, which have no end, are as wide as the others."""
+    inner = histogram.edges().log10().tolist()
+    width = inner[1] - inner[0]
+    return [inner[0] - width, *inner, inner[-1] + width]
+
+
 class LastHistograms:
     """The last histograms of a run, as a checkpoint holds them."""
 
