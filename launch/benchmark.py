@@ -83,6 +83,10 @@ def parse_arguments() -> argparse.Namespace:
     decode.add_argument("--after", type=_positive, nargs="+", default=[512], help="tokens read before (512)")
     decode.add_argument("--rows", type=_positive, nargs="+", default=[1], help="texts of a batch (1)")
     decode.add_argument("--tokens", type=_positive, default=128, help="to decode with each (128)")
+    decode.add_argument(
+        "--caches", nargs="+", choices=["dynamic", "static"], default=["dynamic", "static"],
+        help="of transformers: static ones are compiled for a minute (both)",
+    )  # fmt: skip
     prefill = commands.add_parser("prefill")
     prefill.add_argument("overrides", nargs="*", help=overrides_help)
     prefill.add_argument("--lengths", type=_positive, nargs="+", default=[4096, 32768], help="of prompts (4096 32768)")
@@ -196,7 +200,7 @@ def run_decode(arguments):
     from inplace_ttt.benchmarks import decode
 
     with exported_models(arguments) as models:
-        return decode.decode(models, arguments.after, arguments.rows, arguments.tokens), {}
+        return decode.decode(models, arguments.after, arguments.rows, arguments.tokens, arguments.caches), {}
 
 
 def run_prefill(arguments):

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import types
 from unittest import mock
 
 import pytest
@@ -11,8 +12,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from exported_models import build
+from hf_models import SMALL
 from inplace_ttt.data.build import micro_batches
+from inplace_ttt.evaluation import generation, steps
 from inplace_ttt.ttt import fast_weight_linear, naive, scan
 from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
 from inplace_ttt.validation import transformer_engine_available
@@ -195,6 +200,29 @@ def test_the_exported_model_calls_the_kernels(clip, monkeypatch):
         by_operation = model(text).logits
     assert calls
     assert relative_error(by_operation.double(), exact) < 1.2 * relative_error(by_itself.double(), exact) + 1e-4
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "input_embed, no projection", "bounded", None])
+def test_answers_by_a_cuda_graph(variant, monkeypatch):
+    """They are those of steps that nothing records, over several chunks; also of a model without fast weights."""
+    network = build(variant) if variant else AutoModelForCausalLM.from_config(Qwen3Config(**SMALL)).eval()
+    network.cuda()
+    tokens = torch.randint(0, 199, (5, 70), generator=torch.Generator().manual_seed(1)).tolist()
+    asked = [generation.Prompt(n, tuple(row[: 70 - 11 * n]), 50) for n, row in enumerate(tokens)]
+    model = types.SimpleNamespace(network=network, tokenizer=mock.Mock(), name="model")
+    model.tokenizer.batch_decode = lambda texts, **_: texts
+    recorded = generation.answer(model, asked)
+    begin = steps.GreedySteps.__init__
+    monkeypatch.setattr(
+        steps.GreedySteps, "__init__", lambda self, *args: begin(self, *args) or setattr(self, "records", False)
+    )
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    assert recorded == generation.answer(model, asked) and not replays
+    monkeypatch.setattr(steps.GreedySteps, "__init__", begin)
+    assert recorded == generation.answer(model, asked) and len(replays) == 48
+    assert all(len(text) == 50 for text in recorded) and len({tuple(text) for text in recorded}) > 1
 
 
 def test_batches_come_pinned_from_workers():

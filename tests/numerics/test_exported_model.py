@@ -379,6 +379,30 @@ def test_a_compiled_loop_of_ones_own():
 
 
 @torch.no_grad()
+def test_graphs_for_long_caches_of_any_length():
+    """The second length makes a graph for all that follow, in which attention over a long cache is one operation: torch
+    would take minutes to prove of each layer that spans divide the length."""
+    model, text = build("qwen3"), texts(2, 40)
+    whole = model(text, use_cache=False).logits
+    model.set_attn_implementation(exported.GROUPED)
+    torch._dynamo.reset()
+    made = []
+    step = torch.compile(model, backend=lambda graph, _: made.append(graph) or graph.forward, fullgraph=True)
+    for length in (2304, 4352, 2560, 8192):
+        cache = StaticCache(model.config, max_cache_len=length)
+        parts = [model(text[:, :30], past_key_values=cache).logits]
+        for place in range(30, 40):
+            cache.fold()
+            positions = torch.full((2, 1), place)
+            parts.append(step(text[:, place : place + 1], past_key_values=cache, position_ids=positions).logits)
+        assert close(torch.cat(parts, dim=1), whole)
+    assert len(made) == 2
+    for graph in made:
+        attentions = [node for node in graph.graph.nodes if "attend_grouped" in str(node.target)]
+        assert len(attentions) == model.config.num_hidden_layers
+
+
+@torch.no_grad()
 def test_copies_of_caches(model, tmp_path):
     """A prompt that is read once and asked often, as transformers' guides do it; what is written holds no model."""
     text, options = texts(2, 40), dict(max_new_tokens=25, do_sample=False)

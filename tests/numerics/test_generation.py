@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 from exported_models import build
 from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
-from inplace_ttt.evaluation import generation
+from inplace_ttt.evaluation import generation, steps
 from inplace_ttt.evaluation.generation import Prompt, answer, batches
 from inplace_ttt.evaluation.models import Model
 
@@ -88,6 +88,24 @@ def test_answers_equal_what_transformers_generates(model, kind):
     ends = model.tokenizer(expected[0])["input_ids"][6]
     network.generation_config.eos_token_id = [ends]
     assert answer(shared, asked) == [generated(network, model.tokenizer, prompt, ends) for prompt in asked]
+
+
+def test_models_whose_steps_no_graph_can_record(model, monkeypatch):
+    """They go on without one, with the same answers."""
+    asked = [prompt for prompt in prompts(8, 3) if prompt.new_tokens == 20]
+    expected, tried = answer(model, asked), []
+
+    def refuse(graph):
+        tried.append(graph)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    begin = steps.GreedySteps.__init__
+    monkeypatch.setattr(
+        steps.GreedySteps, "__init__", lambda self, *args: begin(self, *args) or setattr(self, "records", True)
+    )
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert answer(model, asked) == expected and len(tried) == 1
 
 
 def test_a_batch_that_does_not_fit_is_answered_in_halves(model, monkeypatch):

@@ -5,7 +5,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import write_config
 
 BASE, OURS = "off", "on"
+CACHES = ("dynamic", "static")
 GIB = 2**30
 
 
@@ -62,7 +63,9 @@ class _Clock:
         pass
 
 
-def decode(models: Models, after: list[int], rows: list[int], tokens: int) -> list[dict]:
+def decode(
+    models: Models, after: list[int], rows: list[int], tokens: int, caches: Sequence[str] = CACHES
+) -> list[dict]:
     """Return what a step takes, with dynamic caches and with static ones in a compiled graph, after so many tokens.
 
     Keys and values of what came before are zeros, which takes as long. Chunks of a batch end at different steps.
@@ -73,14 +76,14 @@ def decode(models: Models, after: list[int], rows: list[int], tokens: int) -> li
             found = []
             for name, model in ((BASE, models.base), (OURS, models.ours)):
                 book = models.book if name == OURS else None
-                for static in (False, True):
-                    variant = f"{name}, {'static' if static else 'dynamic'}"
+                for kind in caches:
+                    variant = f"{name}, {kind}"
                     place = dict(variant=variant, texts=f"{number} x {length}")
-                    found.append(place | _decoded(models, model, book, number, length, tokens, static))
+                    found.append(place | _decoded(models, model, book, number, length, tokens, kind == "static"))
                     said = f"{found[-1]['ms_per_step']:.2f} ms a step, peak {found[-1]['peak_gib']:.1f} GiB"
                     print(f"{variant}, {number} x {length}: {said}", file=sys.stderr, flush=True)
             # of whatever cache is the faster one without fast weights
-            best, best_mean = (min(one[key] for one in found[:2]) for key in ("ms_per_step", "mean_ms"))
+            best, best_mean = (min(one[key] for one in found[: len(caches)]) for key in ("ms_per_step", "mean_ms"))
             records += [
                 one | dict(ratio=one["ms_per_step"] / best, mean_ratio=one["mean_ms"] / best_mean) for one in found
             ]
@@ -159,6 +162,7 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
                     model(ids, use_cache=True, logits_to_keep=1)
                     if number:  # the first one does not count
                         times[name].append(_now(model.device) - started)
+                        print(f"{name}, {length}: {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
                         peaks[name] = _peak(model.device) - _weight_bytes(other) / GIB
         for name, found in times.items():
             records.append(
@@ -182,14 +186,16 @@ def book(models: Models, prompt: int, rounds: int) -> list[dict]:
         for size, dtype in (("exact", None), ("bf16", torch.bfloat16)):
             path = Path(folder) / size
             models.book.save(str(path), dtype)
-            loads, firsts = [], []
+            loads, firsts, plain = [], [], []
             for number in range(rounds + 1):
                 started = _now(models.ours.device)
                 found = models.ours.load_fast_weights(str(path))
                 loaded = _now(models.ours.device)
                 models.ours.generate(ids, fast_weights=found, **options)
                 finished = _now(models.ours.device)
+                models.ours.generate(ids, **options)
                 if number:
+                    plain.append(1e3 * (_now(models.ours.device) - finished))
                     loads.append(1e3 * (loaded - started))
                     firsts.append(1e3 * (finished - loaded))
             records.append(
@@ -199,6 +205,7 @@ def book(models: Models, prompt: int, rounds: int) -> list[dict]:
                     load_ms=statistics.median(loads),
                     prompt=prompt,
                     first_token_ms=statistics.median(firsts),
+                    without_book_ms=statistics.median(plain),
                 )
             )
     return records

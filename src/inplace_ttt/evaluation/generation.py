@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.evaluation.models import Model, check_tokens
+from inplace_ttt.evaluation.steps import GreedySteps, SharedCache, empty_cache
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
 LOOK = 8  # tokens between two looks whether all answers have ended
-ROUND = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -112,25 +111,26 @@ def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
     ends = {one for one in (ends if isinstance(ends, list) else [ends]) if one is not None}
     if not _can_share(network):
         return [_alone(model, prompt, ends) for prompt in batch]
-    new_tokens, rows = batch[0].new_tokens, len(batch)
+    new_tokens = batch[0].new_tokens
     width = max(len(prompt.tokens) for prompt in batch)
     cache, first, finite, started = None, [], [], time.perf_counter()
     _use_attention(network)
     for number, prompt in enumerate(batch):
-        own = _empty_cache(network)
+        own = empty_cache(network)
         ids = torch.tensor([prompt.tokens], device=network.device)
         out = network(ids, past_key_values=own, use_cache=True, logits_to_keep=1)
         first.append(out.logits[0, -1].argmax())
         finite.append(out.logits[0, -1].isfinite().all())
         if cache is None:
-            cache = SharedCache(own, rows, width, new_tokens)
+            cache = SharedCache(own, len(batch), width, new_tokens)
         cache.put(number, own)
         del own, out
     if not all(finite):  # waits for the device
         raise UserError(f"the logits of '{model.name}' are not finite: its weights may hold NaN; export it again")
     token = torch.stack(first)
     read = time.perf_counter()
-    texts = _write(network, cache.finished(network), batch, width, token, ends)
+    lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=network.device)
+    texts = _write(GreedySteps(network, cache.finished(network), token, lengths, new_tokens), ends)
     speed.read += sum(len(prompt.tokens) for prompt in batch)
     speed.reading += read - started
     speed.written += sum(map(len, texts))
@@ -143,32 +143,14 @@ def cannot_run(model: Model, error: Exception) -> UserError:
     return UserError(f"'{model.name}' cannot be run ({type(error).__name__}: {one_line(error)})")
 
 
-def _write(
-    network: PreTrainedModel, cache: DynamicCache, batch: Sequence[Prompt], width: int, token: Tensor, ends: set[int]
-) -> list[list[int]]:
-    """Return the tokens of each answer up to its end; ``token`` (rows,) holds the first ones."""
-    device, new_tokens = token.device, batch[0].new_tokens
-    lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=device)
-    place = torch.arange(rounded(width + new_tokens), device=device)
-    mask = ((place >= (width - lengths)[:, None]) & (place < width))[:, None, None]  # what each row attends to
-    stops = torch.tensor(sorted(ends), device=device)
-    written, ended = [token], torch.isin(token, stops)
-    for count in range(1, new_tokens):
-        if count % LOOK == 0 and bool(ended.all()):
+def _write(steps: GreedySteps, ends: set[int]) -> list[list[int]]:
+    """Return the tokens of each answer up to its end."""
+    stops = torch.tensor(sorted(ends), device=steps.written.device)
+    for count in range(1, steps.new_tokens):
+        if count % LOOK == 0 and bool(torch.isin(steps.written[:, :count], stops).any(dim=1).all()):
             break
-        mask[..., width + count - 1] = True
-        out = network(
-            token[:, None],
-            attention_mask=mask[..., : rounded(width + count)],
-            position_ids=(lengths + count - 1)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        token = out.logits[:, -1].argmax(dim=-1)
-        ended |= torch.isin(token, stops)
-        written.append(token)
-    answers = torch.stack(written, dim=1).tolist()
-    return [_until(one, ends) for one in answers]
+        steps.take()
+    return [_until(one, ends) for one in steps.written[:, : steps.count].tolist()]
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:
@@ -196,87 +178,12 @@ def _alone(model: Model, prompt: Prompt, ends: set[int]) -> str:
     return tokenizer.decode(_until(out.sequences[0, ids.shape[1] :].tolist(), ends), skip_special_tokens=True)
 
 
-class SharedCache:
-    """Keys, values and fast weights of several prompts, each read alone, laid side by side with room for answers."""
-
-    def __init__(self, like: DynamicCache, rows: int, width: int, room: int):
-        """Args:
-        like: the cache of one prompt, for shapes.
-        width: tokens of the longest prompt.
-        room: tokens of an answer.
-        """
-        self.width = width
-        self.layers = [Layer(layer, rows, width, room) for layer in like.layers]
-        self.fast_weights: list[exported.FastWeights] = []
-
-    def put(self, number: int, cache: DynamicCache) -> None:
-        """Copy what a prompt has left. Prompts come in order."""
-        for layer, own in zip(self.layers, cache.layers, strict=True):
-            layer.put(number, own)
-        if isinstance(cache, exported.FastWeightCache):
-            self.fast_weights.append(cache.fast_weights)
-
-    def finished(self, network: PreTrainedModel) -> DynamicCache:
-        """Return the cache for a forward of all rows."""
-        cache = _empty_cache(network)
-        cache.layers = self.layers
-        if self.fast_weights:
-            cache.fast_weights = exported.FastWeights.join(self.fast_weights)
-        return cache
-
-
-class Layer(DynamicLayer):
-    """Keys and values of one layer in memory that has room for the answers: nothing is copied when they grow.
-
-    What is handed out is rounded up in length, for products with odd sizes are slow: a mask leaves the rest out.
-    """
-
-    def __init__(self, like: DynamicLayer, rows: int, width: int, room: int):
-        super().__init__()
-        _, heads, _, size = like.keys.shape
-        self.width, self.filled = width, width
-        self.all_keys = like.keys.new_zeros(rows, heads, rounded(width + room), size)
-        self.all_values = like.values.new_zeros(rows, heads, rounded(width + room), like.values.shape[-1])
-        self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
-        self._look()
-
-    def put(self, number: int, own: DynamicLayer) -> None:
-        start = self.width - own.keys.shape[-2]
-        self.all_keys[number, :, start : self.width] = own.keys[0]
-        self.all_values[number, :, start : self.width] = own.values[0]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        end = self.filled + key_states.shape[-2]
-        self.all_keys[:, :, self.filled : end] = key_states
-        self.all_values[:, :, self.filled : end] = value_states
-        self.filled = end
-        self._look()
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.filled
-
-    def _look(self) -> None:
-        length = rounded(self.filled)
-        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
-
-
-def _empty_cache(network: PreTrainedModel) -> DynamicCache:
-    fast = bool(getattr(network, "fast_mlps", None))
-    return exported.FastWeightCache(config=network.config) if fast else DynamicCache(config=network.config)
-
-
 def _can_share(network: PreTrainedModel) -> bool:
     """Tell whether all layers keep keys and values of the whole text, and know positions by rotation alone: others keep
     a window, or something else, and may not take a mask of rows that begin at different places."""
     config = network.config
     plain = config._attn_implementation in ("sdpa", exported.GROUPED) and getattr(config, "rope_parameters", None)
-    return bool(plain) and all(type(layer) is DynamicLayer for layer in _empty_cache(network).layers)
-
-
-def rounded(length: int) -> int:
-    """Return a length as the shared cache has it."""
-    return -(-length // ROUND) * ROUND
+    return bool(plain) and all(type(layer) is DynamicLayer for layer in empty_cache(network).layers)
 
 
 def _use_attention(network: PreTrainedModel) -> None:

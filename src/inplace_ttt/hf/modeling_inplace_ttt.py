@@ -70,6 +70,11 @@ def _eagerly(function):
     return torch.compiler.disable(function, reason="fast weights read several tokens, and begin a text, outside graphs")
 
 
+def _in_graph() -> bool:
+    """Tell whether torch.compile makes a graph of this, or a CUDA graph records it."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
 class LayerState:
     """What the texts of a batch have written to one layer, and the inputs of their unfinished chunks.
 
@@ -429,6 +434,13 @@ class FastWeights:
         places[what][int(row)] = tensor
 
 
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor, on the host perhaps a part of a file, to a device: by all cores, and from where GPUs copy fast."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return fp32 numbers rounded to a dtype, and the rest of their bits as int16; of fp16, all of them."""
     if dtype != torch.bfloat16:
@@ -594,9 +606,16 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
     groups = getattr(module, "num_key_value_groups", 1)
     if query.shape[2] > 1 or groups == 1 or attention_mask is None or attention_mask.dtype != torch.bool or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
+    if torch.compiler.is_compiling() and key.shape[2] >= 8 * SPAN and not _differentiates(query, key, value):
+        return _attend_grouped_opaquely(query, key, value, attention_mask, scale), None
+    return _attend_grouped(query, key, value, attention_mask, scale), None
+
+
+def _attend_grouped(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scale: float) -> Tensor:
+    """Return (rows, 1, heads, size), what ``grouped_attention`` gives for a single token of each row."""
     rows, heads, _, size = query.shape
-    length, pairs = key.shape[2], rows * key.shape[1]
-    scale = options.get("scaling") or size**-0.5
+    length, pairs, groups = key.shape[2], rows * key.shape[1], heads // key.shape[1]
     spans = 1  # so that there are some products for each multiprocessor of a GPU; of few numbers, which graphs know
     while pairs * spans < SPAN:
         spans *= 2
@@ -610,14 +629,33 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
     weights = weights.view(rows, -1, groups, spans, length // spans).transpose(2, 3).to(value.dtype)
     parts = _wide_product(weights.reshape(pairs * spans, groups, -1), values)
     out = parts.view(rows, -1, spans, groups, value.shape[-1]).sum(2).to(value.dtype)
-    return out.reshape(rows, heads, 1, -1).transpose(1, 2), None
+    return out.reshape(rows, heads, 1, -1).transpose(1, 2).contiguous()
+
+
+def _registered(function):
+    """Return a function on tensors as an operation of torch, whose inside torch.compile does not look at. Every copy of
+    this file in a process shares it."""
+    name = f"{function.__name__.strip('_')}_1"
+    if not hasattr(torch.ops.inplace_ttt, name):
+        operation = torch.library.custom_op(f"inplace_ttt::{name}", function, mutates_args=())
+        operation.register_fake(lambda query, key, value, attention_mask, scale: value.new_empty(
+            query.shape[0], 1, query.shape[1], value.shape[-1]))  # fmt: skip
+    return getattr(torch.ops.inplace_ttt, name)
+
+
+# In a graph for keys of any length, which is what torch.compile makes for the second one, it would take minutes to
+# prove of each layer that spans divide the length
+_attend_grouped_opaquely = _registered(_attend_grouped)
+
+
+def _differentiates(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of two batches of matrices, added up and returned in fp32 (fp64 if they are that)."""
-    differentiates = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     half = a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
-    if half and hasattr(torch.ops.aten.bmm, "dtype") and not differentiates:
+    if half and hasattr(torch.ops.aten.bmm, "dtype") and not _differentiates(a, b):
         return torch.ops.aten.bmm.dtype(a, b, torch.float32)
     return torch.bmm(_wide(a), _wide(b))
 
@@ -666,7 +704,7 @@ class FastWeightMLP(nn.Module):
     def _step(self, x: Tensor, z: Tensor, weights: FastWeights) -> Tensor:
         """Read one token of every text, inside a graph if need be. Between two chunk ends nothing is learned."""
         state = weights.layers[self.layer]
-        if not torch.compiler.is_compiling():
+        if not _in_graph():
             state.fix(self.chunk, weights.counts, x, self.shape, weights.static)
         out = self.down_proj(z)
         if state.update is not None:
@@ -943,7 +981,7 @@ class FastWeightsMixin:
             embeds = kwargs.get("inputs_embeds")
             embedded = model.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
         weights = getattr(kwargs.get("past_key_values"), "fast_weights", None)
-        compiled = torch.compiler.is_compiling()
+        compiled = _in_graph()
         if compiled and tokens.shape[1] == 1 and weights is not None and weights.fixed:
             kwargs[READING] = Reading(weights, embedded=embedded)
         else:
@@ -1055,7 +1093,7 @@ class FastWeightsMixin:
         step = length == 1 and reading.valid is None
         if reading.embedded is not None and step:
             reading.weights.embeds.step(reading.embedded)
-        if not (step and torch.compiler.is_compiling()):
+        if not (step and _in_graph()):
             self._finish(reading, length, step)
 
     @_eagerly
@@ -1203,15 +1241,14 @@ class FastWeightsMixin:
                     f"'{path}' was read by another {what} ({theirs[:12]}; this one is {fingerprint()[:12]}): read the "
                     f"texts again by this one, or load with check=False"
                 )
-        whole = []
+        finite: dict[torch.device, list[Tensor]] = {}
         for mlp in self.fast_mlps:
             place, state = mlp.down_proj.weight.device, found.layers[mlp.layer]
             if place.type != "meta":
-                state.sums = [None if total is None else total.to(place) for total in state.sums]
-            whole += [total.isfinite().all().cpu() for total in (*state.sums, *state.tails) if total is not None]
-        if found.embeds is not None:
-            whole += [tail.isfinite().all().cpu() for tail in found.embeds.tails if tail is not None]
-        if not all(whole):
+                state.sums = [None if total is None else _to_device(total, place) for total in state.sums]
+        for tensor in (one for state in found.states() for one in (*state.sums, *state.tails) if one is not None):
+            finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
+        if not all(bool(torch.stack(flags).all()) for flags in finite.values()):
             raise ValueError(f"'{path}' holds fast weights with numbers that are not finite")
         return found
 

@@ -167,7 +167,9 @@ def _made(orders: list[Order], start: Callable, workers: int) -> Iterator[tuple[
         sizes = _sizes(orders, map(_size, orders))
         yield from map(_make, [(sizes[order], order, indices) for order, indices in blocks])
         return
-    with multiprocessing.get_context("spawn").Pool(workers, _start_process, (start,)) as pool:
+    context = multiprocessing.get_context("forkserver")  # one process imports libraries, for all
+    context.set_forkserver_preload([__name__])
+    with context.Pool(workers, _start_process, (start,)) as pool:
         sizes = _sizes(orders, pool.imap(_size, orders))
         yield from pool.imap_unordered(_make, [(sizes[order], order, indices) for order, indices in blocks])
 
