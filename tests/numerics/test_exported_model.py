@@ -379,6 +379,29 @@ def test_a_compiled_loop_of_ones_own():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("variant", ["qwen3", "input_embed, no projection", "bounded"])
+def test_batches_whose_exact_sums_are_large(variant, padded, monkeypatch):
+    """They are read some texts at a time."""
+    model, text = build(variant), texts(5, 3 * CHUNK + 7)
+    mask = torch.ones_like(text)
+    if padded:
+        mask[1, :9] = mask[3, : CHUNK + 2] = 0
+    options = dict(attention_mask=mask, max_new_tokens=CHUNK + 5, do_sample=False, output_logits=True)
+    options |= dict(return_dict_in_generate=True)
+    expected = model.generate(text, **options)
+    d, f = model.fast_mlps[0].shape
+    for numbers in (1, 2 * d * f):
+        monkeypatch.setattr(exported, "AT_ONCE", numbers)
+        for part in (None, CHUNK - 3):
+            for kind in (None, "static"):
+                static = dict(prefill_chunk_size=part, cache_implementation=kind)
+                found = model.generate(text, **static, **options)
+                assert torch.equal(found.sequences, expected.sequences)
+                assert all(close(*pair) for pair in zip(found.logits, expected.logits, strict=True))
+
+
+@torch.no_grad()
 def test_graphs_for_long_caches_of_any_length():
     """The second length makes a graph for all that follow, in which attention over a long cache is one operation: torch
     would take minutes to prove of each layer that spans divide the length."""

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from hf_models import SMALL, our_logits, weights
 from inplace_ttt.config import UserError
+from inplace_ttt.hf.config import write_config
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.resilience.checksums import write_manifest
+from inplace_ttt.training.compose import compose_config, to_config
 from launching import ROOT
 from ranks import run_ranks
 
+YARN = [f"model.rope_scaling.{key}" for key in ("rope_type=yarn", "factor=4.0", "original_max_position_embeddings=64")]
 FAMILIES = {
     "qwen3 tied": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "qwen3 untied": Qwen3Config(**SMALL, head_dim=8, tie_word_embeddings=False),
@@ -111,6 +114,23 @@ def refusal(folder, tmp_path):
         import_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "expected"),
+    [
+        (["model.max_position_embeddings=64"], {}, 256),  # trained at more
+        (["model.max_position_embeddings=1024"], {}, 1024),
+        ([], {"max_position_embeddings": 512}, 512),
+        ([], {"max_position_embeddings": 128}, 256),
+        (["model.max_position_embeddings=512", *YARN], {}, 512),
+        (["model.max_position_embeddings=128", *YARN], {}, 128),  # what its frequencies were computed of
+    ],
+)
+def test_the_length_that_an_export_says(changes, base, expected):
+    overrides = ["recipe=tiny_ttt", "data.seq_length=256", "model.vocab_size=100", *changes]
+    config = to_config(compose_config(overrides, ROOT / "recipes"))
+    assert write_config(config, "bfloat16", base)["max_position_embeddings"] == expected
 
 
 def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):

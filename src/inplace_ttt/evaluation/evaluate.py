@@ -1,7 +1,6 @@
 """Evaluate models: the same steps for every task, on every rank."""
 
 import contextlib
-import importlib.metadata
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ from inplace_ttt.evaluation.reading_task import ReadingTask
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.job import Job
 from inplace_ttt.megatron import runtime
+from inplace_ttt.packages import version
 from inplace_ttt.resilience.lock import lock_beside
 
 KINDS = {
@@ -98,7 +98,7 @@ def _report(task, arguments: Arguments, asked: list[Asked], results: Results, dt
             keys={key: str(value) for key, value in arguments.overrides.items()},
             dtype=str(dtype).removeprefix("torch."),
             date=time.strftime("%F %T %z"),
-            versions={name: importlib.metadata.version(name) for name in ("inplace_ttt", "torch", "transformers")},
+            versions={name: version(name) for name in ("inplace_ttt", "torch", "transformers")},
             columns=[asdict(one.column) for one in asked],
             scores=[record for table in tables for record in table.records()],
         )

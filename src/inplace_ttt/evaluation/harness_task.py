@@ -1,7 +1,6 @@
 """lm-evaluation-harness on our models: its questions and metrics, our models, modes and intervals."""
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -21,6 +20,7 @@ from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.hub import hub_is_reached
 from inplace_ttt.job import SLOW, Job, JobStopped
 from inplace_ttt.megatron import runtime
+from inplace_ttt.packages import version
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task has, else its first one
 
@@ -48,7 +48,7 @@ class HarnessTask:
         self.folders = {model.path: model.exported_to(self.work) for model in self.models}
         self.settings = dict(
             tasks=self.options.tasks, num_fewshot=self.options.num_fewshot, limit=self.options.limit,
-            lm_eval=importlib.metadata.version("lm_eval"),
+            lm_eval=version("lm_eval"),
         )  # fmt: skip
 
     def prepare(self, job: Job) -> None:

@@ -118,8 +118,9 @@ class Named:
         if self.checkpoint is not None:
             config = self.checkpoint.config
             return max(config.data.seq_length, config.model.max_position_embeddings or 0)
-        found = read_json(self.path / "config.json").get("max_position_embeddings")
-        return found if type(found) is int and found > 0 else 0
+        content = read_json(self.path / "config.json")
+        said = (content.get(key) for key in ("max_position_embeddings", "ttt_trained_length"))
+        return max((number for number in said if type(number) is int), default=0)
 
     def export(self, work: Path) -> Path:
         """Return a folder in Hugging Face's format: the path itself, or its export, which is made in ``work`` once."""

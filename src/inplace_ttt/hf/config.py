@@ -383,8 +383,9 @@ def _write_window(model: Model, family: Family) -> dict:
 
 
 def _longest(config: Config, base: dict | None) -> int:
-    """Tokens that a model is made for: what its recipe says, or what it was made for before and was trained at."""
-    if config.model.max_position_embeddings is not None:
-        return config.model.max_position_embeddings
-    before = (base or {}).get("max_position_embeddings")
-    return max(config.data.seq_length, before if type(before) is int else 0)
+    """Tokens that a model is made for: what its recipe says, or what it was made for before, or was trained at."""
+    before, model = (base or {}).get("max_position_embeddings"), config.model
+    if model.rope_scaling.rope_type == "yarn" and model.max_position_embeddings is not None:
+        return model.max_position_embeddings  # older versions of transformers compute YaRN's factor of it
+    said = (config.data.seq_length, model.max_position_embeddings, before)
+    return max(number for number in said if type(number) is int)

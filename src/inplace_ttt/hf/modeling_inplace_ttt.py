@@ -59,6 +59,7 @@ except ImportError:
 
 BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
 SPAN = 256  # grouped_attention reads that many parts of the keys at a time, of texts whose length is a multiple of it
+AT_ONCE = 2**26  # numbers of exact sums that a layer holds while it reads several texts
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # keys of the configuration that decide what a text writes, beside the weights and a bound that may be changed
 READING_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
@@ -127,7 +128,7 @@ class LayerState:
         if self.inputs is None:
             self.tails[row] = None if tail is None else tail.detach().clone()
         elif tail is not None:
-            self.inputs[row, : len(tail)] = tail
+            self.inputs[row, : len(tail)] = tail.detach()
 
     def fix(self, chunk: int, counts: list[int], like: Tensor, shape: tuple[int, int] | None, always: bool) -> None:
         """Move everything into buffers of fixed shape.
@@ -732,14 +733,23 @@ class FastWeightMLP(nn.Module):
     def _read(self, x: Tensor, z: Tensor, reading: Reading) -> Tensor:
         """Read more tokens of texts that go on."""
         weights = reading.weights
-        if reading.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1:
-            out = self._read_rows(list(range(len(x))), x, z, reading.embedded, weights)
+        alike = reading.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1
+        # texts that are read as one product, as many as the exact sums leave memory for
+        size = max(1, AT_ONCE // (self.shape[0] * self.shape[1]))
+        if size < len(x) and max(weights.counts) + x.shape[1] >= self.chunk:  # what is written is rounded at once
+            weights.layers[self.layer].fix(self.chunk, weights.counts, x, self.shape, True)
+        size, parts = size if alike else 1, []
+        for start in range(0, len(x), size):
+            rows = list(range(start, min(start + size, len(x))))
+            here = slice(None) if reading.valid is None else reading.valid[start]
+            own = (None if one is None else one[rows[0] : rows[-1] + 1, here] for one in (x, z, reading.embedded))
+            parts.append(self._read_rows(rows, *own, weights))
+        if reading.valid is None:
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             out = torch.zeros_like(x, dtype=z.dtype)
-            for row in range(len(x)):
-                here = slice(None) if reading.valid is None else reading.valid[row]
-                parts = (None if one is None else one[row : row + 1, here] for one in (x, z, reading.embedded))
-                out[row, here] = self._read_rows([row], *parts, weights)[0].to(out.dtype)
+            for row, here in enumerate(reading.valid):
+                out[row, here] = parts[row][0].to(out.dtype)
         if weights.static or len(x) > 1:  # the exact sums of a batch take twice the memory
             lengths = [x.shape[1]] * len(x) if reading.valid is None else list(map(len, reading.valid))
             counts = [(count + more) % self.chunk for count, more in zip(weights.counts, lengths, strict=True)]
