@@ -13,7 +13,7 @@ TORCHRUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 RUN = $(TORCHRUN) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train evaluate test test-all test-cluster lint proof image image-cpu clean
+.PHONY: help setup data train evaluate test test-all test-cluster lint proof figures image image-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ lint: setup ## check style and types
 
 proof: setup ## show that fast weights remember what attention cannot reach
 	@$(BIN)/python launch/proof.py
+
+figures: setup ## write the numbers of src/inplace_ttt/figures.json into docs/numbers.md
+	@$(BIN)/python -m inplace_ttt.figures
 
 # Whatever of these is set goes to the build: BASE_IMAGE, PACKAGES_IMAGE, PIP_EXTRA_INDEX_URL
 BUILD_ARGS = $(foreach name,BASE_IMAGE PACKAGES_IMAGE PIP_EXTRA_INDEX_URL,$(if $($(name)),--build-arg $(name)))

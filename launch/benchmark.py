@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,7 +279,16 @@ def report(arguments, records: list[dict], errors: dict) -> None:
         console.print(table)
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(arguments).items()}
-    result = dict(machine=machine, settings=settings, records=records, errors=errors)
+    words = [word for word in sys.argv[1:] if word not in ("--output", str(arguments.output))]
+    start = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+    result = dict(
+        command=f"{start} launch/benchmark.py {' '.join(words)}",
+        machine=machine,
+        date=time.strftime("%F"),
+        settings=settings,
+        records=records,
+        errors=errors,
+    )
     (arguments.output / f"{arguments.command}.json").write_text(json.dumps(result, indent=1))
     picture = arguments.output / f"{arguments.command}.png"
     draw(arguments.command, machine, records, picture)

@@ -1,7 +1,7 @@
 """Estimate what a run needs before it is started: memory of each part on the fullest GPU, FLOPs and time of a step.
 
 Memory is counted tensor by tensor as the training code holds it; time is FLOPs over what such products and such
-attention were seen to reach (docs/numbers.md). Transformer Engine layers in bf16 are assumed.
+attention were seen to reach (figures.json). Transformer Engine layers in bf16 are assumed.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
+from inplace_ttt.figures import figures
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.parameters import layer_parameters
 from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
@@ -21,11 +22,6 @@ WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 OUTSIDE_TORCH = 4.0 * GIB
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
 FRAGMENTED = 0.05
-# Shares of the peak that products, attention and attention's forward alone reach, and the time of all else beside
-# that of products
-PRODUCTS, ATTENTION, ATTENTION_FORWARD, REST = 0.66, 0.475, 0.6, 0.4
-# A TTT layer's fast weights take this much longer than their FLOPs at the rate of products
-FAST_WEIGHTS = 1.1
 
 
 @dataclass(frozen=True)
@@ -221,13 +217,16 @@ def _logits(share: Share) -> float:
 
 
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
-    """Return the expected time of a step."""
+    """Return the expected time of a step, by what products and attention were seen to reach (``rates``: shares of the
+    peak; the time of all else beside that of products; what fast weights take beside their FLOPs at that rate)."""
     share, flops = Share(config, world), forward_flops(config)
     full = config.train.recompute == "full"
-    products = 3 * (flops.layers + flops.logits) + flops.logits + FAST_WEIGHTS * 3 * flops.fast
+    rates = figures()["rates"]
+    products = 3 * (flops.layers + flops.logits) + flops.logits + rates["fast_weights"] * 3 * flops.fast
     products += full * (flops.layers + flops.fast)
     again = flops.attention * (full and config.train.recompute_core_attn)
-    seconds = products / PRODUCTS * (1 + REST) + 3 * flops.attention / ATTENTION + again / ATTENTION_FORWARD
+    seconds = products / rates["products"] * (1 + rates["rest"])
+    seconds += 3 * flops.attention / rates["attention"] + again / rates["attention_forward"]
     bubble = (share.micro_batches + share.pp - 1) / share.micro_batches
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 

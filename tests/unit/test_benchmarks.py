@@ -1,8 +1,13 @@
-"""Benchmarks of the exported model do what they say; what they measure is a matter of GPUs."""
+"""Benchmarks of the exported model do what they say; what they measure is a matter of GPUs. What was measured is said
+in one place."""
+
+import json
+import re
 
 import pytest
 import torch
 
+from inplace_ttt import estimate, figures
 from inplace_ttt.benchmarks import decode
 from inplace_ttt.training.compose import compose_config, to_config
 from launching import ROOT, SMALL
@@ -36,3 +41,44 @@ def test_prefill_and_book(models):
     assert [one["variant"] for one in decode.prefill(models, [50], rounds=1)] == ["off", "package", "file"]
     exact, half = decode.book(models, prompt=5, rounds=1)
     assert exact["mib"] > half["mib"] > 0 and exact["first_token_ms"] > 0
+
+
+def test_documents_say_what_benchmarks_have_written():
+    named = []
+    for path in figures.DOCUMENTS:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert figures.renewed(text) == text, "run python -m inplace_ttt.figures"
+        named += re.findall("<!-- figures: (.*?) -->", text)
+    assert sorted(named) == sorted(set(figures.figures()) - {"rates"})
+
+
+def test_a_kept_result_replaces_the_one_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FILE", tmp_path / "figures.json")
+    (tmp_path / "figures.json").write_text("{}")
+    figures.figures.cache_clear()
+    try:
+        for milliseconds in (3.14159, 2.71828):
+            record = dict(file="exact", mib=1234.5678, load_ms=milliseconds, prompt=64)
+            figures.keep(
+                "book",
+                dict(command="python launch/benchmark.py book", machine="GPU", date="2026-01-01", records=[record]),
+            )
+        assert figures.find("book", "load_ms", file="exact") == 2.718
+        text = figures.renewed("before\n<!-- figures: book -->\nold\n<!-- end -->\nafter\n")
+        assert "| exact | 1,235 | 2.7 |" in text and "old" not in text and text.startswith("before\n")
+        assert figures.renewed(text) == text
+        assert list(json.loads((tmp_path / "figures.json").read_text())) == ["book"]
+    finally:
+        figures.figures.cache_clear()
+
+
+def test_plan_takes_its_rates_from_there(monkeypatch):
+    config = to_config(
+        compose_config(["recipe=qwen3_4b_ttt", "parallel=h200", "model.vocab_size=1000"], ROOT / "recipes")
+    )
+    gpu, known = estimate.GPUS["H200"], figures.figures()
+    before = estimate.step_seconds(config, 8, gpu)
+    slower = known["rates"] | dict(products=known["rates"]["products"] / 2, attention=known["rates"]["attention"] / 2,
+                                   attention_forward=known["rates"]["attention_forward"] / 2)  # fmt: skip
+    monkeypatch.setattr(estimate, "figures", lambda: known | dict(rates=slower))
+    assert estimate.step_seconds(config, 8, gpu) == pytest.approx(2 * before)

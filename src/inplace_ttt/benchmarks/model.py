@@ -9,6 +9,7 @@ import torch
 
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.estimate import GIB, GPUS, memory, step_seconds
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.model import build_model
@@ -65,12 +66,13 @@ def measure(config: Config, rounds: int, steps: int) -> list[dict]:
             step.run()
             torch.cuda.reset_peak_memory_stats()
             times[name].append(statistics.median(step.run() for _ in range(steps)))
-            peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            peaks[name] = torch.cuda.max_memory_allocated() / GIB
             del step
             gc.collect()
             torch.cuda.empty_cache()
     ranks = torch.distributed.get_world_size()
     peak = peak_flops(torch.cuda.get_device_name())
+    gpu = next((one for name, one in GPUS.items() if name in torch.cuda.get_device_name()), None)
     records = []
     for name, variant in configs.items():
         seconds = statistics.median(times[name])
@@ -83,7 +85,9 @@ def measure(config: Config, rounds: int, steps: int) -> list[dict]:
                 tokens_per_second=config.train.global_batch_size * config.data.seq_length / seconds,
                 tflops_per_gpu=flops / seconds / ranks / 1e12,
                 mfu=flops / seconds / ranks / peak if peak else None,
+                planned_seconds=step_seconds(variant, ranks, gpu) if gpu else None,
                 peak_gib=peaks[name],
+                planned_gib=memory(variant, ranks, gpu).allocated / GIB if gpu else None,
                 ratio=statistics.median(a / b for a, b in zip(times[name], times["off"], strict=True)),
             )
         )
