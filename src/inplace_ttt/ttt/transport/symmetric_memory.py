@@ -6,7 +6,6 @@ in another dtype does, to convert). NCCL's transfers are kernels, which wait for
 wait for each other.
 """
 
-import ctypes
 import functools
 import logging
 import os
@@ -101,26 +100,28 @@ class SymmetricMemoryTransport:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _driver():
+    """Return the bindings of CUDA's driver, which came with torch for GPUs."""
+    from cuda.bindings import driver
 
-
-def _call(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-    status = getattr(_driver(), name)(
-        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(0)
-    )
-    if status:
-        raise RuntimeError(f"{name} failed with CUDA driver error {status}")
+    return driver
 
 
 def _wait_until(stream: torch.cuda.Stream, address: int, value: int) -> None:
     """Make the stream wait until the number at an address is at least ``value``."""
-    _call("cuStreamWaitValue32_v2", stream, address, value)
+    at_least = _driver().CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    _check(*_driver().cuStreamWaitValue32(stream.cuda_stream, address, value, at_least))
 
 
 def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
     """Make the stream write a number to an address."""
-    _call("cuStreamWriteValue32_v2", stream, address, value)
+    plainly = _driver().CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+    _check(*_driver().cuStreamWriteValue32(stream.cuda_stream, address, value, plainly))
+
+
+def _check(status) -> None:
+    if status != _driver().CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"a stream's wait or write failed in CUDA's driver: {status.name}")
 
 
 _transports: dict[tuple, SymmetricMemoryTransport] = {}
