@@ -17,7 +17,6 @@ from inplace_ttt.ttt.target import chunk_ids
 
 ETA = 0.01
 CLIP = 1e-6  # small enough for every update to be rescaled
-VARIANTS = ("materialised", "chunk loop", "kept", "recomputed", "clipped", "counted")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.resilience.signals import end_with_parent
 
 VERSION = 2  # of the generators: samples of others are made anew
-TEMPLATES = ("base", "chat")
 BLOCK = 10  # samples that a process makes at a time
 PATIENCE = 20.0  # seconds in which a chat template renders a short question
 WORTHWHILE = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
@@ -41,7 +40,7 @@ class Order:
     length: int
     count: int
     seed: int
-    template: str  # one of TEMPLATES
+    template: str  # base or chat
 
     @property
     def file(self) -> str:
