@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from inplace_ttt.hf.companions import TOKENIZER
+    from inplace_ttt.hf.auxiliary_files import TOKENIZER
     from inplace_ttt.hf.convert import export_checkpoint
     from inplace_ttt.hf.progress import bytes_bar
 

@@ -93,7 +93,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     from inplace_ttt import estimate
     from inplace_ttt.flops import forward_flops
 
-    memory, share = estimate.memory(config, gpus, gpu), estimate.Share(config, gpus)
+    memory, share = estimate.memory(config, gpus, gpu), estimate.RankShard(config, gpus)
     console.print(
         f"{config.run.name}: {gpus} x {gpu.name}, TP {share.tp} PP {share.pp} CP {share.cp} DP {share.dp}, "
         f"{share.tokens:,} tokens a GPU in a micro batch, micro batches a step: {share.micro_batches}",
@@ -102,9 +102,9 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     table = Table(title="memory of the fullest GPU", title_justify="left")
     table.add_column("part")
     table.add_column("GiB", justify="right")
-    for name, size in memory.always.items():
+    for name, size in memory.persistent.items():
         table.add_row(name, f"{size / GIB:.1f}")
-    for name, size in memory.in_turn.items():
+    for name, size in memory.transient.items():
         table.add_row(f"{name} (only the larger of these two counts)", f"{size / GIB:.1f}")
     table.add_row("torch's peak", f"{memory.allocated / GIB:.1f}", style="bold")
     table.add_row("with what it cannot use, and what is outside torch", f"{memory.needed / GIB:.1f}")
@@ -131,7 +131,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     if memory.needed <= gpu.memory:
         console.print("it fits")
         return 0
-    settings = estimate.what_fits(config, gpus, gpu)
+    settings = estimate.find_fitting_layout(config, gpus, gpu)
     helps = f"it fits with {' '.join(settings)}" if settings else "no layout of so many helps: use more GPUs"
     lack = f"needs {memory.needed / GIB:.0f} GiB a GPU, and {gpu.name} has {gpu.memory / GIB:.0f}"
     print(f"error: {config.run.name} {lack}; {helps}", file=sys.stderr)

@@ -118,9 +118,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
     from inplace_ttt.data import documents, prepare
     from inplace_ttt.data.conversations import Conversations
-    from inplace_ttt.data.tokenizer import begins_texts, load_tokenizer, train_tokenizer
+    from inplace_ttt.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
 
-    report = documents.Report(strict=arguments.strict)
+    report = documents.SkipReport(strict=arguments.strict)
     field = Conversations() if arguments.supervised else arguments.text_key
     total = None
     if arguments.dataset:
@@ -151,10 +151,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         with console.status(f"training a byte-level BPE of {arguments.train_tokenizer} entries"):
-            first = documents.Report(strict=arguments.strict)  # what is left out is counted when all is read
+            first = documents.SkipReport(strict=arguments.strict)  # what is left out is counted when all is read
             tokenizer = train_tokenizer(_first_bytes(read(first), 8_000_000), arguments.train_tokenizer)
     options = prepare.Options(
-        begin=begins_texts(tokenizer) if arguments.bos is None else arguments.bos,
+        begin=adds_bos(tokenizer) if arguments.bos is None else arguments.bos,
         end=not arguments.no_eos,
         special_tokens=arguments.special_tokens,
         supervised=arguments.supervised,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from inplace_ttt.config import UserError
-from inplace_ttt.resilience.exits import LASTING, USERS
+from inplace_ttt.resilience.exits import PATH_ERRNOS, PERMANENT_ERRNOS
 
 
 def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -23,9 +23,9 @@ def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> i
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, *USERS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, *PATH_ERRNOS):
             return _say(f"error: {error}", 2)
-        return _say(f"error: {error}", 3 if error.errno in LASTING else 4)
+        return _say(f"error: {error}", 3 if error.errno in PERMANENT_ERRNOS else 4)
 
 
 def _say(message: str, code: int) -> int:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from inplace_ttt.config.errors import UserError
 
-FILES = 256  # descriptors that a rank needs: libraries, checkpoints, readers of data, connections
-WANTED_FILES = 65_536
-RESOLVES = 15.0  # seconds that a name may take to be resolved
-HOW = "start with torchrun, which sets it, or unset WORLD_SIZE, RANK and LOCAL_RANK to run one process"
+MIN_OPEN_FILES = 256  # descriptors that a rank needs: libraries, checkpoints, readers of data, connections
+TARGET_OPEN_FILES = 65_536
+DNS_TIMEOUT = 15.0  # seconds that a name may take to be resolved
+TORCHRUN_HINT = "start with torchrun, which sets it, or unset WORLD_SIZE, RANK and LOCAL_RANK to run one process"
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class World:
             return cls(0, 1, 0)
         rank, size, local_rank = (_whole_number(name) for name in names)
         if size < 1:
-            raise UserError(f"WORLD_SIZE={size} is not a number of processes: {HOW}")
+            raise UserError(f"WORLD_SIZE={size} is not a number of processes: {TORCHRUN_HINT}")
         if rank >= size:
-            raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: {HOW}")
+            raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}: {TORCHRUN_HINT}")
         on_node = _whole_number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
         if on_node > size:
-            raise UserError(f"LOCAL_WORLD_SIZE={on_node} is above WORLD_SIZE={size}: {HOW}")
+            raise UserError(f"LOCAL_WORLD_SIZE={on_node} is above WORLD_SIZE={size}: {TORCHRUN_HINT}")
         if local_rank >= on_node:
             of = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "WORLD_SIZE"
-            raise UserError(f"LOCAL_RANK={local_rank} is not below {of}={on_node}: {HOW}")
+            raise UserError(f"LOCAL_RANK={local_rank} is not below {of}={on_node}: {TORCHRUN_HINT}")
         return cls(rank, size, local_rank)
 
 
@@ -65,19 +65,21 @@ def master_address() -> tuple[str, int]:
     """Return MASTER_ADDR and MASTER_PORT. Raises UserError where one is missing or cannot be used."""
     address, port = os.environ.get("MASTER_ADDR", "").strip(), os.environ.get("MASTER_PORT", "").strip()
     if not address:
-        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, the host of the first process: {HOW}")
+        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, the host of the first process: {TORCHRUN_HINT}")
     if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
-        raise UserError(f"MASTER_PORT is {_state('MASTER_PORT')}, where there should be a port from 1 to 65535: {HOW}")
-    error = within(RESOLVES, lambda: _resolution_error(address))
+        raise UserError(
+            f"MASTER_PORT is {_state('MASTER_PORT')}, where there should be a port from 1 to 65535: {TORCHRUN_HINT}"
+        )
+    error = run_with_timeout(DNS_TIMEOUT, lambda: _resolution_error(address))
     if error != "":
         raise UserError(
-            f"MASTER_ADDR={address} cannot be resolved ({error or f'no answer in {RESOLVES:.0f} s'}): name a host that "
-            f"this one reaches"
+            f"MASTER_ADDR={address} cannot be resolved ({error or f'no answer in {DNS_TIMEOUT:.0f} s'}): name a host "
+            f"that this one reaches"
         )
     return address, int(port)
 
 
-def within(seconds: float, action: Callable):
+def run_with_timeout(seconds: float, action: Callable):
     """Return what an action returns, or None where it takes longer than ``seconds`` or raises."""
     found = []
 
@@ -96,7 +98,7 @@ def within(seconds: float, action: Callable):
 def _whole_number(name: str) -> int:
     value = os.environ.get(name, "").strip()
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise UserError(f"{name} is {_state(name)}, where there should be a whole number: {HOW}")
+        raise UserError(f"{name} is {_state(name)}, where there should be a whole number: {TORCHRUN_HINT}")
     return int(value)
 
 
@@ -116,12 +118,14 @@ def _resolution_error(address: str) -> str:
 def _allow_files() -> None:
     """Raise the limit of open files as far as the system lets a user."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    wanted = TARGET_OPEN_FILES if hard == resource.RLIM_INFINITY else min(TARGET_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    if soft != resource.RLIM_INFINITY and soft < FILES:
-        raise UserError(f"only {soft} files may be open at a time (ulimit -n {soft}): {FILES} or more are needed")
+    if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
+        raise UserError(
+            f"only {soft} files may be open at a time (ulimit -n {soft}): {MIN_OPEN_FILES} or more are needed"
+        )
 
 
 def _check_shared_memory() -> None:

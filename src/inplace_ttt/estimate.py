@@ -19,9 +19,9 @@ GIB = 2**30
 # Bytes of a number: weights and activations bf16, gradients and the optimizer's three numbers fp32
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 # Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
-OUTSIDE_TORCH = 4.0 * GIB
+NON_TORCH_BYTES = 4.0 * GIB
 # Share of torch's allocations that it holds and cannot use, for blocks do not fit
-FRAGMENTED = 0.05
+FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ GPUS = {gpu.name: gpu for gpu in (Gpu("H100", 78.5 * GIB), Gpu("H200", 139.0 * G
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """Hold one GPU's share of the model and of a sample."""
 
     config: Config
@@ -98,38 +98,38 @@ class Share:
 class Memory:
     """Bytes on one GPU. The logits are gone before the first layer's backward begins."""
 
-    always: dict[str, float]
-    in_turn: dict[str, float]
+    persistent: dict[str, float]
+    transient: dict[str, float]
 
     @property
     def allocated(self) -> float:
         """Return what torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
-        return sum(self.always.values()) + max(self.in_turn.values())
+        return sum(self.persistent.values()) + max(self.transient.values())
 
     @property
     def needed(self) -> float:
-        return self.allocated * (1 + FRAGMENTED) + OUTSIDE_TORCH
+        return self.allocated * (1 + FRAGMENTATION) + NON_TORCH_BYTES
 
 
 def memory(config: Config, world: int, gpu: Gpu) -> Memory:
     """Return the memory of a GPU of the fullest pipeline stage."""
-    share = Share(config, world)
-    return max((_stage_memory(share, stage, gpu) for stage in range(share.pp)), key=lambda stage: stage.needed)
+    shard = RankShard(config, world)
+    return max((_stage_memory(shard, stage, gpu) for stage in range(shard.pp)), key=lambda stage: stage.needed)
 
 
-def _stage_memory(share: Share, stage: int, gpu: Gpu) -> Memory:
-    config, parameters = share.config, share.parameters(stage)
-    shards = share.dp * share.cp if config.parallel.use_distributed_optimizer else 1
-    in_flight = min(share.pp - stage, share.micro_batches)
-    layers, fast = len(share.layers(stage)), share.fast_layers(stage)
-    sizes = _Activations(share)
-    always = {
+def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
+    config, parameters = shard.config, shard.parameters(stage)
+    shards = shard.dp * shard.cp if config.parallel.use_distributed_optimizer else 1
+    in_flight = min(shard.pp - stage, shard.micro_batches)
+    layers, fast = len(shard.layers(stage)), shard.fast_layers(stage)
+    sizes = _Activations(shard)
+    persistent = {
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
         "optimizer": OPTIMIZER * parameters / shards,
-        "states of the ring": _ring(share, fast, in_flight),
+        "states of the ring": _carry_bytes(shard, fast, in_flight),
     }
-    free = gpu.memory - OUTSIDE_TORCH - sum(always.values())
+    free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
     activations = (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight
     at_work = sizes.at_work
     if fast:
@@ -137,20 +137,20 @@ def _stage_memory(share: Share, stage: int, gpu: Gpu) -> Memory:
         if sizes.fast_recomputed:
             if sizes.keeps(1, free - activations - at_work):
                 held = sizes.chunk_weights
-        elif sizes.keeps(fast * share.pp, free):  # the first layer finds the memory without activations
+        elif sizes.keeps(fast * shard.pp, free):  # the first layer finds the memory without activations
             activations += sizes.chunk_weights * fast * in_flight
             held = 0.0  # the suffix sums take the memory of those of their layer
         at_work += sizes.fast_at_work(held)
-    always["activations"] = activations
-    logits = _logits(share) if stage == share.pp - 1 else 0.0
-    return Memory(always, {"a layer at work": at_work, "logits": logits})
+    persistent["activations"] = activations
+    logits = _logits(shard) if stage == shard.pp - 1 else 0.0
+    return Memory(persistent, {"a layer at work": at_work, "logits": logits})
 
 
 class _Activations:
     """Bytes that a micro batch takes in a layer of one GPU."""
 
-    def __init__(self, share: Share):
-        config, t, tp = share.config, share.tokens, share.tp
+    def __init__(self, shard: RankShard):
+        config, t, tp = shard.config, shard.tokens, shard.tp
         model, train = config.model, config.train
         queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
         hidden = 2 * model.hidden_size * t / (tp if config.parallel.sequence_parallel else 1)
@@ -160,7 +160,7 @@ class _Activations:
         before_attention = 2 * hidden + 2 * t * (queries + keys) / tp  # input, its norm, q and k before theirs
         mlp = 2 * hidden + 3 * self.z  # input, its norm, gate and up, their product
         fast = self.whole_hidden  # targets
-        self.share = share
+        self.shard = shard
         saved = before_attention + attention + mlp
         if train.recompute == "full":
             self.kept_plain = hidden + (0 if train.recompute_core_attn else attention)
@@ -177,49 +177,49 @@ class _Activations:
     @property
     def chunk_weights(self) -> float:
         """bf16, of all chunks of a micro batch."""
-        config = self.share.config
-        chunks = math.ceil(self.share.tokens / config.ttt.chunk_size)
-        return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp * chunks
+        config = self.shard.config
+        chunks = math.ceil(self.shard.tokens / config.ttt.chunk_size)
+        return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp * chunks
 
     def keeps(self, layers: int, free: float) -> bool:
         """Tell whether chunk weights are kept for the backward, where those of so many layers live at a time."""
-        setting = self.share.config.ttt.keep_chunk_weights
+        setting = self.shard.config.ttt.keep_chunk_weights
         return layers * self.chunk_weights <= KEPT_SHARE * free if setting is None else setting
 
     @property
     def window(self) -> float:
         """Chunk weights that there are at a time where they are not kept."""
-        return min(self.chunk_weights, WINDOW_BYTES if self.share.cp == 1 else EXCHANGE_WINDOW_BYTES)
+        return min(self.chunk_weights, WINDOW_BYTES if self.shard.cp == 1 else EXCHANGE_WINDOW_BYTES)
 
     def fast_at_work(self, held: float) -> float:
         """Return what a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""
-        config = self.share.config
-        state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.share.tp
+        config = self.shard.config
+        state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp
         # targets and their gradient; a sum on its way. The gradients of gate and up come after the chunk weights.
         return max(0.0, 2 * self.whole_hidden + state + held - 2 * self.z)
 
 
-def _ring(share: Share, fast: int, in_flight: int) -> float:
+def _carry_bytes(shard: RankShard, fast: int, in_flight: int) -> float:
     """Mailboxes of both neighbours, the sums of one layer on their way, and those that a recompute will need."""
-    config = share.config
-    if share.cp == 1 or not fast:
+    config = shard.config
+    if shard.cp == 1 or not fast:
         return 0.0
-    numbers = config.model.hidden_size * config.model.ffn_hidden_size / share.tp * config.train.micro_batch_size
+    numbers = config.model.hidden_size * config.model.ffn_hidden_size / shard.tp * config.train.micro_batch_size
     wire = {"fp32": 4, "bf16": 2}[config.ttt.comm_dtype]
     return numbers * (2 * wire + 4 * 4 + 2 * 4 * fast * in_flight)
 
 
-def _logits(share: Share) -> float:
+def _logits(shard: RankShard) -> float:
     """Return the bytes of logits of one part of the tokens, the gradient of their weight, and hidden states."""
-    model = share.config.model
-    vocabulary = padded_vocab_size(model.vocab_size or 0) / share.tp
-    return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * share.tokens
+    model = shard.config.model
+    vocabulary = padded_vocab_size(model.vocab_size or 0) / shard.tp
+    return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * shard.tokens
 
 
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     """Return the expected time of a step, by what products and attention were seen to reach (``rates``: shares of the
     peak; the time of all else beside that of products; what fast weights take beside their FLOPs at that rate)."""
-    share, flops = Share(config, world), forward_flops(config)
+    shard, flops = RankShard(config, world), forward_flops(config)
     full = config.train.recompute == "full"
     rates = figures()["rates"]
     products = 3 * (flops.layers + flops.logits) + flops.logits + rates["fast_weights"] * 3 * flops.fast
@@ -227,11 +227,11 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     again = flops.attention * (full and config.train.recompute_core_attn)
     seconds = products / rates["products"] * (1 + rates["rest"])
     seconds += 3 * flops.attention / rates["attention"] + again / rates["attention_forward"]
-    bubble = (share.micro_batches + share.pp - 1) / share.micro_batches
+    bubble = (shard.micro_batches + shard.pp - 1) / shard.micro_batches
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 
 
-def what_fits(config: Config, world: int, gpu: Gpu) -> list[str] | None:
+def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | None:
     """Settings with which a configuration fits, those first that cost least; None: none known for so many GPUs."""
     sizes = [2**power for power in range(world.bit_length()) if world % 2**power == 0]
     layouts = sorted(itertools.product(sizes, sizes, sizes), key=lambda sizes: (math.prod(sizes), *sizes[::-1]))

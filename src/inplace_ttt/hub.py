@@ -7,9 +7,9 @@ import socket
 import urllib.parse
 import urllib.request
 
-from inplace_ttt.environment import within
+from inplace_ttt.environment import run_with_timeout
 
-PATIENCE = 8.0  # seconds until a connection stands
+CONNECT_TIMEOUT = 8.0  # seconds until a connection stands
 
 
 @functools.cache
@@ -26,10 +26,10 @@ def hub_is_reached() -> bool:
     place = endpoint.hostname, endpoint.port or (80 if endpoint.scheme == "http" else 443)
 
     def connect() -> bool:
-        socket.create_connection(place, timeout=PATIENCE).close()
+        socket.create_connection(place, timeout=CONNECT_TIMEOUT).close()
         return True
 
-    return within(PATIENCE + 2, connect) is True
+    return run_with_timeout(CONNECT_TIMEOUT + 2, connect) is True
 
 
 def is_hub_name(name: str) -> bool:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from inplace_ttt.config import Parallel
 from inplace_ttt.environment import World
-from inplace_ttt.resilience.exits import LASTING, USERS, fail, leave
+from inplace_ttt.resilience.exits import PATH_ERRNOS, PERMANENT_ERRNOS, fail, leave
 from inplace_ttt.resilience.rendezvous import Rendezvous
 from inplace_ttt.resilience.signals import StopRequest
-from inplace_ttt.resilience.torchrun import GO_ON
-from inplace_ttt.resilience.watch import Watch
+from inplace_ttt.resilience.torchrun import RESUME_HINT
+from inplace_ttt.resilience.watchdog import Watchdog
 
-SLOW = 6.0  # times the time-out: what may take that long, by the patience of the watch
-ASKED_TO_STOP = 130  # the exit code of what was asked to stop before its end
+SLOW_PHASE_FACTOR = 6.0  # times the time-out: what may take that long, by the patience of the watch
+EXIT_INTERRUPTED = 130  # the exit code of what was asked to stop before its end
 
 
 # What gloo and NCCL say where the other side of an operation is gone or does not answer
@@ -39,7 +39,7 @@ class Job:
     """Hold what the ranks of a job share before there are process groups."""
 
     world: World
-    watch: Watch
+    watchdog: Watchdog
     stop: StopRequest
     rendezvous: Rendezvous | None  # None: one rank alone
 
@@ -47,9 +47,9 @@ class Job:
         """Form the process groups and return them. Every rank calls it."""
         from inplace_ttt.megatron import runtime
 
-        self.watch.mark("joining the other ranks", SLOW)
+        self.watchdog.set_phase("joining the other ranks", SLOW_PHASE_FACTOR)
         groups = runtime.start(parallel, seed, self.world, self.rendezvous)
-        self.watch.share_secret()
+        self.watchdog.share_secret()
         return groups
 
     @property
@@ -60,7 +60,7 @@ class Job:
         # torch has no public name for it
         return self.rendezvous.store if self.rendezvous else dist.distributed_c10d._get_default_store()
 
-    def smallest(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """Return the smallest of the ranks' numbers. Every rank calls it."""
         import torch.distributed as dist
 
@@ -91,25 +91,25 @@ def run_job(
     from inplace_ttt.megatron import runtime
 
     def stopped(why: str, code: int) -> int:
-        watch.leave(why)
+        watchdog.leave(why)
         if world.rank == 0:
             note_end(why)
-            if code == ASKED_TO_STOP and world.size > 1:  # torchrun, which was asked as well, would not say it
+            if code == EXIT_INTERRUPTED and world.size > 1:  # torchrun, which was asked as well, would not say it
                 print(f"stopped: {why}", file=sys.stderr, flush=True)
         return fail(f"stopped: {why}", code)
 
     def hang(why: str) -> None:  # called beside a rank that stands still
-        leave(stopped(f"{why}; {GO_ON}", 4))
+        leave(stopped(f"{why}; {RESUME_HINT}", 4))
 
     rendezvous = None
     if world.size > 1 and not dist.is_initialized():
         rendezvous = Rendezvous(world, timeout_minutes)
-    with StopRequest() as stop, Watch.join(world, 60 * timeout_minutes, hang, rendezvous) as watch:
+    with StopRequest() as stop, Watchdog.join(world, 60 * timeout_minutes, hang, rendezvous) as watchdog:
         try:
-            code = action(Job(world, watch, stop, rendezvous))
-            watch.mark("leaving the process groups")
+            code = action(Job(world, watchdog, stop, rendezvous))
+            watchdog.set_phase("leaving the process groups")
             runtime.stop()
-            watch.finish()
+            watchdog.finish()
             return code
         except JobStopped as why:
             return stopped(str(why), why.code)
@@ -117,10 +117,12 @@ def run_job(
             said = lost_rank(error)
             if said is None:
                 raise
-            return stopped(f"contact with another rank was lost: {watch.explain_loss() or said[:200]}; {GO_ON}", 4)
+            return stopped(
+                f"contact with another rank was lost: {watchdog.explain_loss() or said[:200]}; {RESUME_HINT}", 4
+            )
         except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
-            if error.errno in USERS:
+            if error.errno in PATH_ERRNOS:
                 return stopped(f"{output} cannot be written to ({error}): move that away", 2)
-            if error.errno in LASTING:
+            if error.errno in PERMANENT_ERRNOS:
                 return stopped(f"{output} cannot be written any more: {error}", 3)
-            return stopped(f"a file failed: {error}; {GO_ON}", 4)
+            return stopped(f"a file failed: {error}; {RESUME_HINT}", 4)

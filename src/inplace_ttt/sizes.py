@@ -8,15 +8,15 @@ import torch
 
 from inplace_ttt.config import Config, Parallel, UserError
 from inplace_ttt.environment import World
-from inplace_ttt.estimate import Share
+from inplace_ttt.estimate import RankShard
 
 # Bytes of a parameter at the least: its weight and its gradient. What the optimizer keeps may be split over ranks.
-LEAST = {"cuda": 2 + 4, "cpu": 4 + 4}
+MIN_BYTES_PER_PARAM = {"cuda": 2 + 4, "cpu": 4 + 4}
 
 
 def total_parameters(config: Config) -> int:
     """Return the number of parameters of the whole model, embeddings of the padded vocabulary included."""
-    return Share(replace(config, parallel=Parallel()), 1).parameters(0)
+    return RankShard(replace(config, parallel=Parallel()), 1).parameters(0)
 
 
 def check_memory(config: Config, world: World) -> None:
@@ -26,19 +26,24 @@ def check_memory(config: Config, world: World) -> None:
     """
     on_gpu = torch.cuda.is_available()
     kind = "cuda" if on_gpu else "cpu"
-    share, here = Share(config, world.size), 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    shard, here = RankShard(config, world.size), 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
-    parameters = max(share.parameters(stage) for stage in range(share.pp))
+    parameters = max(shard.parameters(stage) for stage in range(shard.pp))
     where = torch.cuda.get_device_name(0) if on_gpu else "this machine"
-    if parameters * LEAST[kind] * here > memory:
+    if parameters * MIN_BYTES_PER_PARAM[kind] * here > memory:
         raise UserError(
             f"{parameters / 1e9:,.1f} billion parameters a rank (model.num_layers={config.model.num_layers}, "
             f"model.hidden_size={config.model.hidden_size}, model.ffn_hidden_size={config.model.ffn_hidden_size}, "
-            f"model.vocab_size={config.model.vocab_size}) need {parameters * LEAST[kind] * here / 2**30:,.0f} GiB at "
-            f"the least, and {where} has {memory / 2**30:,.0f}: use a smaller model, or more tensor or pipeline "
-            f"parallel ranks"
+            f"model.vocab_size={config.model.vocab_size}) need "
+            f"{parameters * MIN_BYTES_PER_PARAM[kind] * here / 2**30:,.0f} GiB at the least, and {where} has "
+            f"{memory / 2**30:,.0f}: use a smaller model, or more tensor or pipeline parallel ranks"
         )
-    activations = share.tokens * (config.model.ffn_hidden_size // share.tp + config.model.hidden_size) * LEAST[kind] / 3
+    activations = (
+        shard.tokens
+        * (config.model.ffn_hidden_size // shard.tp + config.model.hidden_size)
+        * MIN_BYTES_PER_PARAM[kind]
+        / 3
+    )
     if activations * here > memory:
         raise UserError(
             f"data.seq_length={config.data.seq_length} x train.micro_batch_size={config.train.micro_batch_size} needs "

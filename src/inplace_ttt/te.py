@@ -10,7 +10,7 @@ PACKAGE = "transformer-engine"
 
 
 @functools.cache
-def why_lacking() -> str | None:
+def unavailable_reason() -> str | None:
     """Return what keeps Transformer Engine from being used, or None.
 
     Raises UserError where megatron-core would fail too: it goes on without the package and without a module of it, but

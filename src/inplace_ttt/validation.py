@@ -54,7 +54,7 @@ def _warmup(config: Config) -> None:
 
 
 def transformer_engine_available() -> bool:
-    return torch.cuda.is_available() and te.why_lacking() is None
+    return torch.cuda.is_available() and te.unavailable_reason() is None
 
 
 def transformer_impl(config: Config) -> str:

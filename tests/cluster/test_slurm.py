@@ -90,12 +90,12 @@ def test_a_second_stage_waits_for_the_first(slurm, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     keys = [*SMALL, "train.steps=3", "train.eval_samples=0"]
     then = shlex.join([*keys, f"checkpoint.load={first}", f"run.dir={second}"])
-    numbers_of = jobs.submit_all(
+    scalars_of = jobs.submit_all(
         slurm, first, "--then", then, keys=keys, nodes=1, processes=1, INPLACE_TTT_PREFLIGHT="0"
     )
-    assert slurm.job(numbers_of[1])["Dependency"].startswith(f"afterok:{numbers_of[0]}")
-    log = finished(slurm, numbers_of[1], second)
-    assert slurm.job(numbers_of[1])["JobState"] == "COMPLETED", log
+    assert slurm.job(scalars_of[1])["Dependency"].startswith(f"afterok:{scalars_of[0]}")
+    log = finished(slurm, scalars_of[1], second)
+    assert slurm.job(scalars_of[1])["JobState"] == "COMPLETED", log
     assert f"weights from '{first}'" in log and steps(second) == 3
 
     failing = tmp_path / "failing"

@@ -11,7 +11,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 from inplace_ttt.ttt import backends, fast_weight_linear, naive, target
 from inplace_ttt.ttt.backends import triton_conv
 from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
-from inplace_ttt.ttt.rule import PAPER
+from inplace_ttt.ttt.rule import PAPER_RULE
 from numerics.cases import operands, relative_error, update_norms
 
 
@@ -99,7 +99,7 @@ def test_update_norms_of_equal_documents():
 
 def test_kernels_are_what_runs():
     z = torch.zeros(256, 1, 64, dtype=torch.bfloat16, device="cuda")
-    assert isinstance(backends.choose_backend("auto", z, 64, 64, 0.1, PAPER), HopperBackend)
+    assert isinstance(backends.choose_backend("auto", z, 64, 64, 0.1, PAPER_RULE), HopperBackend)
 
 
 def test_operands_that_lie_oddly_in_memory():

@@ -14,7 +14,7 @@ from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation.columns import columns_of
 from inplace_ttt.evaluation.generation import Prompt, answer
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Named, open_model
+from inplace_ttt.evaluation.models import ModelSource, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @torch.no_grad()
 def logits(path, mode, work):
-    named = Named.find(path)
+    named = ModelSource.find(path)
     (mode,) = named.modes([mode])
     model = open_model(named.export(work), path.name, mode, CPU, torch.float32)
     assert model.name == path.name and model.tokenizer("words").input_ids
@@ -93,19 +93,19 @@ def test_modes_that_are_none(word):
 
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(UserError, match="is no folder"):
-        Named.find(tmp_path / "nowhere")
+        ModelSource.find(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
-        Named.find(tmp_path / "empty")
+        ModelSource.find(tmp_path / "empty")
     (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="cannot be loaded by transformers"):
-        open_model(Named.find(tmp_path / "empty").export(tmp_path), "empty", ON, CPU, torch.float32)
+        open_model(ModelSource.find(tmp_path / "empty").export(tmp_path), "empty", ON, CPU, torch.float32)
 
 
 def test_digests_tell_models_apart(folders):
     names, modes, dtypes = ("exported", "checkpoint"), (ON, OFF), (["float32"], ["bfloat16"])
-    digests = [Named.find(folders[name]).digest(m, d) for name in names for m in modes for d in dtypes]
-    assert len(set(digests)) == 8 and Named.find(folders["exported"]).digest(ON, ["float32"]) in digests
+    digests = [ModelSource.find(folders[name]).digest(m, d) for name in names for m in modes for d in dtypes]
+    assert len(set(digests)) == 8 and ModelSource.find(folders["exported"]).digest(ON, ["float32"]) in digests
 
 
 def changed(folder: Path, target: Path, gone: tuple[str, ...] = (), **keys) -> Path:
@@ -120,7 +120,7 @@ def changed(folder: Path, target: Path, gone: tuple[str, ...] = (), **keys) -> P
 def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_path):
     """Keep the class's default, and switch them off where that is asked for."""
     folder = changed(folders["exported"], tmp_path / "silent", gone=("ttt_mode",))
-    assert Named.find(folder).has_fast_weights
+    assert ModelSource.find(folder).has_fast_weights
     torch.testing.assert_close(logits(folder, OFF, tmp_path), logits(folders["exported"], OFF, tmp_path))
     torch.testing.assert_close(logits(folder, ON, tmp_path), logits(folders["exported"], ON, tmp_path))
 
@@ -145,7 +145,7 @@ def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_pat
 def test_configurations_that_cannot_be(folders, tmp_path, keys, message):
     folder = changed(folders["exported"], tmp_path / "odd", **keys)
     with pytest.raises(UserError, match=message):
-        named = Named.find(folder)
+        named = ModelSource.find(folder)
         open_model(named.path, "odd", ON, CPU, torch.float32)
 
 
@@ -196,7 +196,7 @@ def test_numbers_that_are_not_finite(folders, tmp_path):
 
 def test_results_in_a_models_folder_do_not_make_it_another(folders, tmp_path):
     folder = changed(folders["plain"], tmp_path / "model")
-    before = Named.find(folder).digest(ON)
+    before = ModelSource.find(folder).digest(ON)
     (folder / "eval").mkdir()
     (folder / "eval/results.json").write_text("{}")
-    assert Named.find(folder).digest(ON) == before
+    assert ModelSource.find(folder).digest(ON) == before

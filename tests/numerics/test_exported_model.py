@@ -392,7 +392,7 @@ def test_batches_whose_exact_sums_are_large(variant, padded, monkeypatch):
     expected = model.generate(text, **options)
     d, f = model.fast_mlps[0].shape
     for numbers in (1, 2 * d * f):
-        monkeypatch.setattr(exported, "AT_ONCE", numbers)
+        monkeypatch.setattr(exported, "MAX_EXACT_NUMEL", numbers)
         for part in (None, CHUNK - 3):
             for kind in (None, "static"):
                 static = dict(prefill_chunk_size=part, cache_implementation=kind)

@@ -11,14 +11,14 @@ from inplace_ttt.config import UserError
 from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation import generation, steps
 from inplace_ttt.evaluation.generation import Prompt, answer, batches
-from inplace_ttt.evaluation.models import Model
+from inplace_ttt.evaluation.models import LoadedModel
 
 
 @pytest.fixture(scope="module")
 def model():
     network = build("qwen3")
     tokenizer = train_tokenizer(["some words and others " * 50], 270)
-    return Model("model", network, tokenizer)
+    return LoadedModel("model", network, tokenizer)
 
 
 def prompts(count, seed=0):
@@ -79,7 +79,7 @@ def test_answers_equal_what_transformers_generates(model, kind):
         "window": lambda: plain(use_sliding_window=True, sliding_window=8, max_window_layers=0),
     }
     network = networks[kind]()
-    shared = Model("model", network, model.tokenizer)
+    shared = LoadedModel("model", network, model.tokenizer)
     assert generation._can_share(network) == (kind not in ("eager", "window"))
     asked = [prompt for prompt in prompts(12, 3) if prompt.new_tokens == 20]
     expected = [generated(network, model.tokenizer, prompt) for prompt in asked]

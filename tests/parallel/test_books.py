@@ -130,7 +130,7 @@ def test_texts_are_read_as_they_are(world, tmp_path):
     text = read_text([str(tmp_path)], "text", tokenizer)
     assert tokenizer.decode(text.tokens) == "the cat <|endoftext|>\nsat\n"
     assert tokenizer.eos_token_id not in text.tokens
-    assert [one["tokens"] for one in text.described()] == [size for _, size in text.parts]
+    assert [one["tokens"] for one in text.text_record()] == [size for _, size in text.parts]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 
 from inplace_ttt.data.prepare import prepare
 from inplace_ttt.data.tokenizer import train_tokenizer
-from inplace_ttt.training.numbers import numbers_of
 from inplace_ttt.training.records import read_metrics
+from inplace_ttt.training.scalars import scalars_of
 from launching import run_main
 from ranks import run_ranks
 
@@ -65,7 +65,7 @@ def test_held_out_loss_of_each_source(corpora, tmp_path, of_ones_own):
         assert total / sum(one["tokens"] for one in expected["sources"]) == pytest.approx(expected[key], rel=1e-6)
     few, many = (one["tokens"] for one in expected["sources"])  # by their weights, of six samples
     assert many > few > 0
-    shown = numbers_of(expected)
+    shown = scalars_of(expected)
     assert shown[f"eval_loss/source_{names[0]}"] == expected["sources"][0]["loss"]
     assert f"eval_loss_without_fast_weights/source_{names[1]}" in shown
     for kind in ("pipeline_model",) if of_ones_own else ("context",):

@@ -151,20 +151,20 @@ def test_every_process_of_a_job_may_be_asked_to_stop(number, unbroken, tmp_path)
 
 
 def run_main_asked_to_stop_in(step: int, *arguments: str) -> tuple[int, str]:
-    from inplace_ttt.training.loop import Loop
+    from inplace_ttt.training.loop import Trainer
 
-    carry_out = Loop._step
+    carry_out = Trainer._step
 
     def hear(loop, number, batches):
         if number == step:
             loop.stop.received = "SIGTERM"
         return carry_out(loop, number, batches)
 
-    Loop._step = hear
+    Trainer._step = hear
     try:
         return run_main(*arguments)
     finally:
-        Loop._step = carry_out
+        Trainer._step = carry_out
 
 
 @pytest.mark.slow
@@ -390,9 +390,9 @@ def without_wandb(folder, *overrides):
 def change_in_step(step: int, changed: dict, *arguments: str) -> tuple[int, str]:
     """Train with other values from a step on, without a restart."""
     from inplace_ttt.megatron.optimizer import build_optimizer
-    from inplace_ttt.training.loop import Loop
+    from inplace_ttt.training.loop import Trainer
 
-    carry_out = Loop._step
+    carry_out = Trainer._step
 
     def change(loop, number, batches):
         if number == step:
@@ -407,11 +407,11 @@ def change_in_step(step: int, changed: dict, *arguments: str) -> tuple[int, str]
             loop.scheduler = schedule
         return carry_out(loop, number, batches)
 
-    Loop._step = change
+    Trainer._step = change
     try:
         return run_main(*arguments)
     finally:
-        Loop._step = carry_out
+        Trainer._step = carry_out
 
 
 @pytest.fixture(scope="module")

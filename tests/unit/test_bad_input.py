@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.build import build_sets
+from inplace_ttt.data.build import build_splits
 from inplace_ttt.training.compose import compose_config, to_config
 from inplace_ttt.validation import validate
 from launching import ROOT, SMALL, run_main
@@ -204,7 +204,7 @@ def test_without_a_recipe_the_first_missing_key_is_named():
 
 def refused_data(*overrides) -> str:
     with pytest.raises(UserError) as caught:
-        build_sets(to_config(compose_config(["recipe=tiny_ttt", *overrides], RECIPES)))
+        build_splits(to_config(compose_config(["recipe=tiny_ttt", *overrides], RECIPES)))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

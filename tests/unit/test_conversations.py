@@ -12,7 +12,7 @@ import pytest
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.conversations import Conversations, Encoder
-from inplace_ttt.data.documents import Report, read_documents
+from inplace_ttt.data.documents import SkipReport, read_documents
 from inplace_ttt.data.packed import PackedDocuments, open_answers, open_indexed
 from inplace_ttt.data.prepare import read_description
 from inplace_ttt.data.tokenizer import train_tokenizer
@@ -39,7 +39,7 @@ TALK = [
 ]
 
 
-def tokenizer_of(template, vocabulary=400):
+def find_tokenizer_folder(template, vocabulary=400):
     tokenizer = train_tokenizer(["What is it? It is 4. And then? 5 of course. assistant user system"] * 5, vocabulary)
     turns = ["<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens({"bos_token": "<|begin|>", "additional_special_tokens": turns})
@@ -48,7 +48,7 @@ def tokenizer_of(template, vocabulary=400):
 
 
 def encoded(template, messages, control=False, **options):
-    tokenizer = tokenizer_of(template)
+    tokenizer = find_tokenizer_folder(template)
     found = Encoder(tokenizer, **dict(begin=False, end=True, control=control) | options).encode(json.dumps(messages))
     assert found.tokens.shape == found.counts.shape and set(found.counts.tolist()) <= {0, 1}
     parts, last = [], 0
@@ -71,7 +71,7 @@ def encoded(template, messages, control=False, **options):
 )
 def test_what_counts(template, answers):
     text, found = encoded(template, TALK)
-    rendered = tokenizer_of(template).apply_chat_template(TALK, tokenize=False)
+    rendered = find_tokenizer_folder(template).apply_chat_template(TALK, tokenize=False)
     assert [one.strip() for one in found] == [one.strip() for one in answers]
     assert text.replace("<|endoftext|>", "") == rendered
 
@@ -99,7 +99,7 @@ def test_what_a_template_does_not_take():
         encoded(CHATML, named)
     assert encoded(CHATML, named, control=True)[1] == ["<think>\n\n</think>\n\nno<|im_end|>"]
     with pytest.raises(UserError, match="no chat template"):
-        Encoder(tokenizer_of(None), begin=False, end=True, control=False)
+        Encoder(find_tokenizer_folder(None), begin=False, end=True, control=False)
 
 
 ROWS = [
@@ -122,7 +122,7 @@ ROWS = [
 def test_rows(tmp_path, row, expected):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (tmp_path / "b.json").write_text(json.dumps([row]))
-    report = Report()
+    report = SkipReport()
     found = list(read_documents([tmp_path / "a.jsonl", tmp_path / "b.json"], Conversations(), report))
     if isinstance(expected, str):
         assert not found and report.bad == 2 and all(expected in place for place in report.places)
@@ -135,7 +135,7 @@ def test_tables_and_other_files(tmp_path):
     pq.write_table(pa.table({"prompt": ["a?"], "completion": ["b"]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"text": ["a?"]}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text("text")
-    report = Report()
+    report = SkipReport()
     found = list(read_documents(sorted(tmp_path.iterdir()), Conversations(), report))
     assert [len(json.loads(one)) for one in found] == [5, 2]
     assert [place.split("'")[0] for place in report.places] and report.bad == 3
@@ -154,7 +154,7 @@ def prepare_data(*words):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     base = tmp_path_factory.mktemp("chats")
-    tokenizer_of(CHATML, 300).save_pretrained(base / "tokenizer")
+    find_tokenizer_folder(CHATML, 300).save_pretrained(base / "tokenizer")
     talks = [[dict(role="user", content=f"What is {n}?"), dict(role="assistant", content="It is " * (n % 7) + str(n))]
              for n in range(60)]  # fmt: skip
     rows = [dict(messages=talk) for talk in talks] + [dict(messages=[dict(role="assistant", content="<|im_end|>")])]
@@ -170,7 +170,7 @@ def corpus(tmp_path_factory):
 def test_packed_samples(corpus):
     """The labels that count are those of the answers, wherever samples cut a document."""
     base, talks = corpus
-    tokenizer = tokenizer_of(CHATML, 300)
+    tokenizer = find_tokenizer_folder(CHATML, 300)
     indexed = open_indexed(str(base / "chats"))
     answers = open_answers(str(base / "chats"), indexed)
     assert read_description(str(base / "chats")).supervised
@@ -224,7 +224,7 @@ def test_what_is_refused(corpus, tmp_path, refused):
         ([base / "chats.jsonl", "--supervised", "--text-key", "t", "--tokenizer", base / "tokenizer"], "--text-key t"),
     ]:
         assert sentence in refused(*words, "--output", tmp_path / "x")
-    tokenizer_of(None).save_pretrained(tmp_path / "plain")
+    find_tokenizer_folder(None).save_pretrained(tmp_path / "plain")
     words = [base / "chats.jsonl", "--supervised", "--tokenizer", tmp_path / "plain", "--output", tmp_path / "x"]
     assert "has no chat template" in refused(*words)
     answers = (base / "chats.answers.bin").read_bytes()

@@ -17,9 +17,9 @@ import zstandard
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.build import NumbersOfSteps, micro_batches
-from inplace_ttt.data.documents import Report, find_files, read_documents, read_hub_dataset
-from inplace_ttt.data.packed import Blend, PackedDocuments
+from inplace_ttt.data.build import StepSampleIndices, micro_batches
+from inplace_ttt.data.documents import SkipReport, find_files, read_documents, read_hub_dataset
+from inplace_ttt.data.packed import BlendedDataset, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
 from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
 from launching import ROOT
@@ -86,7 +86,7 @@ def test_blend_keeps_shares_and_order():
     parts = [[Sample(number, None, None, (name,)) for number in range(1000)] for name in "ab"]
 
     def drawn(samples):
-        blend = Blend(parts, [3.0, 1.0], samples)
+        blend = BlendedDataset(parts, [3.0, 1.0], samples)
         return [(blend[i].documents[0], blend[i].source, blend[i].tokens) for i in range(400)]
 
     found = drawn(400)
@@ -234,13 +234,13 @@ def test_unreadable_input_is_named(tmp_path):
 )
 def test_text_from_the_street(name, content, texts, said, tmp_path):
     (tmp_path / name).write_bytes(content)
-    report = Report()
+    report = SkipReport()
     assert list(read_documents([tmp_path / name], "text", report)) == texts
     assert (said is None and not report.lines()) or said in "\n".join(report.lines())
 
 
 def test_parquet_of_another_type_and_with_nulls(tmp_path):
-    report = Report()
+    report = SkipReport()
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": ["x", None, ""]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"text": pa.array(["y", "y"]).dictionary_encode()}), tmp_path / "c.parquet")
@@ -250,7 +250,7 @@ def test_parquet_of_another_type_and_with_nulls(tmp_path):
 
 def test_only_the_first_ten_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n" * 30)
-    report = Report()
+    report = SkipReport()
     assert list(read_documents([tmp_path / "a.jsonl"], "text", report)) == []
     assert report.bad == 30 and len(report.places) == 10 and report.lines()[0].startswith("30 documents left out")
 
@@ -259,7 +259,7 @@ def test_hidden_and_unknown_files_are_left_out_and_counted(tmp_path):
     for name in ("a.txt", "._a.txt", ".git/b.txt", "c.xyz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    report = Report()
+    report = SkipReport()
     assert [path.name for path in find_files([str(tmp_path)], report)] == ["a.txt"] and report.skipped_files == 3
     (tmp_path / "t.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"t\.csv' has an ending that is not known \(\.csv\).*--format"):
@@ -277,7 +277,7 @@ def test_no_sample_of_padding_alone():
 
 
 def test_the_numbers_of_many_steps_are_not_stored():
-    numbers = NumbersOfSteps(range(3, 10**9), 8, 2, 1)
+    numbers = StepSampleIndices(range(3, 10**9), 8, 2, 1)
     assert len(numbers) == (10**9 - 3) * 4 and [numbers[i] for i in range(6)] == [28, 29, 30, 31, 36, 37]
     with pytest.raises(IndexError):
         numbers[len(numbers)]

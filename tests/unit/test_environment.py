@@ -145,5 +145,5 @@ def test_the_command_says_it_once_and_ends_with_2(tmp_path):
 
 
 def test_within_gives_up():
-    assert environment.within(0.05, threading.Event().wait) is None
-    assert environment.within(5, lambda: 3) == 3
+    assert environment.run_with_timeout(0.05, threading.Event().wait) is None
+    assert environment.run_with_timeout(5, lambda: 3) == 3

@@ -11,9 +11,9 @@ import pytest
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data import prepare
-from inplace_ttt.data.documents import Report, find_files, read_documents
+from inplace_ttt.data.documents import SkipReport, find_files, read_documents
 from inplace_ttt.data.packed import open_indexed
-from inplace_ttt.data.tokenizer import entries_of, load_tokenizer, train_tokenizer
+from inplace_ttt.data.tokenizer import embedding_rows, load_tokenizer, train_tokenizer
 from inplace_ttt.files import user_path
 from inplace_ttt.megatron.indexed import IndexedDataset
 from inplace_ttt.resilience.lock import lock_beside
@@ -58,7 +58,7 @@ def test_files_beside_the_output_are_left_alone(tokenizer, tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "notes.json")
     for name in ("notes.json", "link.json"):
         with pytest.raises(UserError, match="would replace its own input"):
-            find_files([str(tmp_path / name)], Report(), tmp_path / "notes")
+            find_files([str(tmp_path / name)], SkipReport(), tmp_path / "notes")
     assert (tmp_path / "notes.json").read_text() == '["my text"]'
 
 
@@ -70,7 +70,7 @@ def test_a_vocabulary_with_gaps(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "gap")
     (tmp_path / "gap/tokenizer.json").write_text(json.dumps(content))
     gap = load_tokenizer(str(tmp_path / "gap"))
-    assert entries_of(gap) == 70_001
+    assert embedding_rows(gap) == 70_001
     description = make(tmp_path / "data", gap)
     assert description.vocab_size == 70_001
     indexed = IndexedDataset(str(tmp_path / "data"))
@@ -125,7 +125,7 @@ def test_an_empty_bin_file_is_named(tokenizer, tmp_path):
 def test_a_parquet_file_with_two_columns_of_a_name(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
-    report = Report()
+    report = SkipReport()
     assert list(read_documents([tmp_path / "a.parquet"], "text", report)) == []
     assert "has 2 columns 'text'" in report.lines()[-1] or "has 2 columns 'text'" in str(report.lines())
 

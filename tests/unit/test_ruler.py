@@ -247,7 +247,7 @@ def test_chat_templates_are_tried_first(monkeypatch):
         tokenizer.chat_template = template
         with pytest.raises(UserError, match=message):
             Rendering(tokenizer, "chat", 4096)
-    monkeypatch.setattr(prompts, "PATIENCE", 0.3)
+    monkeypatch.setattr(prompts, "RENDER_TIMEOUT", 0.3)
     for slow_from in (0, 100):
         monkeypatch.setattr(
             Rendering, "render", lambda self, draft, n=slow_from: time.sleep(len(draft.prompt) > n) or draft.prompt

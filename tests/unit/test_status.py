@@ -9,40 +9,40 @@ import time
 import pytest
 import torch
 
-from inplace_ttt.resilience.stragglers import ENOUGH, Pace, Probe
+from inplace_ttt.resilience.stragglers import MIN_STEPS, MatmulProbe, StragglerDetector
 from inplace_ttt.training.status import Status, sparkline
-from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
+from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
 from launching import ROOT
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 
 
-def pace(compute: list[float], data: list[float], steps: int = ENOUGH) -> Pace:
-    one = Pace(HOSTS, "cpu")
+def detector(compute: list[float], data: list[float], steps: int = MIN_STEPS) -> StragglerDetector:
+    one = StragglerDetector(HOSTS, "cpu")
     for _ in range(steps):
         one.add(compute, data, 2.0)
     return one
 
 
 def test_a_rank_whose_arithmetic_is_slow_is_named():
-    (slow,) = pace([1.0, 1.1, 1.0, 1.8], [0.0] * 4).slow()
+    (slow,) = detector([1.0, 1.1, 1.0, 1.8], [0.0] * 4).slow()
     assert (slow.rank, slow.host) == (3, "node2")
     assert str(slow) == "rank 3 (node2) holds up the others: its arithmetic takes 1.80 times what others' takes"
 
 
 def test_a_rank_that_reads_slowly_is_named():
-    (slow,) = pace([1.0] * 4, [0.01, 0.5, 0.01, 0.01]).slow()
+    (slow,) = detector([1.0] * 4, [0.01, 0.5, 0.01, 0.01]).slow()
     assert slow.rank == 1 and "it reads its data 0.49 s a step longer" in str(slow)
 
 
 def test_nobody_is_named_too_early_or_for_little():
-    assert pace([1.0, 1.0, 1.0, 9.0], [0.0] * 4, steps=ENOUGH - 1).slow() == []
-    assert pace([1.0, 1.4, 1.0, 1.1], [0.01, 0.02, 0.03, 0.04]).slow() == []
+    assert detector([1.0, 1.0, 1.0, 9.0], [0.0] * 4, steps=MIN_STEPS - 1).slow() == []
+    assert detector([1.0, 1.4, 1.0, 1.1], [0.01, 0.02, 0.03, 0.04]).slow() == []
 
 
 def test_the_probe_takes_time_and_no_random_numbers():
     before = torch.get_rng_state()
-    probe = Probe(torch.device("cpu"))
+    probe = MatmulProbe(torch.device("cpu"))
     probe.run()
     assert probe.seconds() > 0 and torch.equal(before, torch.get_rng_state())
 
@@ -69,7 +69,7 @@ def run(tmp_path):
 def test_what_a_restart_costs(run):
     first, second = read_timeline(run)
     assert "down_seconds" not in first and second["step"] == 8 and second["hosts"] == ["node1", "node2"]
-    lost = Lost.of(read_timeline(run))
+    lost = RestartCost.of(read_timeline(run))
     assert lost.restarts == 1 and lost.redone_steps == 2 and lost.redone_seconds == 4.0
     assert lost.down_seconds == pytest.approx(100, abs=2)
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from inplace_ttt.config import UserError
 from inplace_ttt.files import read_json, read_yaml
-from inplace_ttt.hf.companions import copy_companions
+from inplace_ttt.hf.auxiliary_files import copy_auxiliary_files
 from inplace_ttt.hf.convert import SafetensorsFolder
-from inplace_ttt.megatron import reading
-from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
+from inplace_ttt.megatron import safe_load
+from inplace_ttt.megatron.tensors import PlannedTensor, TensorReader, write_tensors
 from inplace_ttt.resilience.checksums import corruption, damage, write_manifest
 
 
@@ -35,7 +35,9 @@ class Payload:
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    write_tensors(folder, {"a.weight": Entry((4, 3), torch.float32, lambda: torch.ones(4, 3))}, lambda size: None)
+    write_tensors(
+        folder, {"a.weight": PlannedTensor((4, 3), torch.float32, lambda: torch.ones(4, 3))}, lambda size: None
+    )
     (folder / "run.json").write_text('{"step": 0, "samples": 0}')
     write_manifest(folder)
     return folder
@@ -43,21 +45,21 @@ def checkpoint(tmp_path):
 
 def test_a_sound_checkpoint_is_read(checkpoint):
     assert torch.equal(TensorReader(checkpoint).read("a.weight"), torch.ones(4, 3))
-    assert reading.read_common_state(checkpoint) == {}
+    assert safe_load.read_common_state(checkpoint) == {}
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in the metadata"])
 def test_code_in_the_metadata_does_not_run(inside, checkpoint, tmp_path):
-    metadata = reading.read_metadata(checkpoint)
+    metadata = safe_load.read_metadata(checkpoint)
     if inside:
         metadata.planner_data = Payload(tmp_path / "ran")
     with (checkpoint / ".metadata").open("wb") as file:
         pickle.dump(metadata if inside else Payload(tmp_path / "ran"), file)
-    for read in (reading.read_metadata, reading.read_common_state, lambda folder: TensorReader(folder).shapes):
+    for read in (safe_load.read_metadata, safe_load.read_common_state, lambda folder: TensorReader(folder).shapes):
         with pytest.raises(UserError, match=r"names '(_io|io)\.open', which no checkpoint needs"):
             read(checkpoint)
     with pytest.raises(UserError, match="which no checkpoint needs"):
-        reading.Reader(checkpoint).read_metadata()
+        safe_load.Reader(checkpoint).read_metadata()
     assert not (tmp_path / "ran").exists()
 
 
@@ -67,7 +69,7 @@ def test_code_in_the_metadata_does_not_run(inside, checkpoint, tmp_path):
 def test_names_that_run_are_not_resolved(name, checkpoint):
     (checkpoint / ".metadata").write_bytes(b"c" + name + b"\n.")
     with pytest.raises(UserError, match="which no checkpoint needs"):
-        reading.read_metadata(checkpoint)
+        safe_load.read_metadata(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +82,12 @@ def test_attributes_of_classes_are_not_set(name, checkpoint):
     setter = b"c" + name + b"\nN}(X\x07\x00\x00\x00is_filecpathlib\nPosixPath\nu\x86b0"
     (checkpoint / ".metadata").write_bytes(b"\x80\x04" + setter + whole[2:])
     with pytest.raises(UserError, match=r"gives attributes to a '(type|function)', which no checkpoint needs"):
-        reading.read_metadata(checkpoint)
+        safe_load.read_metadata(checkpoint)
     assert not isinstance(type(checkpoint).is_file, type)
 
 
 def test_weights_of_another_kind_are_refused(checkpoint):
-    metadata = reading.read_metadata(checkpoint)
+    metadata = safe_load.read_metadata(checkpoint)
     metadata.state_dict_metadata["a.weight"].properties.dtype = torch.int32  # of the same size
     with (checkpoint / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
@@ -107,14 +109,14 @@ def test_code_in_an_object_does_not_run(checkpoint, tmp_path):
     content = io.BytesIO()
     torch.save([{"a": 1, "b": Payload(tmp_path / "ran")}], content)
     with pytest.raises(UserError, match="which no checkpoint needs"):
-        reading.read_object(content, "an object")
+        safe_load.read_object(content, "an object")
     with pytest.raises(UserError, match="is damaged"):
-        reading.read_object(io.BytesIO(pickle.dumps(Payload(tmp_path / "ran"))), "an object")
+        safe_load.read_object(io.BytesIO(pickle.dumps(Payload(tmp_path / "ran"))), "an object")
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\0" * (reading.LIMIT + 1))
+        archive.writestr("archive/data.pkl", b"\0" * (safe_load.LIMIT + 1))
     with pytest.raises(UserError, match="more than"):
-        reading.read_object(bomb, "an object")
+        safe_load.read_object(bomb, "an object")
     assert not (tmp_path / "ran").exists()
 
 
@@ -122,13 +124,13 @@ def test_megatron_reads_through_ours():
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import torch as strategy
 
-    assert strategy.FileSystemReader is reading.Reader and strategy.MCoreLoadPlanner is reading.Planner
-    assert serialization.load_common_state_dict is reading.read_common_state
+    assert strategy.FileSystemReader is safe_load.Reader and strategy.MCoreLoadPlanner is safe_load.Planner
+    assert serialization.load_common_state_dict is safe_load.read_common_state
 
 
 @pytest.mark.parametrize("place", ["../other", "/etc/hostname", "a/b", ".."])
 def test_tensors_outside_the_folder_are_not_read(place, checkpoint):
-    metadata = reading.read_metadata(checkpoint)
+    metadata = safe_load.read_metadata(checkpoint)
     for info in metadata.storage_data.values():
         info.relative_path = place
     with (checkpoint / ".metadata").open("wb") as file:
@@ -188,11 +190,11 @@ def test_a_link_to_a_secret_is_not_copied(tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "model/tokenizer.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="leads out of its folder"):
-        copy_companions(tmp_path / "model", tmp_path / "out", ("tokenizer.json",))
+        copy_auxiliary_files(tmp_path / "model", tmp_path / "out", ("tokenizer.json",))
     # as the hub's client keeps files
     (tmp_path / "models/blobs/1").write_text("{}")
     (tmp_path / "models/snapshots/1/tokenizer.json").symlink_to("../../blobs/1")
-    copy_companions(tmp_path / "models/snapshots/1", tmp_path / "out", ("tokenizer.json",))
+    copy_auxiliary_files(tmp_path / "models/snapshots/1", tmp_path / "out", ("tokenizer.json",))
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
 
 

@@ -14,10 +14,10 @@ from inplace_ttt.config import Config, Source, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.identity import check_tokens
-from inplace_ttt.data.packed import PACKING, Blend, PackedDocuments, split_documents
+from inplace_ttt.data.packed import PACKING, BlendedDataset, PackedDocuments, split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
-from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
-from inplace_ttt.resilience.signals import unheard
+from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
+from inplace_ttt.resilience.signals import block_stop_signals
 
 BLEND_BYTES = 10  # of each sample of a run with several sources
 
@@ -42,7 +42,7 @@ class Corpora:
 
 
 @dataclass
-class Sets:
+class DataSplits:
     train: object  # sample by number
     validation: object | None
     vocab_size: int
@@ -74,12 +74,12 @@ def open_corpora(config: Config) -> Corpora:
     return Corpora(sources, validation, vocab_size)
 
 
-def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PACKING) -> Sets:
+def build_splits(config: Config, corpora: Corpora | None = None, packing: int = PACKING) -> DataSplits:
     """Return the sets of opened corpora. ``packing``: the version of the order of samples, see packed.py."""
     data, train, corpora = config.data, config.train, corpora or open_corpora(config)
     if data.kind == "recall":
         recall = (data.seq_length, data.recall_pairs, data.recall_alphabet)
-        return Sets(
+        return DataSplits(
             KeyValueRecall(*recall, seed=train.seed),
             KeyValueRecall(*recall, seed=train.seed + HELD_OUT_SEED),
             corpora.vocab_size,
@@ -114,9 +114,9 @@ def build_sets(config: Config, corpora: Corpora | None = None, packing: int = PA
         )
     share, of_held_out = sum(weights), data.validation or data.sources
     is_evaluated = len(held_out) == len(of_held_out) and train.eval_samples
-    return Sets(
-        Blend(training, weights, samples),
-        Blend(held_out, [one.weight for one in of_held_out], train.eval_samples) if is_evaluated else None,
+    return DataSplits(
+        BlendedDataset(training, weights, samples),
+        BlendedDataset(held_out, [one.weight for one in of_held_out], train.eval_samples) if is_evaluated else None,
         corpora.vocab_size,
         tuple(samples * weight / share / part.samples for weight, part in zip(weights, training, strict=True)),
         tuple(_names(of_held_out)) if is_evaluated else (),
@@ -140,7 +140,7 @@ def _vocab_size(config: Config, described: dict) -> int:
                     f"data.tokenizer='{config.data.tokenizer}' is not what '{path}' was made with: prepare the data "
                     f"with it, or use '{path}.tokenizer'"
                 )
-        needed = entries_of(tokenizer)
+        needed = embedding_rows(tokenizer)
     elif sizes:
         if len({one.tokenizer_fingerprint for one in sizes.values()}) > 1:
             raise UserError(
@@ -192,19 +192,19 @@ def micro_batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    with unheard():
+    with block_stop_signals():
         batches = iter(loader)
     for batch in batches:
         yield batch.to(device)
 
 
-def numbers_of_rank(first: int, count: int, dp_size: int, dp_rank: int) -> list[int]:
+def rank_sample_indices(first: int, count: int, dp_size: int, dp_rank: int) -> list[int]:
     """Return a data-parallel rank's share of ``count`` samples from ``first`` on: steps hold the same at any size."""
     share = count // dp_size
     return list(range(first + dp_rank * share, first + (dp_rank + 1) * share))
 
 
-class NumbersOfSteps(Sequence[int]):
+class StepSampleIndices(Sequence[int]):
     """Number the samples of one data-parallel rank in many steps; compute each number when it is asked for."""
 
     def __init__(self, steps: range, per_step: int, dp_size: int, dp_rank: int):

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.data.documents import Report
+from inplace_ttt.data.documents import SkipReport
 
 ASSISTANT = "assistant"
 NEEDED = "'messages', or 'prompt' and 'completion'"
@@ -25,7 +25,7 @@ class Conversations:
         known = (["messages"], ["prompt", "completion"])
         return next((wanted for wanted in known if set(wanted) <= set(names)), None)
 
-    def take(self, row, place: str, report: Report) -> str | None:
+    def take(self, row, place: str, report: SkipReport) -> str | None:
         """Return the messages of a row as JSON; None where it has none that can be used, which the report counts."""
         try:
             messages = _messages(row)

@@ -46,12 +46,12 @@ class Field(Protocol):
     def columns(self, names: list[str]) -> list[str] | None:
         """Return the columns of a table that it reads; None where there are none."""
 
-    def take(self, row, place: str, report: "Report") -> str | None:
+    def take(self, row, place: str, report: "SkipReport") -> str | None:
         """Return the document of a row; None where it has none that can be used, which the report counts."""
 
 
 @dataclass
-class Report:
+class SkipReport:
     """Count what a reading left out or changed."""
 
     strict: bool = False
@@ -96,13 +96,13 @@ class Report:
         return said
 
 
-def find_files(inputs: list[str], report: Report | None = None, output: Path | None = None) -> list[Path]:
+def find_files(inputs: list[str], report: SkipReport | None = None, output: Path | None = None) -> list[Path]:
     """Return the files that inputs name, folders searched for known endings; sorted within each folder.
 
     Hidden files of a folder, and what belongs to ``output``, are left out. Raises UserError for an input that is not
     there or that ``output`` would replace, and for a file of an ending that is not known.
     """
-    files, report = [], report or Report()
+    files, report = [], report or SkipReport()
     for name in inputs:
         path = user_path(name)
         if path.is_dir():
@@ -140,14 +140,14 @@ def format_of(path: Path) -> str:
 
 
 def read_documents(
-    files: list[Path], field: str | Field, report: Report | None = None, file_format: str | None = None
+    files: list[Path], field: str | Field, report: SkipReport | None = None, file_format: str | None = None
 ) -> Iterator[str]:
     """Yield the documents of all files in order: one a line of .jsonl, one a row of .parquet, else one a file.
 
     ``field``: of rows, by its name if it is text. ``report`` counts what is left out. ``file_format``: of files whose
     endings do not say it.
     """
-    report, field = report or Report(strict=True), _as_field(field)
+    report, field = report or SkipReport(strict=True), _as_field(field)
     readers = dict(parquet=_read_parquet, jsonl=_read_json_lines, json=_read_json, text=_read_text)
     for path in files:
         read = readers[file_format or format_of(path)]
@@ -158,7 +158,7 @@ def read_documents(
 
 
 def read_hub_dataset(
-    name: str, config: str | None, split: str, field: str | Field, report: Report | None = None
+    name: str, config: str | None, split: str, field: str | Field, report: SkipReport | None = None
 ) -> Iterator[str]:
     """Yield the documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a
     folder that its ``save_to_disk`` wrote."""
@@ -166,7 +166,7 @@ def read_hub_dataset(
 
     from inplace_ttt.hub import hub_is_reached
 
-    report, field = report or Report(strict=True), _as_field(field)
+    report, field = report or SkipReport(strict=True), _as_field(field)
     folder = user_path(name)
     if not folder.exists() and not hub_is_reached():
         raise UserError(f"dataset '{name}' is no folder, and the hub is out of reach: give files, or mend the network")
@@ -241,7 +241,7 @@ def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if suffix == ".gz" else path.open("rb")
 
 
-def _read_text(path: Path, field: Field, report: Report) -> Iterator[str]:
+def _read_text(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
     if not isinstance(field, TextField):
         report.leave_out(f"file '{path}'", "is text, where there should be rows: use .jsonl, .json or .parquet")
         return
@@ -258,7 +258,7 @@ def _decoded(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _read_json_lines(path: Path, field: Field, report: Report) -> Iterator[str]:
+def _read_json_lines(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if number == 1:
@@ -276,7 +276,7 @@ def _read_json_lines(path: Path, field: Field, report: Report) -> Iterator[str]:
                 yield text
 
 
-def _read_json(path: Path, field: Field, report: Report) -> Iterator[str]:
+def _read_json(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
     """Yield one object or a list of them; a file with an object a line is read as such."""
     with _open(path) as stream:
         content = stream.read()
@@ -305,7 +305,7 @@ def _json_fault(error: Exception) -> str:
     return "a number has too many digits" if "digits" in str(error) else one_line(error)
 
 
-def _read_parquet(path: Path, field: Field, report: Report) -> Iterator[str]:
+def _read_parquet(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -360,7 +360,7 @@ class TextField:
         """Return the column in a list, if it is there."""
         return [self.key] if self.key in names else None
 
-    def take(self, row, place: str, report: Report) -> str | None:
+    def take(self, row, place: str, report: SkipReport) -> str | None:
         """Return the text of a row; None where it has none that can be used, which the report counts."""
         if not isinstance(row, dict) or self.key not in row:
             keys = ", ".join(map(str, list(row)[:20])) if isinstance(row, dict) else type(row).__name__

@@ -100,7 +100,7 @@ class PackedDocuments:
         return Sample(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(mask), documents)
 
 
-class Blend:
+class BlendedDataset:
     """Several datasets mixed by weight: sample i is of the dataset that is furthest behind its share."""
 
     def __init__(self, parts: list, weights: list[float], samples: int):

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from inplace_ttt.config import UserError
 from inplace_ttt.data.conversations import Encoder
 from inplace_ttt.data.documents import ANSWERS, ENDINGS
-from inplace_ttt.data.tokenizer import entries_of, fingerprint, load_tokenizer
+from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
 from inplace_ttt.resilience.lock import lock_beside
@@ -124,7 +124,7 @@ def prepare(
         description = Description(
             documents=counts[0],
             tokens=counts[1],
-            vocab_size=entries_of(tokenizer),
+            vocab_size=embedding_rows(tokenizer),
             eos_token_id=tokenizer.eos_token_id,
             tokenizer_fingerprint=fingerprint(tokenizer),
             **asdict(options),
@@ -266,7 +266,7 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int, list[t
     except (UserError, KeyError):
         pass
     done.unlink(missing_ok=True)
-    dtype = DType.optimal_dtype(entries_of(_worker["tokenizer"]))
+    dtype = DType.optimal_dtype(embedding_rows(_worker["tokenizer"]))
     builder, answers = IndexedDatasetBuilder(str(parts / f"{name}.bin"), dtype=dtype), None
     n_documents, n_tokens = 0, 0
     bad: list[tuple[str, str]] = []

@@ -70,12 +70,12 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint_of_tokenizer(tokenizer)
 
 
-def entries_of(tokenizer: PreTrainedTokenizerBase) -> int:
+def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the rows that an embedding needs: numbers of tokens may have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
 
 
-def begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer by itself puts its begin-of-text token before a text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id

@@ -12,53 +12,53 @@ from inplace_ttt.config import UserError
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation.answering_scores import about, table
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.columns import Asked
+from inplace_ttt.evaluation.columns import EvaluatedModel
 from inplace_ttt.evaluation.generation import Prompt, Speed, answer, batches, tokens_that_fit
-from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
+from inplace_ttt.evaluation.models import EXPORTED, LoadedModel, open_model
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.evaluation.ruler.fit import Sample
 from inplace_ttt.evaluation.ruler.metric import score
 from inplace_ttt.evaluation.ruler.needles import depth_task
-from inplace_ttt.evaluation.ruler.prompts import Order, Rendering, samples_of
+from inplace_ttt.evaluation.ruler.prompts import Rendering, SampleRequest, samples_of
 from inplace_ttt.evaluation.scores import Scores
-from inplace_ttt.evaluation.share import Meter, Share, say_done
-from inplace_ttt.job import SLOW, Job
+from inplace_ttt.evaluation.work_queue import ProgressMeter, WorkQueue, say_done
+from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
 from inplace_ttt.megatron import runtime
 
 
 class AnsweringTask:
     """``ruler`` and ``needle``: the same prompts answered by each model, if they have the same tokenizer."""
 
-    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
+    def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Check what is asked for. Raises UserError."""
         self.arguments, self.asked, self.options = arguments, asked, arguments.options
-        self.orders = orders_of(arguments)
+        self.requests = sample_requests(arguments)
         self.models = list({one.model.path: one.model for one in asked}.values())
         for model in self.models:
             Rendering(model.tokenizer(), self.options.template, max(self.options.lengths))
         self.work = arguments.output / EXPORTED
         self.folders = {model.path: model.exported_to(self.work) for model in self.models}
-        self.samples: dict[Path, dict[Order, list[Sample]]] = {}  # of each model
+        self.samples: dict[Path, dict[SampleRequest, list[Sample]]] = {}  # of each model
         self.settings = dict(
             lengths=self.options.lengths,
             samples=self.options.samples,
             seed=self.options.seed,
             template=self.options.template,
-            tasks=list(dict.fromkeys(order.task for order in self.orders)),
+            tasks=list(dict.fromkeys(request.task for request in self.requests)),
         )
 
     def prepare(self, job: Job) -> None:
         """Export the runs among the models, and make the samples, on the first rank; read them on all."""
-        job.watch.mark("making samples", 4 * SLOW)
+        job.watchdog.set_phase("making samples", 4 * SLOW_PHASE_FACTOR)
         runtime.on_first_rank(self._make)
-        job.watch.mark("reading samples", SLOW)
-        by_mark: dict[str, dict[Order, list[Sample]]] = {}
+        job.watchdog.set_phase("reading samples", SLOW_PHASE_FACTOR)
+        by_mark: dict[str, dict[SampleRequest, list[Sample]]] = {}
         for model in self.models:
-            mark = model.fingerprint()
-            if mark not in by_mark:
-                by_mark[mark] = self._samples(self.folders[model.path], 1)
-            self.samples[model.path] = by_mark[mark]
+            set_phase = model.fingerprint()
+            if set_phase not in by_mark:
+                by_mark[set_phase] = self._samples(self.folders[model.path], 1)
+            self.samples[model.path] = by_mark[set_phase]
 
     def _make(self) -> None:
         made = set()
@@ -67,43 +67,43 @@ class AnsweringTask:
             if model.fingerprint() in made:
                 continue
             made.add(model.fingerprint())
-            total = sum(order.count for order in self.orders)
-            with contextlib.closing(Meter(f"making samples for {model.path.name}", total)) as meter:
+            total = sum(request.count for request in self.requests)
+            with contextlib.closing(ProgressMeter(f"making samples for {model.path.name}", total)) as meter:
                 workers = self.options.workers or len(os.sched_getaffinity(0))
                 self._samples(self.folders[model.path], workers, meter.advance)
 
     def _samples(self, folder: Path, workers: int, progress: Callable[[], None] = lambda: None):
-        return samples_of(self.orders, folder, self.options.ruler_data, self.options.kept, workers, progress)
+        return samples_of(self.requests, folder, self.options.ruler_data, self.options.kept, workers, progress)
 
-    def _everything(self, one: Asked) -> list[tuple[Order, Sample]]:
-        return [(order, sample) for order, made in self.samples[one.model.path].items() for sample in made]
+    def _everything(self, one: EvaluatedModel) -> list[tuple[SampleRequest, Sample]]:
+        return [(request, sample) for request, made in self.samples[one.model.path].items() for sample in made]
 
     def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
         """Ask what is not known yet. Every rank calls it."""
         for number, one in enumerate(self.asked):
             everything = self._everything(one)
             left = [
-                (order, sample)
-                for order, sample in everything
-                if (one.column.digest, task_name(order), sample.digest) not in results.known
+                (request, sample)
+                for request, sample in everything
+                if (one.column.digest, task_name(request), sample.digest) not in results.known
             ]
             if left:
                 self._ask(one, number, left, len(everything) - len(left), results, job, device, dtype)
             elif job.world.rank == 0:
                 say_done(f"{self.arguments.task} of {one.column.label}", len(everything))
 
-    def _ask(self, one: Asked, number: int, left: list[tuple[Order, Sample]], done: int, results: Results, job: Job,
-             device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
-        job.watch.mark(f"loading {one.column.label}", SLOW)
+    def _ask(self, one: EvaluatedModel, number: int, left: list[tuple[SampleRequest, Sample]], done: int,
+             results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:  # fmt: skip
+        job.watchdog.set_phase(f"loading {one.column.label}", SLOW_PHASE_FACTOR)
         model = open_model(self.folders[one.model.path], one.column.label, one.mode, device, dtype)
         rendering = Rendering(model.tokenizer, self.options.template)
-        most = job.smallest(self.options.batch_tokens or tokens_that_fit(model.network))
+        most = job.all_reduce_min(self.options.batch_tokens or tokens_that_fit(model.network))
         groups = batches([(sample.tokens, sample.new_tokens) for _, sample in left], most)
         costs = [float(sum(left[i][1].tokens for i in group)) for group in groups]
         name = f"{self.arguments.task} of {one.column.label}"
-        share = Share(job, name, costs, [len(group) for group in groups], done, str(number))
+        queue = WorkQueue(job, name, costs, [len(group) for group in groups], done, str(number))
         speed = Speed()
-        for group, prompts in _ahead(share, groups, left, rendering):
+        for group, prompts in _ahead(queue, groups, left, rendering):
             for i, text in zip(group, answer(model, prompts, speed), strict=True):
                 results.add(_record(one, *left[i], text))
         if job.world.rank == 0 and speed.read:
@@ -114,15 +114,15 @@ class AnsweringTask:
         """Return the tables: of each task and length, and their means."""
         by_model = {
             one.column.label: [
-                results.use((one.column.digest, task_name(order), sample.digest))
-                for order, sample in self._everything(one)
+                results.use((one.column.digest, task_name(request), sample.digest))
+                for request, sample in self._everything(one)
             ]
             for one in self.asked
         }
         return [table(self.arguments.task, by_model, about(self.settings))]
 
 
-def orders_of(arguments: Arguments) -> list[Order]:
+def sample_requests(arguments: Arguments) -> list[SampleRequest]:
     """Return which samples are asked for. Raises UserError for a task that there is not."""
     options = arguments.options
     if arguments.task == "needle":
@@ -134,26 +134,26 @@ def orders_of(arguments: Arguments) -> list[Order]:
                 raise UserError(f"--tasks {task} is not one of RULER's: use {', '.join(TASKS)}")
         tasks = [task for task in TASKS if task in tasks]
     return [
-        Order(task, length, options.samples, options.seed, options.template)
+        SampleRequest(task, length, options.samples, options.seed, options.template)
         for length in options.lengths
         for task in tasks
     ]
 
 
-def task_name(order: Order) -> str:
+def task_name(request: SampleRequest) -> str:
     """Return what results call the samples of an order."""
-    return f"{order.task} at {order.length}"
+    return f"{request.task} at {request.length}"
 
 
-def _record(one: Asked, order: Order, sample: Sample, text: str) -> dict:
+def _record(one: EvaluatedModel, request: SampleRequest, sample: Sample, text: str) -> dict:
     return dict(
         model=one.column.label,
         model_digest=one.column.digest,
-        task=task_name(order),
+        task=task_name(request),
         sample=sample.digest,
         index=sample.index,
-        length=order.length,
-        kind=order.task,
+        length=request.length,
+        kind=request.task,
         prompt_tokens=sample.tokens,
         answer=text,
         references=list(sample.answers),
@@ -161,7 +161,7 @@ def _record(one: Asked, order: Order, sample: Sample, text: str) -> dict:
     )
 
 
-def _ahead(share: Share, groups: list[list[int]], left: list[tuple[Order, Sample]],
+def _ahead(queue: WorkQueue, groups: list[list[int]], left: list[tuple[SampleRequest, Sample]],
            rendering: Rendering) -> Iterator[tuple[list[int], list[Prompt]]]:  # fmt: skip
     """Yield this rank's batches with their tokens, which a thread makes while the batch before is answered."""
 
@@ -171,17 +171,17 @@ def _ahead(share: Share, groups: list[list[int]], left: list[tuple[Order, Sample
     # pieces are taken from the share when they are begun, so what comes next is only likely: the following one
     with ThreadPoolExecutor(1) as thread:
         known: dict[int, Future] = {}
-        for piece in share:
+        for piece in queue:
             ready = known.pop(piece, None)
             prompts = encode(groups[piece]) if ready is None else ready.result()
             for old in known.values():
                 old.cancel()
-            likely = piece + share.job.world.size
+            likely = piece + queue.job.world.size
             known = {likely: thread.submit(encode, groups[likely])} if likely < len(groups) else {}
             yield groups[piece], prompts
 
 
-def _free(model: Model) -> None:
+def _free(model: LoadedModel) -> None:
     model.network.to("meta")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

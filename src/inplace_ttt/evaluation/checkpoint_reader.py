@@ -13,9 +13,9 @@ from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.position import PositionRanges
-from inplace_ttt.evaluation.share import counted
-from inplace_ttt.hf.convert import describe_checkpoint, reading_keys
-from inplace_ttt.job import SLOW, Job
+from inplace_ttt.evaluation.work_queue import counted
+from inplace_ttt.hf.convert import inspect_checkpoint, reading_keys
+from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
 from inplace_ttt.megatron import runtime
 from inplace_ttt.validation import precision, transformer_impl, validate
 
@@ -26,7 +26,7 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
     The layout is that of ``overrides`` (key: value); else the run's own where it fits the ranks; else each rank has
     the whole model.
     """
-    config = copy.deepcopy(describe_checkpoint(path).config)
+    config = copy.deepcopy(inspect_checkpoint(path).config)
     parallel, data, train = config.parallel, config.data, config.train
     if config.model.vocab_size is None:
         raise UserError(f"'{path}' does not say model.vocab_size: its run's config.yaml lacks it")
@@ -64,7 +64,7 @@ def padded_length(config: Config, length: int) -> int:
 def check_bound(path: Path, mode: FastWeightMode, length: int, why: str) -> None:
     """Raise UserError where a text of so many tokens would be read past the length of the training, from where on the
     exported model bounds its fast weights, by something that cannot do that. ``why``: which that is."""
-    keys = reading_keys(describe_checkpoint(path))
+    keys = reading_keys(inspect_checkpoint(path))
     if mode.on and mode.bound_of(keys["ttt_bound"]) is not None and length > keys["ttt_trained_length"]:
         raise UserError(
             f"past the {keys['ttt_trained_length']} tokens of its training, the fast weights of '{path}' are bounded, "
@@ -74,7 +74,7 @@ def check_bound(path: Path, mode: FastWeightMode, length: int, why: str) -> None
 
 
 @dataclass(frozen=True)
-class Reading:
+class ScoredDocument:
     """A text to read, and the ranges of positions whose losses are asked for."""
 
     document: Document
@@ -92,15 +92,15 @@ class CheckpointReader:
 
         self.config = config
         config.data.seq_length = padded_length(config, length)
-        job.watch.mark(f"building the model of {path.name}", SLOW)
+        job.watchdog.set_phase(f"building the model of {path.name}", SLOW_PHASE_FACTOR)
         runtime.leave_groups()
         self.groups = runtime.start(config.parallel, config.train.seed, job.world, job.rendezvous)
         dtype, impl = precision(config), transformer_impl(config)
         self.model = build_model(config, dtype, impl, config.model.vocab_size, self.groups)
         checkpointer = Checkpointer(Path(), self.model, None, self.groups, keep=1, async_save=False)
-        job.watch.mark(f"loading '{path}'", SLOW)
-        new, _ = checkpointer.load_weights(describe_checkpoint(path).folder, f"'{path}'")
-        runtime.agree(UserError(f"'{path}' has no tensor '{new[0]}'") if new else None)
+        job.watchdog.set_phase(f"loading '{path}'", SLOW_PHASE_FACTOR)
+        new, _ = checkpointer.load_weights(inspect_checkpoint(path).folder, f"'{path}'")
+        runtime.raise_on_all_ranks(UserError(f"'{path}' has no tensor '{new[0]}'") if new else None)
         if job.world.rank == 0:
             sizes = " ".join(f"{kind} {getattr(self.groups, kind.lower()).size()}" for kind in ("TP", "PP", "CP", "DP"))
             print(
@@ -109,7 +109,7 @@ class CheckpointReader:
             )
         self.model.eval()
         self.modules = unwrap(self.model).ttt_modules
-        self.keys = reading_keys(describe_checkpoint(path)) if self.modules else {}  # as the exported model has them
+        self.keys = reading_keys(inspect_checkpoint(path)) if self.modules else {}  # as the exported model has them
         self.stepper = Stepper(config, self.model, self.model.config, self.groups)
         self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
 
@@ -132,7 +132,7 @@ class CheckpointReader:
         """Return how many texts are read together: one on each data-parallel rank and pipeline stage."""
         return self.groups.dp.size() * self.groups.pp.size()
 
-    def read(self, readings: Sequence[Reading], mode: FastWeightMode) -> list[list[list[float]]]:
+    def read(self, readings: Sequence[ScoredDocument], mode: FastWeightMode) -> list[list[list[float]]]:
         """Return [loss, tokens] of each range of each of at most ``at_once`` readings; the same on all ranks."""
         length = padded_length(self.config, max(len(one.document.tokens) - 1 for one in readings))
         self.config.data.seq_length = length
@@ -142,7 +142,7 @@ class CheckpointReader:
         batches = [self._batch(one or readings[0], length) for one in mine]
         if self.modules:
             self._set_mode(mode)
-        sums = self.stepper.sums_of_each(batches, [(one or readings[0]).ranges for one in mine], fast_weights=mode.on)
+        sums = self.stepper.range_losses(batches, [(one or readings[0]).ranges for one in mine], fast_weights=mode.on)
         found = [None] * self.groups.dp.size()
         if found[1:]:
             dist.all_gather_object(found, sums, group=self.groups.dp)
@@ -150,7 +150,7 @@ class CheckpointReader:
             found = [sums]
         return [one for part in found for one in part][: len(readings)]
 
-    def _batch(self, reading: Reading, length: int) -> MicroBatch:
+    def _batch(self, reading: ScoredDocument, length: int) -> MicroBatch:
         """Return a text as a document of its own, with padding that does not count behind it."""
         document = reading.document
         real = len(document.tokens) - 1

@@ -5,26 +5,26 @@ from pathlib import Path
 
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Named
+from inplace_ttt.evaluation.models import ModelSource
 from inplace_ttt.evaluation.results import Column, label_columns
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluatedModel:
     """A model in one mode, with the name that results give it."""
 
-    model: Named
+    model: ModelSource
     mode: FastWeightMode
     column: Column
 
 
-def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[str]) -> list[Asked]:
+def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[str]) -> list[EvaluatedModel]:
     """Return what is to be evaluated, model by model. Raises UserError where a path holds no model.
 
     ``numerics``: what else of the command line tells results of a model apart.
     """
     found = []
-    for named in [Named.find(path) for path in models]:
+    for named in [ModelSource.find(path) for path in models]:
         found += [(named, mode) for mode in named.modes(modes)]
     clipped = next((mode for mode in modes if mode.clip is not None), None)
     if clipped and not any(named.has_fast_weights for named, _ in found):
@@ -35,12 +35,12 @@ def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[s
         twice = next(label for label in labels if labels.count(label) > 1)
         raise UserError(f"'{twice}' is named twice: name each model, and each mode in --fast-weights, once")
     return [
-        Asked(named, mode, Column(label, str(named.path), word, named.digest(mode, numerics)))
+        EvaluatedModel(named, mode, Column(label, str(named.path), word, named.digest(mode, numerics)))
         for (named, mode), word, label in zip(found, words, labels, strict=True)
     ]
 
 
-def one_tokenizer(asked: list[Asked], why: str) -> None:
+def one_tokenizer(asked: list[EvaluatedModel], why: str) -> None:
     """Raise UserError where models have different tokenizers; ``why`` that cannot be."""
     first = None
     for model in {one.model.path: one.model for one in asked}.values():

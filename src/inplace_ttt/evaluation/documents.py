@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import Config, UserError
 from inplace_ttt.data.corpus import Corpus
-from inplace_ttt.data.documents import Report, find_files, read_documents
+from inplace_ttt.data.documents import SkipReport, find_files, read_documents
 from inplace_ttt.data.packed import split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall
 from inplace_ttt.data.tokenizer import fingerprint
@@ -89,7 +89,7 @@ def of_files(
     names: list[str], selection: Selection, tokenizer: PreTrainedTokenizerBase, text_key: str = "text"
 ) -> Chosen:
     """Return documents of files and folders, the first ones that are long enough, by a model's tokenizer."""
-    found, longest, report = [], 0, Report()
+    found, longest, report = [], 0, SkipReport()
     for text in read_documents(find_files(names), text_key, report):
         ids = tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
         longest = max(longest, len(ids))

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from inplace_ttt.config import Parallel, UserError
 from inplace_ttt.evaluation.answering_task import AnsweringTask
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.columns import Asked, columns_of
+from inplace_ttt.evaluation.columns import EvaluatedModel, columns_of
 from inplace_ttt.evaluation.harness_task import HarnessTask
 from inplace_ttt.evaluation.models import EXPORTED, chosen_dtype
 from inplace_ttt.evaluation.pictures import draw
@@ -53,7 +53,7 @@ def evaluate(arguments: Arguments, job: Job) -> int:
         runtime.on_first_rank(claim)
         try:
             results.open()
-            runtime.agree(None)  # nobody writes before all have read
+            runtime.raise_on_all_ranks(None)  # nobody writes before all have read
             task.prepare(job)
             task.run(results, job, runtime.device(), dtype)
         except UserError:
@@ -63,9 +63,9 @@ def evaluate(arguments: Arguments, job: Job) -> int:
                 results.unclaim()
             raise
         results.close()
-        runtime.agree(None)
+        runtime.raise_on_all_ranks(None)
         if job.world.rank == 0:
-            job.watch.mark("writing the results")
+            job.watchdog.set_phase("writing the results")
             _report(task, arguments, asked, results, dtype)
     return 0
 
@@ -76,7 +76,7 @@ def _numerics(arguments: Arguments, dtype: torch.dtype) -> list[str]:
     return [str(dtype), *(f"{key}={arguments.overrides[key]}" for key in keys if key in arguments.overrides)]
 
 
-def _check_keys(arguments: Arguments, asked: list[Asked]) -> None:
+def _check_keys(arguments: Arguments, asked: list[EvaluatedModel]) -> None:
     """Raise UserError where keys are set that no model of the task is read by."""
     folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
     keys = [key for key in arguments.overrides if key not in ("parallel.timeout_minutes", "train.eval_positions")]
@@ -87,7 +87,7 @@ def _check_keys(arguments: Arguments, asked: list[Asked]) -> None:
         raise UserError(f"{key} is about how training checkpoints are read, and {why}: leave it out")
 
 
-def _report(task, arguments: Arguments, asked: list[Asked], results: Results, dtype: torch.dtype) -> None:
+def _report(task, arguments: Arguments, asked: list[EvaluatedModel], results: Results, dtype: torch.dtype) -> None:
     results.open()
     tables = task.scores(results)
     results.finish(

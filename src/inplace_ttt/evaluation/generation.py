@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.evaluation.models import Model, check_tokens
+from inplace_ttt.evaluation.models import LoadedModel, check_tokens
 from inplace_ttt.evaluation.steps import GreedySteps, SharedCache, empty_cache
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
-LOOK = 8  # tokens between two looks whether all answers have ended
+CHECK_INTERVAL = 8  # tokens between two looks whether all answers have ended
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Speed:
 
 
 @torch.no_grad()
-def answer(model: Model, batch: Sequence[Prompt], speed: Speed | None = None) -> list[str]:
+def answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed | None = None) -> list[str]:
     """Return the greedy continuation of each prompt, without special tokens. All have the same ``new_tokens``.
 
     A batch that does not fit in memory is answered in halves. Raises UserError where one prompt does not fit.
@@ -105,7 +105,7 @@ def answer(model: Model, batch: Sequence[Prompt], speed: Speed | None = None) ->
     return answer(model, batch[:half], speed) + answer(model, batch[half:], speed)
 
 
-def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
+def _answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed) -> list[str]:
     network, tokenizer = model.network, model.tokenizer
     ends = network.generation_config.eos_token_id
     ends = {one for one in (ends if isinstance(ends, list) else [ends]) if one is not None}
@@ -138,7 +138,7 @@ def _answer(model: Model, batch: Sequence[Prompt], speed: Speed) -> list[str]:
     return tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
-def cannot_run(model: Model, error: Exception) -> UserError:
+def cannot_run(model: LoadedModel, error: Exception) -> UserError:
     """Return what says that a model's own code has failed."""
     return UserError(f"'{model.name}' cannot be run ({type(error).__name__}: {one_line(error)})")
 
@@ -147,7 +147,7 @@ def _write(steps: GreedySteps, ends: set[int]) -> list[list[int]]:
     """Return the tokens of each answer up to its end."""
     stops = torch.tensor(sorted(ends), device=steps.written.device)
     for count in range(1, steps.new_tokens):
-        if count % LOOK == 0 and bool(torch.isin(steps.written[:, :count], stops).any(dim=1).all()):
+        if count % CHECK_INTERVAL == 0 and bool(torch.isin(steps.written[:, :count], stops).any(dim=1).all()):
             break
         steps.take()
     return [_until(one, ends) for one in steps.written[:, : steps.count].tolist()]
@@ -158,7 +158,7 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[:stop]
 
 
-def _alone(model: Model, prompt: Prompt, ends: set[int]) -> str:
+def _alone(model: LoadedModel, prompt: Prompt, ends: set[int]) -> str:
     """Answer by transformers' own generation: models whose caches are of a kind of their own."""
     network, tokenizer = model.network, model.tokenizer
     # not the folder's own generation config, which may sample

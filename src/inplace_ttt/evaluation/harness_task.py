@@ -12,13 +12,13 @@ import torch.distributed as dist
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.columns import Asked
+from inplace_ttt.evaluation.columns import EvaluatedModel
 from inplace_ttt.evaluation.harness_scores import about, table
-from inplace_ttt.evaluation.models import EXPORTED, Model, open_model
+from inplace_ttt.evaluation.models import EXPORTED, LoadedModel, open_model
 from inplace_ttt.evaluation.results import END, Results
 from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.hub import hub_is_reached
-from inplace_ttt.job import SLOW, Job, JobStopped
+from inplace_ttt.job import SLOW_PHASE_FACTOR, Job, JobStopped
 from inplace_ttt.megatron import runtime
 from inplace_ttt.packages import version
 
@@ -28,7 +28,7 @@ METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task ha
 class HarnessTask:
     """``harness``: every task of lm-evaluation-harness that is asked for, one after the other."""
 
-    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
+    def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Find the tasks. Raises UserError where the package or a task is not there."""
         if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
             raise UserError(
@@ -53,7 +53,7 @@ class HarnessTask:
 
     def prepare(self, job: Job) -> None:
         """Export the runs among the models, and load the tasks' questions on the first rank, which keeps them."""
-        job.watch.mark("loading the questions", 4 * SLOW)
+        job.watchdog.set_phase("loading the questions", 4 * SLOW_PHASE_FACTOR)
 
         def make() -> None:
             for model in self.models:
@@ -86,30 +86,30 @@ class HarnessTask:
             left = [task for task in everything if not self._known(results, one, task)]
             if not left:
                 continue
-            job.watch.mark(f"loading {one.column.label}", SLOW)
+            job.watchdog.set_phase(f"loading {one.column.label}", SLOW_PHASE_FACTOR)
             model = open_model(self.folders[one.model.path], one.column.label, one.mode, device, dtype)
             with quiet():
                 language_model = shared_model(model, job, self.options.batch_size)
             for number, task in enumerate(left, 1):
-                job.watch.mark(f"{task} of {one.column.label}", 4 * SLOW)
+                job.watchdog.set_phase(f"{task} of {one.column.label}", 4 * SLOW_PHASE_FACTOR)
                 if job.world.rank == 0:
                     print(f"harness of {one.column.label}: {task}, {number} of {len(left)}", flush=True)
                 for record in self._ask(language_model, task, one):
                     results.add(record)
-                if job.smallest(job.stop.received is None) == 0 and number < len(left):
+                if job.all_reduce_min(job.stop.received is None) == 0 and number < len(left):
                     raise JobStopped(
                         f"harness of {one.column.label} was asked to stop: {number} of {len(left)} tasks are done, and "
                         f"the same command goes on", 130,
                     )  # fmt: skip
 
-    def _known(self, results: Results, one: Asked, task: str) -> bool:
+    def _known(self, results: Results, one: EvaluatedModel, task: str) -> bool:
         end = (one.column.digest, self._name(task), END)
         return end in results.known
 
     def _name(self, task: str) -> str:
         return f"{task}, {self.options.num_fewshot} shots, limit {self.options.limit}"
 
-    def _ask(self, language_model, task: str, one: Asked) -> Iterator[dict]:
+    def _ask(self, language_model, task: str, one: EvaluatedModel) -> Iterator[dict]:
         """Yield a record for each question, and one that says that they are all. On other ranks than the first none."""
         import lm_eval
 
@@ -178,7 +178,7 @@ def flat(tasks: dict) -> dict:
     return found
 
 
-def shared_model(model: Model, job: Job, batch_size: int):
+def shared_model(model: LoadedModel, job: Job, batch_size: int):
     """Return a model as lm-evaluation-harness takes it, whose questions are shared by the ranks of the job."""
     from lm_eval.models.huggingface import HFLM
 
@@ -198,7 +198,7 @@ def shared_model(model: Model, job: Job, batch_size: int):
             return found if job.world.rank == dst else None
 
         def barrier(self):
-            runtime.agree(None)
+            runtime.raise_on_all_ranks(None)
 
     return Shared()
 

@@ -7,15 +7,15 @@ from torch import Tensor
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.generation import cannot_run
-from inplace_ttt.evaluation.models import Model
+from inplace_ttt.evaluation.models import LoadedModel
 from inplace_ttt.evaluation.position import PositionRanges
 
 PART = 2**28  # logits held at a time
-LOOK = 64  # tokens by which it is tried how a model makes its logits
+PROBE_TOKENS = 64  # tokens by which it is tried how a model makes its logits
 
 
 @torch.no_grad()
-def losses(model: Model, tokens: Tensor) -> Tensor:
+def losses(model: LoadedModel, tokens: Tensor) -> Tensor:
     """Return the loss (n - 1,) fp32 of each token of a text (n,) but the first, in nats."""
     network = model.network
     ids, labels = tokens[None, :-1], tokens[1:]
@@ -31,11 +31,11 @@ def losses(model: Model, tokens: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _is_linear(model: Model, ids: Tensor) -> bool:
+def _is_linear(model: LoadedModel, ids: Tensor) -> bool:
     """Tell whether a model's logits are what its output embeddings make of its last hidden state, and nothing more."""
     known = getattr(model.network, "_logits_are_linear", None)
     if known is None:
-        network, few = model.network, ids[:, :LOOK]
+        network, few = model.network, ids[:, :PROBE_TOKENS]
         head = network.get_output_embeddings()
         known = False
         if head is not None and network.base_model is not network:
@@ -45,7 +45,7 @@ def _is_linear(model: Model, ids: Tensor) -> bool:
     return known
 
 
-def sums_of(model: Model, document: Document, ranges: PositionRanges) -> list[list[float]]:
+def sums_of(model: LoadedModel, document: Document, ranges: PositionRanges) -> list[list[float]]:
     """Return [loss, tokens] of each range of positions. Raise UserError where the document does not fit in memory."""
     try:
         tokens = torch.from_numpy(document.tokens).to(model.network.device)

@@ -29,7 +29,7 @@ from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.files import read_json
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import TTT_KEYS, read_ttt
-from inplace_ttt.hf.convert import Described, describe_checkpoint, export_checkpoint
+from inplace_ttt.hf.convert import CheckpointInfo, export_checkpoint, inspect_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 from inplace_ttt.models import FAMILIES
 
@@ -42,7 +42,7 @@ CLASSES = {
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A model that answers, with its tokenizer."""
 
     name: str  # as results call it
@@ -51,15 +51,15 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Named:
+class ModelSource:
     """A model as the user names it: a run, a checkpoint, or a folder in Hugging Face's format."""
 
     path: Path
-    checkpoint: Described | None  # None: a folder in Hugging Face's format
+    checkpoint: CheckpointInfo | None  # None: a folder in Hugging Face's format
     has_fast_weights: bool
 
     @classmethod
-    def find(cls, path: Path) -> "Named":
+    def find(cls, path: Path) -> "ModelSource":
         """Look at what a path holds. Raises UserError where it holds no model."""
         if not path.is_dir():
             raise UserError(f"'{path}' is no folder: name a run, a checkpoint or a folder in Hugging Face's format")
@@ -70,7 +70,7 @@ class Named:
             raise UserError(
                 f"'{path}' holds no model: name a run, a checkpoint or a folder in Hugging Face's format (config.json)"
             )
-        described = describe_checkpoint(path)
+        described = inspect_checkpoint(path)
         return cls(path, described, described.config.ttt.enabled)
 
     @property
@@ -257,7 +257,7 @@ def check_tokens(largest: int, entries: int, name) -> None:
         raise UserError(f"the tokenizer of '{name}' makes token {largest}, and its model knows {entries}")
 
 
-def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> Model:
+def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """Load a model in Hugging Face's format. Raise UserError where that cannot be."""
     settings = read_settings(folder)
     kind = next((one for one in CLASSES.values() if one.config_class is type(settings)), AutoModelForCausalLM)
@@ -288,4 +288,4 @@ def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.devi
         raise UserError(
             f"'{folder}' cannot be loaded by transformers ({type(error).__name__}: {one_line(error)})"
         ) from error
-    return Model(name, network, load_tokenizer(str(folder)))
+    return LoadedModel(name, network, load_tokenizer(str(folder)))

@@ -14,8 +14,8 @@ from inplace_ttt.config import UserError
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation import documents
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, check_bound, evaluation_config
-from inplace_ttt.evaluation.columns import Asked, one_tokenizer
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound, evaluation_config
+from inplace_ttt.evaluation.columns import EvaluatedModel, one_tokenizer
 from inplace_ttt.evaluation.documents import Chosen, Document, Selection
 from inplace_ttt.evaluation.losses import sums_of
 from inplace_ttt.evaluation.models import open_model
@@ -23,8 +23,8 @@ from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.evaluation.reading_scores import table
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
-from inplace_ttt.evaluation.share import Meter, Share, asked_to_end, say_done, say_speed
-from inplace_ttt.job import SLOW, Job
+from inplace_ttt.evaluation.work_queue import ProgressMeter, WorkQueue, interrupted, say_done, say_speed
+from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
 
 NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at a time"
 
@@ -32,7 +32,7 @@ NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at
 class ReadingTask:
     """``position`` and ``final-block``: the same documents read by each model."""
 
-    def __init__(self, arguments: Arguments, asked: list[Asked], world: World):
+    def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Choose the documents. Raises UserError."""
         self.arguments, self.asked, self.task, self.notes = arguments, asked, arguments.task, []
         paths = {one.model.path for one in asked if one.model.checkpoint}
@@ -47,7 +47,7 @@ class ReadingTask:
             if one.model.path in self.configs and self.configs[one.model.path].parallel.context_parallel_size > 1:
                 check_bound(one.model.path, one.mode, self.longest, "context parallelism")
 
-    def _positions(self, options, trained: int) -> tuple[list[Reading], list[int], dict]:
+    def _positions(self, options, trained: int) -> tuple[list[ScoredDocument], list[int], dict]:
         length = options.length or trained
         if not length:
             raise UserError(f"'{self.asked[0].model.path}' does not say its length: name one with --length")
@@ -59,9 +59,9 @@ class ReadingTask:
             ranges = PositionRanges((*(edge for edge in edges if edge < length), min(edges[-1], length)))
         chosen = self._documents(Selection(length, options.min_length or length, options.samples, options.seed))
         settings = self._settings(chosen, length) | dict(ranges=list(ranges.edges))
-        return [Reading(one, ranges) for one in chosen.documents], [0] * len(chosen.documents), settings
+        return [ScoredDocument(one, ranges) for one in chosen.documents], [0] * len(chosen.documents), settings
 
-    def _blocks(self, options, trained: int) -> tuple[list[Reading], list[int], dict]:
+    def _blocks(self, options, trained: int) -> tuple[list[ScoredDocument], list[int], dict]:
         contexts, block = _contexts(options, trained, self.asked)
         length = contexts[-1] + block
         chosen = self._documents(Selection(length, length, options.samples, options.seed))
@@ -70,7 +70,7 @@ class ReadingTask:
             start, ranges = length - block - context, PositionRanges((context, context + block))
             for one in chosen.documents:
                 counts = None if one.counts is None else one.counts[start:length]
-                readings.append(Reading(Document(one.tokens[start : length + 1], counts), ranges))
+                readings.append(ScoredDocument(Document(one.tokens[start : length + 1], counts), ranges))
                 each.append(context)
         return readings, each, self._settings(chosen, length) | dict(contexts=contexts, block=block)
 
@@ -124,27 +124,31 @@ class ReadingTask:
                 reader, read = CheckpointReader(one.model.path, config, job, self.longest), one.model.path
             self._read_checkpoint(one, name, left, results, job, reader)
 
-    def _read_folder(self, one: Asked, name: str, left: list[int], results: Results, job: Job, device: torch.device,
-                     dtype: torch.dtype, number: int) -> None:  # fmt: skip
+    def _read_folder(self, one: EvaluatedModel, name: str, left: list[int], results: Results, job: Job,
+                     device: torch.device, dtype: torch.dtype, number: int) -> None:  # fmt: skip
         """Read with one copy of the model on each rank."""
         costs = [float(len(self.readings[i].document.tokens)) for i in left]
         model, done = None, len(self.readings) - len(left)
-        for piece in Share(job, name, costs, [1] * len(left), done, key=str(number)):
+        for piece in WorkQueue(job, name, costs, [1] * len(left), done, key=str(number)):
             if model is None:
                 model = open_model(one.model.path, one.column.label, one.mode, device, dtype)
             reading = self.readings[left[piece]]
             results.add(self._record(one, left[piece], sums_of(model, reading.document, reading.ranges)))
 
-    def _read_checkpoint(self, one: Asked, name: str, left: list[int], results: Results, job: Job,
+    def _read_checkpoint(self, one: EvaluatedModel, name: str, left: list[int], results: Results, job: Job,
                          reader: CheckpointReader) -> None:  # fmt: skip
         """Read with all ranks together, as many documents at a time as the layout has room for."""
         total, done, spent = len(self.readings), len(self.readings) - len(left), 0
         costs = [len(self.readings[i].document.tokens) for i in left]
         asked_to_stop, started = torch.zeros(1, device=reader.device), time.monotonic()
         with contextlib.ExitStack() as stack:
-            meter = stack.enter_context(contextlib.closing(Meter(name, total, done))) if job.world.rank == 0 else None
+            meter = (
+                stack.enter_context(contextlib.closing(ProgressMeter(name, total, done)))
+                if job.world.rank == 0
+                else None
+            )
             for first in range(0, len(left), reader.at_once):
-                job.watch.mark(f"{name}, document {first + 1} of {len(left)}", SLOW)
+                job.watchdog.set_phase(f"{name}, document {first + 1} of {len(left)}", SLOW_PHASE_FACTOR)
                 group = left[first : first + reader.at_once]
                 found = reader.read([self.readings[i] for i in group], one.mode)
                 done, spent = done + len(group), spent + sum(costs[first : first + reader.at_once])
@@ -156,11 +160,11 @@ class ReadingTask:
                 asked_to_stop.fill_(float(job.stop.received is not None))
                 dist.all_reduce(asked_to_stop, op=dist.ReduceOp.MAX)
                 if asked_to_stop.item() and done < total:
-                    raise asked_to_end(name, done, total)
+                    raise interrupted(name, done, total)
         if job.world.rank == 0:
             say_speed(name, len(left), sum(costs), time.monotonic() - started)
 
-    def _record(self, one: Asked, i: int, sums: list[list[float]]) -> dict:
+    def _record(self, one: EvaluatedModel, i: int, sums: list[list[float]]) -> dict:
         """Return a sample. Raises UserError where the model's losses are no numbers."""
         if not all(math.isfinite(loss) for loss, _ in sums):
             raise UserError(
@@ -185,7 +189,7 @@ class ReadingTask:
         return [table(self.task, by_model, self.settings["documents"])]
 
 
-def _contexts(options, trained: int, asked: list[Asked]) -> tuple[list[int], int]:
+def _contexts(options, trained: int, asked: list[EvaluatedModel]) -> tuple[list[int], int]:
     """Return the contexts and the block that were asked for, or others for the length of the model."""
     if options.contexts:
         if options.contexts[0] < 1:
@@ -202,7 +206,7 @@ def _contexts(options, trained: int, asked: list[Asked]) -> tuple[list[int], int
     return contexts, block
 
 
-def _find_documents(options, asked: list[Asked], selection: Selection) -> Chosen:
+def _find_documents(options, asked: list[EvaluatedModel], selection: Selection) -> Chosen:
     if options.documents is None:
         run = next((one.model.checkpoint for one in asked if one.model.checkpoint and one.model.checkpoint.run), None)
         if run is None:
@@ -216,13 +220,17 @@ def _find_documents(options, asked: list[Asked], selection: Selection) -> Chosen
     return documents.of_corpus(prepared[0], selection)
 
 
-def _check_vocabulary(chosen: Chosen, asked: list[Asked]) -> None:
+def _check_vocabulary(chosen: Chosen, asked: list[EvaluatedModel]) -> None:
     """Raise UserError where documents are of another tokenizer than a model's."""
     largest = max(int(one.tokens.max()) for one in chosen.documents)
     for model in {one.model.path: one.model for one in asked}.values():
         size = model.vocabulary()
         other = None
-        if chosen.tokenizer is not None and (mark := model.fingerprint()) is not None and mark != chosen.tokenizer:
+        if (
+            chosen.tokenizer is not None
+            and (set_phase := model.fingerprint()) is not None
+            and set_phase != chosen.tokenizer
+        ):
             other = "were made with another tokenizer than"
         if largest >= size:
             other = f"hold the token {largest}, which is none of the {size} of"
@@ -232,7 +240,7 @@ def _check_vocabulary(chosen: Chosen, asked: list[Asked]) -> None:
             )
 
 
-def _digest(reading: Reading) -> str:
+def _digest(reading: ScoredDocument) -> str:
     """Return a hash of what is read and asked."""
     counts = reading.document.counts
     facts = [reading.document.digest, list(reading.ranges.edges), None if counts is None else counts.tolist()]

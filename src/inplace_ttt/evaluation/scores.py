@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from inplace_ttt.evaluation.statistics import LEAST, Interval
+from inplace_ttt.evaluation.statistics import MIN_SAMPLES, Interval
 
 Row = tuple[str, ...]  # such as ("4096", "niah_single_1")
 
@@ -91,7 +91,7 @@ class Scores:
         if any(not one.paired for one in every):
             notes.append("~ the models answered different samples: not paired")
         if any(one.low is None for cells in self.cells.values() for one in cells.values()):
-            notes.append(f"no intervals below {LEAST} samples")
+            notes.append(f"no intervals below {MIN_SAMPLES} samples")
         if notes:
             console.print("; ".join(notes), highlight=False, markup=False)
 

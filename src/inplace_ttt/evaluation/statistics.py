@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL, RESAMPLES, SEED = 0.95, 10_000, 0
-LEAST = 10  # samples of a group for which there is an interval: of fewer the bootstrap knows too little
+MIN_SAMPLES = 10  # samples of a group for which there is an interval: of fewer the bootstrap knows too little
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Interval:
 
 def _interval(mean: float, resampled: np.ndarray, groups: Sequence[np.ndarray], level: float, paired: bool) -> Interval:
     samples = sum(group.size for group in groups)
-    if min(group.size for group in groups) < LEAST:
+    if min(group.size for group in groups) < MIN_SAMPLES:
         return Interval(float(mean), None, None, samples, paired)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(mean), float(low), float(high), samples, paired)

@@ -23,7 +23,7 @@ TTT_KEYS = {
     "ttt_conv_kernel": "conv_kernel",
 }
 # what an exported model knows of its training
-READING = ("ttt_update_norms", "ttt_bound", "ttt_trained_length")
+EXPORT_ONLY_KEYS = ("ttt_update_norms", "ttt_bound", "ttt_trained_length")
 # what a configuration may say only in one way, for no family has anything else
 FIXED = {
     "hidden_act": "silu",
@@ -321,7 +321,7 @@ def write_config(
     family = family_of(model)
     rope = {key: value for key, value in vars(model.rope_scaling).items() if value is not None}
     written = dict(base or {})
-    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", *READING, *WINDOW_KEYS):
+    for old in ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", *EXPORT_ONLY_KEYS, *WINDOW_KEYS):
         written.pop(old, None)
     fields = dict(
         num_layers=dict(num_hidden_layers=model.num_layers),

@@ -15,24 +15,24 @@ from torch import Tensor
 
 from inplace_ttt.config import Config, Model, UserError, config_from_values, ttt_layers
 from inplace_ttt.files import own_umask, read_json, write_json
-from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP, choose_bound, choose_clip, update_norms
-from inplace_ttt.hf.companions import (
+from inplace_ttt.hf.auxiliary_files import (
     CONFIG,
     FOLDER,
     GENERATION,
     TOKENIZER,
-    base_of,
-    copy_companions,
+    copy_auxiliary_files,
+    find_base_folder,
+    find_tokenizer_folder,
     name_tokenizer_class,
     read_base,
     read_run_config,
     token_ids,
-    tokenizer_of,
 )
+from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP, choose_bound, choose_clip, update_norms
 from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
-from inplace_ttt.hf.weights import Row, check_names, weight_map
+from inplace_ttt.hf.weights import ResolvedParam, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
-from inplace_ttt.megatron.tensors import Entry, TensorReader, write_tensors
+from inplace_ttt.megatron.tensors import PlannedTensor, TensorReader, write_tensors
 from inplace_ttt.resilience.checksums import PARTIAL_MARK, corruption, write_manifest
 from inplace_ttt.resilience.lock import lock_beside
 
@@ -109,7 +109,7 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     model, ttt = read_model(hf_config, place), read_ttt(hf_config, place)
     tensors = SafetensorsFolder(source)
     rows = weight_map(model, ttt)
-    names = {name for row in rows for name in row.theirs}
+    names = {name for row in rows for name in row.hf_params}
     there = set(tensors.files)
     if model.tie_word_embeddings and "lm_head.weight" in there:  # a copy that some checkpoints carry
         if not torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
@@ -119,34 +119,34 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
         there.discard("lm_head.weight")
     check_names(there, names, f"'{source}'")
 
-    entries = {row.ours: _entry(row, model, tensors) for row in rows}
+    entries = {row.megatron_param: _entry(row, model, tensors) for row in rows}
     total = sum(entry.nbytes for entry in entries.values())
 
     with fresh_folder(output) as partial:
         write_tensors(partial, entries, lambda size: advance(size, total))
         (partial / "model.yaml").write_text("# @package model\n" + yaml.safe_dump(asdict(model), sort_keys=False))
         (partial / FOLDER).mkdir()
-        copy_companions(source, partial / FOLDER, (CONFIG, GENERATION, *TOKENIZER))
+        copy_auxiliary_files(source, partial / FOLDER, (CONFIG, GENERATION, *TOKENIZER))
         write_json(partial / "run.json", vars(Progress(0, 0)))
         write_manifest(partial)
     return model
 
 
-def _entry(row: Row, model: Model, tensors: SafetensorsFolder) -> Entry:
-    metas = [tensors.metas[name] for name in row.theirs]
-    for meta, (name, shape) in zip(metas, row.theirs.items(), strict=True):
+def _entry(row: ResolvedParam, model: Model, tensors: SafetensorsFolder) -> PlannedTensor:
+    metas = [tensors.metas[name] for name in row.hf_params]
+    for meta, (name, shape) in zip(metas, row.hf_params.items(), strict=True):
         if tuple(meta.shape) != shape:
             raise UserError(f"'{tensors.folder}': {name} is {tuple(meta.shape)}, but its config.json makes it {shape}")
         if meta.dtype != metas[0].dtype:
             raise UserError(
-                f"'{tensors.folder}': {name} is {meta.dtype} and {next(iter(row.theirs))} is {metas[0].dtype}: these "
+                f"'{tensors.folder}': {name} is {meta.dtype} and {next(iter(row.hf_params))} is {metas[0].dtype}: they "
                 f"become one tensor, give them one dtype"
             )
-    joined = row.mapping.join(model, metas)
-    return Entry(
+    joined = row.transform.join(model, metas)
+    return PlannedTensor(
         tuple(joined.shape),
         joined.dtype,
-        make=lambda: row.mapping.join(model, [tensors.read(name) for name in row.theirs]),
+        make=lambda: row.transform.join(model, [tensors.read(name) for name in row.hf_params]),
     )
 
 
@@ -172,7 +172,7 @@ def export_checkpoint(
     and their sum bounded, see ``choose_clip`` and ``choose_bound`` (None: by the default). Raises UserError for
     anything of the model that cannot be written.
     """
-    described = describe_checkpoint(checkpoint)
+    described = inspect_checkpoint(checkpoint)
     folder, config = described.folder, described.config
     if base is not None and not base.is_dir():
         raise UserError(f"--base '{base}' is no folder")
@@ -183,13 +183,14 @@ def export_checkpoint(
     if model.vocab_size is None:
         raise UserError(f"checkpoint '{folder}': model.vocab_size is not known; its run's config.yaml lacks it")
     rows = weight_map(model, config.ttt)
-    check_names(set(reader.shapes), {row.ours for row in rows}, f"checkpoint '{folder}'")
+    check_names(set(reader.shapes), {row.megatron_param for row in rows}, f"checkpoint '{folder}'")
     for row in rows:
-        made = row.mapping.join(model, [_meta(shape) for shape in row.theirs.values()])
-        there = reader.shapes[row.ours][0]
+        made = row.transform.join(model, [_meta(shape) for shape in row.hf_params.values()])
+        there = reader.shapes[row.megatron_param][0]
         if there != tuple(made.shape):
             raise UserError(
-                f"checkpoint '{folder}': {row.ours} is {there}, but its configuration makes it {tuple(made.shape)}"
+                f"checkpoint '{folder}': {row.megatron_param} is {there}, but its configuration makes it "
+                f"{tuple(made.shape)}"
             )
     words = base or described.tokenizer() if tokenizer else None
     came_with = base or described.base()
@@ -207,12 +208,12 @@ def export_checkpoint(
         if config.ttt.enabled:
             shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), partial / f"{CODE}.py")
         if words is not None:
-            copy_companions(words, partial, TOKENIZER)
+            copy_auxiliary_files(words, partial, TOKENIZER)
             name_tokenizer_class(partial)
     return config
 
 
-def reading_keys(described: "Described", clip: str = READING_CLIP, bound: str | None = None) -> dict:
+def reading_keys(described: "CheckpointInfo", clip: str = READING_CLIP, bound: str | None = None) -> dict:
     """Return how a checkpoint's exported model clips and bounds while it reads: ttt_clip, ttt_bound and what they are
     made of. ``clip``, ``bound``: see ``export_checkpoint``."""
     config, place = described.config, f"'{described.folder}'"
@@ -231,12 +232,14 @@ def reading_keys(described: "Described", clip: str = READING_CLIP, bound: str | 
     )
 
 
-def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorReader, advance: Advance) -> torch.dtype:
+def _write_shards(
+    folder: Path, rows: list[ResolvedParam], model: Model, reader: TensorReader, advance: Advance
+) -> torch.dtype:
     """Safetensors files of at most SHARD_BYTES (or one tensor), and their index where there is more than one."""
     shards, size = [[]], 0
-    everything = sum(reader.nbytes(row.ours) for row in rows)
+    everything = sum(reader.nbytes(row.megatron_param) for row in rows)
     for row in rows:
-        nbytes = reader.nbytes(row.ours)
+        nbytes = reader.nbytes(row.megatron_param)
         if size and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -247,8 +250,8 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {}
         for row in shard:
-            whole = reader.read(row.ours)
-            for their_name, part in zip(row.theirs, row.mapping.split(model, whole), strict=True):
+            whole = reader.read(row.megatron_param)
+            for their_name, part in zip(row.hf_params, row.transform.split(model, whole), strict=True):
                 tensors[their_name] = part.contiguous()
                 places[their_name] = name
                 total += part.nbytes
@@ -263,7 +266,7 @@ def _write_shards(folder: Path, rows: list[Row], model: Model, reader: TensorRea
 
 
 @dataclass(frozen=True)
-class Described:
+class CheckpointInfo:
     """Hold what is known of a checkpoint; its companions are found when they are asked for."""
 
     folder: Path  # with the weights
@@ -273,7 +276,7 @@ class Described:
     tokenizer: Callable[[], Path | None]
 
 
-def describe_checkpoint(checkpoint: Path) -> Described:
+def inspect_checkpoint(checkpoint: Path) -> CheckpointInfo:
     """Describe whatever the user named. Raises UserError where it is no run and no checkpoint."""
     if not checkpoint.is_dir():
         raise UserError(f"'{checkpoint}' is no folder: name a run, a checkpoint of a run or an imported checkpoint")
@@ -282,7 +285,7 @@ def describe_checkpoint(checkpoint: Path) -> Described:
         hf_config = read_json(kept / CONFIG)
         place = f"'{kept / CONFIG}'"
         sections = dict(model=asdict(read_model(hf_config, place)), ttt=asdict(read_ttt(hf_config, place)))
-        return Described(checkpoint, config_from_values(sections, place), None, lambda: kept, lambda: kept)
+        return CheckpointInfo(checkpoint, config_from_values(sections, place), None, lambda: kept, lambda: kept)
     folder = checkpoint_in(checkpoint)
     run = folder.resolve().parent.parent
     if not (run / "config.yaml").is_file():
@@ -291,7 +294,9 @@ def describe_checkpoint(checkpoint: Path) -> Described:
             f"'{run / 'config.yaml'}'"
         )
     config = read_run_config(run)
-    return Described(folder, config, run, lambda: base_of(config, run), lambda: tokenizer_of(config, run))
+    return CheckpointInfo(
+        folder, config, run, lambda: find_base_folder(config, run), lambda: find_tokenizer_folder(config, run)
+    )
 
 
 def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

@@ -58,15 +58,17 @@ except ImportError:
     fast_weight_linear = None
 
 BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
-SPAN = 256  # grouped_attention reads that many parts of the keys at a time, of texts whose length is a multiple of it
-AT_ONCE = 2**26  # numbers of exact sums that a layer holds while it reads several texts
+KEY_BLOCK = (
+    256  # grouped_attention reads that many parts of the keys at a time, of texts whose length is a multiple of it
+)
+MAX_EXACT_NUMEL = 2**26  # numbers of exact sums that a layer holds while it reads several texts
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # keys of the configuration that decide what a text writes, beside the weights and a bound that may be changed
-READING_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
-READING = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
+FINGERPRINT_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
+CONTEXT_KWARG = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
 
 
-def _eagerly(function):
+def _outside_graph(function):
     """Keep a function that looks at numbers out of the graphs of torch.compile."""
     return torch.compiler.disable(function, reason="fast weights read several tokens, and begin a text, outside graphs")
 
@@ -103,7 +105,7 @@ class LayerState:
         if rounded is None:
             return None
         rounded = rounded.to(device)
-        return _wide(rounded) if rest is None else _join(rounded, rest.to(device, non_blocking=True))
+        return _to_sum_dtype(rounded) if rest is None else _join(rounded, rest.to(device, non_blocking=True))
 
     def put_sum(self, row: int, total: Tensor) -> None:
         """Replace a text's sum of updates by an exact one."""
@@ -543,7 +545,7 @@ class FastWeightStaticCache(_FastWeightsInCache, StaticCache):
 _WITH_FAST_WEIGHTS = {DynamicCache: FastWeightCache, StaticCache: FastWeightStaticCache}
 
 
-def _adopt(cache) -> None:
+def _convert_cache(cache) -> None:
     """Make an empty cache of transformers one of ours, so that whoever holds it goes on with it."""
     kind = _WITH_FAST_WEIGHTS.get(type(cache))
     if kind is None or (cache.is_initialized and int(cache.get_seq_length()) > 0):
@@ -552,15 +554,15 @@ def _adopt(cache) -> None:
             f"fast weights need a cache of their own; leave it out, or give a new DynamicCache or StaticCache"
         )
     for layer in cache.layers:
-        if type(layer) is StaticLayer and not layer.is_initialized and layer.max_cache_len >= SPAN * 8:
-            layer.max_cache_len += -layer.max_cache_len % SPAN  # for grouped_attention
+        if type(layer) is StaticLayer and not layer.is_initialized and layer.max_cache_len >= KEY_BLOCK * 8:
+            layer.max_cache_len += -layer.max_cache_len % KEY_BLOCK  # for grouped_attention
     cache.__class__ = kind
     cache.fast_weights = FastWeights()
     cache.fast_weights.static = kind is FastWeightStaticCache
 
 
 @dataclass
-class Reading:
+class ForwardContext:
     """What a forward of the model tells its layers."""
 
     weights: FastWeights | None = None  # of texts that go on; None: nothing is kept
@@ -608,7 +610,7 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
     if query.shape[2] > 1 or groups == 1 or attention_mask is None or attention_mask.dtype != torch.bool or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    if torch.compiler.is_compiling() and key.shape[2] >= 8 * SPAN and not _differentiates(query, key, value):
+    if torch.compiler.is_compiling() and key.shape[2] >= 8 * KEY_BLOCK and not _differentiates(query, key, value):
         return _attend_grouped_opaquely(query, key, value, attention_mask, scale), None
     return _attend_grouped(query, key, value, attention_mask, scale), None
 
@@ -618,17 +620,17 @@ def _attend_grouped(query: Tensor, key: Tensor, value: Tensor, attention_mask: T
     rows, heads, _, size = query.shape
     length, pairs, groups = key.shape[2], rows * key.shape[1], heads // key.shape[1]
     spans = 1  # so that there are some products for each multiprocessor of a GPU; of few numbers, which graphs know
-    while pairs * spans < SPAN:
+    while pairs * spans < KEY_BLOCK:
         spans *= 2
-    if length < 8 * SPAN or length % spans:
+    if length < 8 * KEY_BLOCK or length % spans:
         spans = 1
     asked = (query * scale).reshape(pairs, 1, groups, size).expand(-1, spans, -1, -1).reshape(-1, groups, size)
     keys, values = (one.reshape(pairs * spans, length // spans, -1) for one in (key, value))
-    scores = _wide_product(asked, keys.transpose(1, 2)).view(rows, -1, spans, groups, length // spans)
+    scores = _product_in_sum_dtype(asked, keys.transpose(1, 2)).view(rows, -1, spans, groups, length // spans)
     allowed = attention_mask.view(rows, -1, spans, 1, length // spans)
     weights = scores.masked_fill(~allowed, float("-inf")).transpose(2, 3).flatten(3).softmax(dim=-1)
     weights = weights.view(rows, -1, groups, spans, length // spans).transpose(2, 3).to(value.dtype)
-    parts = _wide_product(weights.reshape(pairs * spans, groups, -1), values)
+    parts = _product_in_sum_dtype(weights.reshape(pairs * spans, groups, -1), values)
     out = parts.view(rows, -1, spans, groups, value.shape[-1]).sum(2).to(value.dtype)
     return out.reshape(rows, heads, 1, -1).transpose(1, 2).contiguous()
 
@@ -653,12 +655,12 @@ def _differentiates(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def _product_in_sum_dtype(a: Tensor, b: Tensor) -> Tensor:
     """Return the product of two batches of matrices, added up and returned in fp32 (fp64 if they are that)."""
     half = a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
     if half and hasattr(torch.ops.aten.bmm, "dtype") and not _differentiates(a, b):
         return torch.ops.aten.bmm.dtype(a, b, torch.float32)
-    return torch.bmm(_wide(a), _wide(b))
+    return torch.bmm(_to_sum_dtype(a), _to_sum_dtype(b))
 
 
 GROUPED = "inplace_ttt_grouped"  # its name in transformers
@@ -687,17 +689,17 @@ class FastWeightMLP(nn.Module):
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
         self.reads_embeddings = config.ttt_target == "input_embed"
         self.computes_in = torch.float32  # the dtype of the last forward
-        self.reading: Reading | None = None  # set for each forward by the decoder layer's hook
+        self.context: ForwardContext | None = None  # set for each forward by the decoder layer's hook
 
     def forward(self, x: Tensor) -> Tensor:
-        reading, self.reading = self.reading or Reading(), None
+        context, self.context = self.context or ForwardContext(), None
         z = self._inner(x)
         self.computes_in = z.dtype
-        if reading.weights is None:
-            return self._pieces(z, reading.embedded if self.reads_embeddings else x, reading)
-        if x.shape[1] == 1 and reading.valid is None:
-            return self._step(x, z, reading.weights)
-        return self._read(x, z, reading)
+        if context.weights is None:
+            return self._pieces(z, context.embedded if self.reads_embeddings else x, context)
+        if x.shape[1] == 1 and context.valid is None:
+            return self._step(x, z, context.weights)
+        return self._read(x, z, context)
 
     def _inner(self, x: Tensor) -> Tensor:
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
@@ -713,15 +715,15 @@ class FastWeightMLP(nn.Module):
         state.step(x)
         return out
 
-    @_eagerly
-    def _pieces(self, z: Tensor, u: Tensor, reading: Reading) -> Tensor:
+    @_outside_graph
+    def _pieces(self, z: Tensor, u: Tensor, context: ForwardContext) -> Tensor:
         """Read texts of which nothing is kept."""
-        if reading.valid is None and reading.documents is None:
+        if context.valid is None and context.documents is None:
             return self._chunks(z, u, None, 0, [math.inf] * len(z))[0]
         out = torch.zeros_like(u, dtype=z.dtype)
         for row in range(len(z)):
-            here = slice(None) if reading.valid is None else reading.valid[row]
-            bounds = [0, len(z[row, here])] if reading.documents is None else reading.documents[row]
+            here = slice(None) if context.valid is None else context.valid[row]
+            bounds = [0, len(z[row, here])] if context.documents is None else context.documents[row]
             parts = [
                 self._chunks(z[row : row + 1, here][:, a:b], u[row : row + 1, here][:, a:b], None, 0, [math.inf])[0]
                 for a, b in itertools.pairwise(bounds)
@@ -729,29 +731,29 @@ class FastWeightMLP(nn.Module):
             out[row, here] = torch.cat(parts, dim=1)[0].to(out.dtype)
         return out
 
-    @_eagerly
-    def _read(self, x: Tensor, z: Tensor, reading: Reading) -> Tensor:
+    @_outside_graph
+    def _read(self, x: Tensor, z: Tensor, context: ForwardContext) -> Tensor:
         """Read more tokens of texts that go on."""
-        weights = reading.weights
-        alike = reading.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1
+        weights = context.weights
+        alike = context.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1
         # texts that are read as one product, as many as the exact sums leave memory for
-        size = max(1, AT_ONCE // (self.shape[0] * self.shape[1]))
+        size = max(1, MAX_EXACT_NUMEL // (self.shape[0] * self.shape[1]))
         if size < len(x) and max(weights.counts) + x.shape[1] >= self.chunk:  # what is written is rounded at once
             weights.layers[self.layer].fix(self.chunk, weights.counts, x, self.shape, True)
         size, parts = size if alike else 1, []
         for start in range(0, len(x), size):
             rows = list(range(start, min(start + size, len(x))))
-            here = slice(None) if reading.valid is None else reading.valid[start]
-            own = (None if one is None else one[rows[0] : rows[-1] + 1, here] for one in (x, z, reading.embedded))
+            here = slice(None) if context.valid is None else context.valid[start]
+            own = (None if one is None else one[rows[0] : rows[-1] + 1, here] for one in (x, z, context.embedded))
             parts.append(self._read_rows(rows, *own, weights))
-        if reading.valid is None:
+        if context.valid is None:
             out = parts[0] if len(parts) == 1 else torch.cat(parts)
         else:
             out = torch.zeros_like(x, dtype=z.dtype)
-            for row, here in enumerate(reading.valid):
+            for row, here in enumerate(context.valid):
                 out[row, here] = parts[row][0].to(out.dtype)
         if weights.static or len(x) > 1:  # the exact sums of a batch take twice the memory
-            lengths = [x.shape[1]] * len(x) if reading.valid is None else list(map(len, reading.valid))
+            lengths = [x.shape[1]] * len(x) if context.valid is None else list(map(len, context.valid))
             counts = [(count + more) % self.chunk for count, more in zip(weights.counts, lengths, strict=True)]
             weights.layers[self.layer].fix(self.chunk, counts, x, self.shape, weights.static)
         return out
@@ -874,12 +876,12 @@ class FastWeightMLP(nn.Module):
         if total is None:
             return self.down_proj(z)
         if weight is not None and len(z) == 1 and z.shape[1] > 1:
-            return F.linear(z, (_wide(weight) + total[0]).to(weight.dtype))
+            return F.linear(z, (_to_sum_dtype(weight) + total[0]).to(weight.dtype))
         return self.down_proj(z) + torch.bmm(z, total.transpose(1, 2).to(z.dtype))
 
     def _written(self, v: Tensor, z: Tensor, limit: Tensor | None) -> Tensor:
         """Return the update (rows, d, f) of a full chunk, clipped."""
-        written = self.eta * _wide_product(v.transpose(1, 2), z)
+        written = self.eta * _product_in_sum_dtype(v.transpose(1, 2), z)
         if limit is not None:
             norms = written.flatten(1).norm(dim=1)[:, None, None]
             written = written * (limit.to(written) / norms).clamp(max=1)
@@ -917,7 +919,7 @@ class FastWeightMLP(nn.Module):
         for name in getattr(self.down_proj, "active_adapters", ()):
             if not getattr(self.down_proj, "merged", False):
                 weight = weight + self.down_proj.get_delta_weight(name).detach().to(weight)
-        return _wide(weight).norm()
+        return _to_sum_dtype(weight).norm()
 
     @torch.no_grad()
     def _dequantised(self, module: nn.Module, block: int = 1024) -> Tensor:
@@ -945,7 +947,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _to_sum_dtype(tensor: Tensor) -> Tensor:
     """Return a tensor in the dtype of sums: fp32, or fp64 if it is that."""
     return tensor.to(_sum_dtype(tensor))
 
@@ -993,12 +995,12 @@ class FastWeightsMixin:
         weights = getattr(kwargs.get("past_key_values"), "fast_weights", None)
         compiled = _in_graph()
         if compiled and tokens.shape[1] == 1 and weights is not None and weights.fixed:
-            kwargs[READING] = Reading(weights, embedded=embedded)
+            kwargs[CONTEXT_KWARG] = ForwardContext(weights, embedded=embedded)
         else:
             kwargs = self._begin(model, kwargs, embedded, compiled)
         return args, kwargs
 
-    @_eagerly
+    @_outside_graph
     def _begin(self, model, kwargs: dict, embedded: Tensor | None, compiled: bool) -> dict:
         """Return the arguments of a forward with its Reading among them, and with a cache where one is kept.
 
@@ -1007,20 +1009,20 @@ class FastWeightsMixin:
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         rows, length = tokens.shape[:2]
         self._check(model, kwargs)
-        reading = Reading(documents=_documents(kwargs, rows, length), embedded=embedded)
-        cache = self._cache_of(model, kwargs, reading.documents is not None)
+        context = ForwardContext(documents=_documents(kwargs, rows, length), embedded=embedded)
+        cache = self._cache_of(model, kwargs, context.documents is not None)
         if cache is not None:
-            reading.weights = self._open(cache, rows)
-        reading.valid = self._valid(kwargs.get("attention_mask"), length, reading.weights)
-        if reading.weights is not None and length == 1 and reading.valid is None:
-            weights, chunk = reading.weights, self.config.ttt_chunk
+            context.weights = self._open(cache, rows)
+        context.valid = self._valid(kwargs.get("attention_mask"), length, context.weights)
+        if context.weights is not None and length == 1 and context.valid is None:
+            weights, chunk = context.weights, self.config.ttt_chunk
             if embedded is not None:
                 weights.embeds.fix(chunk, weights.counts, embedded, None, False)
             for mlp in self.fast_mlps if compiled else ():
                 like = torch.zeros(rows, 1, self.config.hidden_size, dtype=self.dtype, device=tokens.device)
                 weights.layers[mlp.layer].fix(chunk, weights.counts, like, mlp.shape, True)
             weights.fixed = weights.fixed or compiled
-        kwargs[READING] = reading
+        kwargs[CONTEXT_KWARG] = context
         return kwargs
 
     def _cache_of(self, model, kwargs: dict, packed: bool):
@@ -1036,7 +1038,7 @@ class FastWeightsMixin:
                 return None
             cache = kwargs["past_key_values"] = FastWeightCache(config=self.config)
         elif not isinstance(cache, _FastWeightsInCache):
-            _adopt(cache)
+            _convert_cache(cache)
         return cache
 
     def _open(self, cache, rows: int) -> FastWeights:
@@ -1096,22 +1098,22 @@ class FastWeightsMixin:
 
     def _after(self, model, args, kwargs, output):
         """Count what was read, and learn from the chunks that are full."""
-        reading = kwargs.get(READING)
-        if reading is None or reading.weights is None:
+        context = kwargs.get(CONTEXT_KWARG)
+        if context is None or context.weights is None:
             return
         length = (kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[1]
-        step = length == 1 and reading.valid is None
-        if reading.embedded is not None and step:
-            reading.weights.embeds.step(reading.embedded)
+        step = length == 1 and context.valid is None
+        if context.embedded is not None and step:
+            context.weights.embeds.step(context.embedded)
         if not (step and _in_graph()):
-            self._finish(reading, length, step)
+            self._finish(context, length, step)
 
-    @_eagerly
-    def _finish(self, reading: Reading, length: int, step: bool) -> None:
-        weights, embedded = reading.weights, reading.embedded
+    @_outside_graph
+    def _finish(self, context: ForwardContext, length: int, step: bool) -> None:
+        weights, embedded = context.weights, context.embedded
         weights.mask = None
         chunk, rows = self.config.ttt_chunk, weights.rows
-        lengths = [length] * rows if reading.valid is None else list(map(len, reading.valid))
+        lengths = [length] * rows if context.valid is None else list(map(len, context.valid))
         counts = [count + more for count, more in zip(weights.counts, lengths, strict=True)]
         if step:
             weights.advance()
@@ -1120,7 +1122,7 @@ class FastWeightsMixin:
         weights.steps += 1
         if embedded is not None:
             for row in range(rows):
-                here = slice(None) if reading.valid is None else reading.valid[row]
+                here = slice(None) if context.valid is None else context.valid[row]
                 tail = weights.embeds.tail_of(row, weights.counts[row])
                 whole = (
                     embedded[row, here]
@@ -1201,7 +1203,7 @@ class FastWeightsMixin:
         masks = [None] * rows if attention_mask is None else attention_mask.bool()
         found.texts = [
             (before.texts[row % before.rows] if before.texts else [])
-            + [described((ids if mask is None else ids[mask]).tolist(), called)]
+            + [text_record((ids if mask is None else ids[mask]).tolist(), called)]
             for row, (ids, mask, called) in enumerate(zip(input_ids, masks, names, strict=True))
         ]
         return found
@@ -1265,7 +1267,7 @@ class FastWeightsMixin:
     def fingerprint(self) -> str:
         """Return a digest that tells models apart by their weights: the same for one in fp32 and its bf16 copy."""
         return fingerprint_of_weights(
-            self._whole_parameters(), {key: getattr(self.config, key) for key in READING_KEYS}
+            self._whole_parameters(), {key: getattr(self.config, key) for key in FINGERPRINT_KEYS}
         )
 
     def _whole_parameters(self):
@@ -1310,7 +1312,7 @@ class FastWeightsMixin:
         cache = model_kwargs.get("past_key_values")
         if self.fast_mlps and cache is not None:
             if not isinstance(cache, _FastWeightsInCache):
-                _adopt(cache)
+                _convert_cache(cache)
             if self._book is not None and not given:
                 static, cache.fast_weights = cache.fast_weights.static, self._book.select(list(range(self._book.rows)))
                 cache.fast_weights.static = static
@@ -1380,7 +1382,7 @@ def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]], settings: dict) 
         for name, tensor in tensors.items():
             content[name], numbers = numbers[: len(tensor)], numbers[len(tensor) :]
     listed = [[name, shapes[name], content.get(name)] for name in sorted(shapes)]
-    said = {key: settings[key] for key in READING_KEYS} | {"ttt_lr": float(settings["ttt_lr"])}
+    said = {key: settings[key] for key in FINGERPRINT_KEYS} | {"ttt_lr": float(settings["ttt_lr"])}
     return hashlib.sha256(json.dumps([listed, said], sort_keys=True).encode()).hexdigest()
 
 
@@ -1391,7 +1393,7 @@ def fingerprint_of_tokenizer(tokenizer) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def described(numbers: list[int], name: str | None) -> dict:
+def text_record(numbers: list[int], name: str | None) -> dict:
     """Return what a list of texts says of one, by its tokens' numbers."""
     digest = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
     return dict(name=name, tokens=len(numbers), sha256=digest)
@@ -1408,9 +1410,9 @@ CONTINUOUS = (
 
 def _hand_over(layer, args, kwargs):
     """Give the Reading of a forward to a layer's MLP; also when a checkpointed layer runs again."""
-    reading = kwargs.pop(READING, None)
+    context = kwargs.pop(CONTEXT_KWARG, None)
     if isinstance(layer.mlp, FastWeightMLP):
-        layer.mlp.reading = reading
+        layer.mlp.context = context
     return args, kwargs
 
 

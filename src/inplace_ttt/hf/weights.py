@@ -1,4 +1,4 @@
-"""The weight map: which tensors of a Hugging Face checkpoint make which tensor of ours, and back.
+"""The weight map: which tensors of a Hugging Face checkpoint make which tensor of Megatron's model, and back.
 
 One table, and the rows that a family adds. Every tensor on either side is in exactly one row: what is not, or has
 another shape than the table says, is an error that names it.
@@ -8,40 +8,40 @@ from dataclasses import dataclass
 
 from inplace_ttt.config import TTT, Model, UserError, ttt_layers
 from inplace_ttt.models import family_of
-from inplace_ttt.models.mapping import GATE_AND_UP, QKV, SAME, VOCABULARY, Entry, Mapping
+from inplace_ttt.models.mapping import DIRECT, GATED_MLP, QKV, VOCABULARY, ParamMapping, ParamTransform
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor of ours and those of Hugging Face that it is made of."""
+class ResolvedParam:
+    """Name one tensor of Megatron's model and the Hugging Face tensors that it is made of."""
 
-    ours: str
-    theirs: dict[str, Shape]  # by name
-    mapping: Mapping
+    megatron_param: str
+    hf_params: dict[str, Shape]  # by name
+    transform: ParamTransform
 
 
-# ours under decoder.layers.N., theirs under model.layers.N., the sizes of each of theirs (see ``_sizes``)
-LAYER = (
-    Entry("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "d"}, SAME),
-    Entry(
+# Megatron's names under decoder.layers.N., Hugging Face's under model.layers.N. with their sizes (see ``_sizes``)
+LAYER_PARAMS = (
+    ParamMapping("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "d"}, DIRECT),
+    ParamMapping(
         "self_attention.linear_qkv.weight",
         {"self_attn.q_proj.weight": "q d", "self_attn.k_proj.weight": "k d", "self_attn.v_proj.weight": "k d"},
         QKV,
     ),
-    Entry("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "d q"}, SAME),
-    Entry("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "d"}, SAME),
-    Entry("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f d", "mlp.up_proj.weight": "f d"}, GATE_AND_UP),
-    Entry("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "d f"}, SAME),
+    ParamMapping("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "d q"}, DIRECT),
+    ParamMapping("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "d"}, DIRECT),
+    ParamMapping("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "f d", "mlp.up_proj.weight": "f d"}, GATED_MLP),
+    ParamMapping("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "d f"}, DIRECT),
 )
-FAST = (Entry("mlp.ttt_conv.weight", {"mlp.ttt_conv.weight": "d 1 taps"}, SAME),)
-FAST_PROJECTION = (Entry("mlp.ttt_proj.weight", {"mlp.ttt_proj.weight": "d d"}, SAME),)
+FAST_WEIGHT_PARAMS = (ParamMapping("mlp.ttt_conv.weight", {"mlp.ttt_conv.weight": "d 1 taps"}, DIRECT),)
+FAST_PROJECTION = (ParamMapping("mlp.ttt_proj.weight", {"mlp.ttt_proj.weight": "d d"}, DIRECT),)
 MODEL = (
-    Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "words d"}, VOCABULARY),
-    Entry("decoder.final_layernorm.weight", {"model.norm.weight": "d"}, SAME),
+    ParamMapping("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "words d"}, VOCABULARY),
+    ParamMapping("decoder.final_layernorm.weight", {"model.norm.weight": "d"}, DIRECT),
 )
-UNTIED = (Entry("output_layer.weight", {"lm_head.weight": "words d"}, VOCABULARY),)
+UNTIED_OUTPUT_PARAMS = (ParamMapping("output_layer.weight", {"lm_head.weight": "words d"}, VOCABULARY),)
 
 
 def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
@@ -58,20 +58,22 @@ def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
     }
 
 
-def weight_map(model: Model, ttt: TTT) -> list[Row]:
-    """The rows of a whole model; layers with fast weights have their tensors besides."""
+def weight_map(model: Model, ttt: TTT) -> list[ResolvedParam]:
+    """Return the parameters of a whole model, those of fast weights included."""
     sizes = _sizes(model, ttt)
 
-    def row(entry: Entry, here: str = "", there: str = "") -> Row:
-        shapes = {name: tuple(sizes[size] for size in letters.split()) for name, letters in entry.theirs.items()}
-        return Row(here + entry.ours, {there + name: shape for name, shape in shapes.items()}, entry.mapping)
+    def row(entry: ParamMapping, here: str = "", there: str = "") -> ResolvedParam:
+        shapes = {name: tuple(sizes[size] for size in letters.split()) for name, letters in entry.hf_params.items()}
+        return ResolvedParam(
+            here + entry.megatron_param, {there + name: shape for name, shape in shapes.items()}, entry.transform
+        )
 
-    rows = [row(entry) for entry in MODEL + (() if model.tie_word_embeddings else UNTIED)]
+    rows = [row(entry) for entry in MODEL + (() if model.tie_word_embeddings else UNTIED_OUTPUT_PARAMS)]
     fast_layers = ttt_layers(ttt, model.num_layers)
     for layer in range(model.num_layers):
-        used = LAYER + family_of(model).rows
+        used = LAYER_PARAMS + family_of(model).rows
         if layer in fast_layers:
-            used = used + FAST + (FAST_PROJECTION if ttt.project else ())
+            used = used + FAST_WEIGHT_PARAMS + (FAST_PROJECTION if ttt.project else ())
         rows += [row(entry, f"decoder.layers.{layer}.", f"model.layers.{layer}.") for entry in used]
     return rows
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.config import ttt_layers
-from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.hf.config import TTT_KEYS
-from inplace_ttt.hf.convert import Described
+from inplace_ttt.hf.convert import CheckpointInfo
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, LayerState, fingerprint_of_weights
 from inplace_ttt.hf.weights import weight_map
 from inplace_ttt.megatron.mlp import TTTMLP
@@ -25,7 +25,7 @@ from inplace_ttt.ttt.layout import take_local
 Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]  # by layer: sum (d, f); tails (t, d) of inputs, embeddings
 
 
-def read_book(reader: CheckpointReader, reading: Reading, mode: FastWeightMode) -> FastWeights | None:
+def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeightMode) -> FastWeights | None:
     """Read a text; return its fast weights, on the first rank alone. All ranks call it."""
     recorder = _Recorder(reader, len(reading.document.tokens) - 1)
     reader.read([reading], mode)
@@ -48,15 +48,15 @@ def read_book(reader: CheckpointReader, reading: Reading, mode: FastWeightMode) 
     return book
 
 
-def fingerprint_of_checkpoint(described: Described) -> str:
+def fingerprint_of_checkpoint(info: CheckpointInfo) -> str:
     """Return the fingerprint that the exported model has."""
-    model, reader = described.config.model, TensorReader(described.folder)
+    model, reader = info.config.model, TensorReader(info.folder)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for row in weight_map(model, described.config.ttt):
-            yield from zip(row.theirs, row.mapping.split(model, reader.read(row.ours)), strict=True)
+        for row in weight_map(model, info.config.ttt):
+            yield from zip(row.hf_params, row.transform.split(model, reader.read(row.megatron_param)), strict=True)
 
-    ttt = described.config.ttt
+    ttt = info.config.ttt
     settings = {theirs: getattr(ttt, ours) for theirs, ours in TTT_KEYS.items()}
     return fingerprint_of_weights(tensors(), settings | {"ttt_layers": ttt_layers(ttt, model.num_layers)})
 
@@ -86,7 +86,7 @@ class _Recorder:
         cp = self.groups.cp
         places = take_local(torch.arange(len(hidden) * cp.size()), cp.size(), cp.rank(), dim=0).to(hidden.device)
         inside = (places < self.whole).nonzero().squeeze(1)  # slices begin on chunk boundaries: whole chunks
-        total = module.written(hidden, embeds, inside)
+        total = module.sum_of_updates(hidden, embeds, inside)
         dist.all_reduce(total, group=cp)
         parts = [torch.empty_like(total) for _ in range(self.groups.tp.size())]
         dist.all_gather(parts, total, group=self.groups.tp)

@@ -19,7 +19,7 @@ from inplace_ttt.config import UserError, one_line
 from inplace_ttt.evaluation.arguments import Parser, count, seed, tokens
 from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Model, Named, check_tokens, chosen_dtype, open_model
+from inplace_ttt.evaluation.models import LoadedModel, ModelSource, check_tokens, chosen_dtype, open_model
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights
 from inplace_ttt.models import FAMILIES
@@ -160,9 +160,9 @@ def is_text(words: str) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(options: argparse.Namespace) -> Iterator[Model]:
+def _opened(options: argparse.Namespace) -> Iterator[LoadedModel]:
     """Open the model; a checkpoint is exported for it, into a folder that lasts as long."""
-    named = Named.find(options.model)
+    named = ModelSource.find(options.model)
     if options.book is not None and not named.has_fast_weights:
         raise UserError(f"'{options.model}' has no fast weights, which --book is for")
     if options.mode.clip is not None and not named.has_fast_weights:
@@ -173,7 +173,7 @@ def _opened(options: argparse.Namespace) -> Iterator[Model]:
         yield open_model(named.export(Path(work)), options.model.name, options.mode, device, dtype)
 
 
-def _book(options: argparse.Namespace, model: Model) -> FastWeights | None:
+def _book(options: argparse.Namespace, model: LoadedModel) -> FastWeights | None:
     if options.book is None:
         return None
     path = user_path(options.book)
@@ -197,7 +197,7 @@ def _messages(system: str | None, question: str) -> list[dict]:
     return [*first, dict(role="user", content=question)]
 
 
-def chat_tokens(model: Model, messages: list[dict]) -> list[int]:
+def chat_tokens(model: LoadedModel, messages: list[dict]) -> list[int]:
     """Return the tokens of a conversation. Raises UserError where the tokenizer's chat template cannot say them."""
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
@@ -232,7 +232,7 @@ class Answered:
     text: str  # of the answer
 
 
-def answer(model: Model, options: argparse.Namespace, ids: list[int], **more) -> Answered:
+def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **more) -> Answered:
     """Print the continuation of tokens as it is written. Raises UserError for a prompt that cannot be."""
     network, tokenizer = model.network, model.tokenizer
     if not ids:
@@ -287,7 +287,7 @@ def answer(model: Model, options: argparse.Namespace, ids: list[int], **more) ->
 class Chat:
     """A conversation in the terminal. What was said stays in the cache; only what is new is read."""
 
-    def __init__(self, model: Model, options: argparse.Namespace, book: FastWeights | None):
+    def __init__(self, model: LoadedModel, options: argparse.Namespace, book: FastWeights | None):
         self.model, self.options, self.book = model, options, book
         self.messages = [] if options.system is None else [dict(role="system", content=options.system)]
         self.cache, self.seen = None, []  # the tokens that the cache holds

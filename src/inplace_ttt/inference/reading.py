@@ -13,15 +13,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.documents import Report, find_files, read_documents
-from inplace_ttt.data.tokenizer import begins_texts, fingerprint
+from inplace_ttt.data.documents import SkipReport, find_files, read_documents
+from inplace_ttt.data.tokenizer import adds_bos, fingerprint
 from inplace_ttt.environment import World, check_environment
 from inplace_ttt.evaluation.arguments import Parser, is_key, read_key, tokens
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.models import Named, check_tokens, chosen_dtype, open_model
+from inplace_ttt.evaluation.models import ModelSource, check_tokens, chosen_dtype, open_model
 from inplace_ttt.files import user_path
-from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, described
+from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, text_record
 from inplace_ttt.job import Job, run_job
 from inplace_ttt.resilience.exits import fail
 
@@ -47,11 +47,11 @@ class Text:
     tokens: list[int]
     parts: list[tuple[str, int]]
 
-    def described(self) -> list[dict]:
+    def text_record(self) -> list[dict]:
         """Return what a book says that it has read."""
         found, start = [], 0
         for name, size in self.parts:
-            found.append(described(self.tokens[start : start + size], name))
+            found.append(text_record(self.tokens[start : start + size], name))
             start += size
         return found
 
@@ -96,7 +96,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, object], Fas
 
 
 def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, job: Job) -> int:
-    named, world = Named.find(options.model), job.world
+    named, world = ModelSource.find(options.model), job.world
     if not named.has_fast_weights:
         raise UserError(f"'{options.model}' has no fast weights, which a book is kept in")
     if os.path.lexists(options.output):
@@ -121,7 +121,7 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
         book = _by_checkpoint(options, overrides, mode, text, named, job)
     if world.rank:
         return 0
-    book.tokenizer, book.texts = fingerprint(tokenizer), [text.described()]
+    book.tokenizer, book.texts = fingerprint(tokenizer), [text.text_record()]
     try:
         book.save(str(options.output), torch.bfloat16 if options.size == "bf16" else None)
     except Exception as error:  # of safetensors, which has no kinds
@@ -145,19 +145,19 @@ def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBas
     ids, parts = [], []
     for path in find_files(names):
         own = []
-        for text in read_documents([path], text_key, Report(strict=True)):
+        for text in read_documents([path], text_key, SkipReport(strict=True)):
             text = text if text.endswith("\n") else f"{text}\n"
             own += tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
         if not own:
             raise UserError(f"'{path}' holds no text to read")
-        if not ids and begins_texts(tokenizer):
+        if not ids and adds_bos(tokenizer):
             own.insert(0, tokenizer.bos_token_id)
         ids += own
         parts.append((path.name, len(own)))
     return Text(ids, parts)
 
 
-def _by_folder(options: argparse.Namespace, mode: FastWeightMode, text: Text, named: Named) -> FastWeights:
+def _by_folder(options: argparse.Namespace, mode: FastWeightMode, text: Text, named: ModelSource) -> FastWeights:
     """Read by the model of a folder in Hugging Face's format, in parts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = open_model(named.path, options.model.name, mode, device, chosen_dtype(options.dtype)).network
@@ -177,10 +177,10 @@ def _progress() -> Iterator:
 
 
 def _by_checkpoint(
-    options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: Named, job: Job
+    options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: ModelSource, job: Job
 ) -> FastWeights | None:
     """Read by a training checkpoint, over all ranks; return the book on the first one."""
-    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, Reading, check_bound
+    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound
     from inplace_ttt.evaluation.position import PositionRanges
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
@@ -189,12 +189,12 @@ def _by_checkpoint(
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)
     reader = CheckpointReader(named.path, config, job, len(text.tokens))
-    job.watch.mark("reading")
+    job.watchdog.set_phase("reading")
     # the last token has none after it, and is read as the others are: so there is one more to predict
     document = Document(np.array([*text.tokens, text.tokens[-1]], dtype=np.int64))
-    reading = Reading(document, PositionRanges((0, len(text.tokens))))
+    reading = ScoredDocument(document, PositionRanges((0, len(text.tokens))))
     book = read_book(reader, reading, mode)
-    runtime.agree(None)
+    runtime.raise_on_all_ranks(None)
     if book is not None:
         book.model = fingerprint_of_checkpoint(named.checkpoint)
     return book

@@ -14,4 +14,4 @@ for module in (r"megatron\.core", r"torch\.distributed"):
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # looks for CUDA's compiler
 logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecations of the container and of defaults we chose
 
-te.why_lacking()  # raises UserError where megatron-core would die of it
+te.unavailable_reason()  # raises UserError where megatron-core would die of it

@@ -27,11 +27,11 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from inplace_ttt.config import UserError
 from inplace_ttt.files import own_umask, read_json, write_json
-from inplace_ttt.megatron import reading
-from inplace_ttt.megatron.optimizer import keep_values
-from inplace_ttt.megatron.runtime import agree
+from inplace_ttt.megatron import safe_load
+from inplace_ttt.megatron.optimizer import keep_current_hyperparameters
+from inplace_ttt.megatron.runtime import raise_on_all_ranks
 from inplace_ttt.resilience.checksums import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
-from inplace_ttt.resilience.signals import end_with_parent, unheard
+from inplace_ttt.resilience.signals import block_stop_signals, end_with_parent
 
 NAME = re.compile(r"step_(\d{8})")
 
@@ -225,13 +225,13 @@ class Checkpointer:
         """
         error = None
         try:
-            loaded = reading.load(self._state(loading=True), folder)
+            loaded = safe_load.load(self._state(loading=True), folder)
             progress = read_progress(folder)
         except UserError as caught:
             error = caught
-        agree(error)
+        raise_on_all_ranks(error)
         self._load_model(loaded["model"])
-        self.optimizer.load_state_dict(keep_values(self.optimizer, loaded["optimizer"]))
+        self.optimizer.load_state_dict(keep_current_hyperparameters(self.optimizer, loaded["optimizer"]))
         return progress
 
     def load_weights(self, folder: Path, name: str | None = None) -> tuple[list[str], list[str]]:
@@ -247,7 +247,7 @@ class Checkpointer:
             found = self._load_weights(folder, name)
         except UserError as caught:
             error = caught
-        agree(error)
+        raise_on_all_ranks(error)
         return found
 
     def _load_weights(self, folder: Path, name: str | None) -> tuple[list[str], list[str]]:
@@ -259,7 +259,7 @@ class Checkpointer:
         state = {"model": self._model_state()}
         stored = {
             key.removeprefix("model."): entry
-            for key, entry in reading.read_metadata(folder).state_dict_metadata.items()
+            for key, entry in safe_load.read_metadata(folder).state_dict_metadata.items()
             if hasattr(entry, "size") and not key.startswith("optimizer.")
         }
         new = []
@@ -273,7 +273,7 @@ class Checkpointer:
                 there, here = tuple(stored[entry.key].size), tuple(entry.global_shape)
                 if there != here:
                     raise UserError(f"{name}: '{entry.key}' is {there} there and {here} in this model")
-        loaded = reading.load(state, folder)
+        loaded = safe_load.load(state, folder)
         self._load_model(loaded["model"], allowed=tuple(new))
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
@@ -300,6 +300,6 @@ def _start_results_queue() -> None:
     does not end while a checkpoint is written, and that does not outlive this rank."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        with unheard():
+        with block_stop_signals():
             manager.start(initializer=end_with_parent)
         filesystem_async._results_queue = manager.Queue()

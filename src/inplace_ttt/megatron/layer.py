@@ -26,7 +26,7 @@ from inplace_ttt.megatron.norm import RMSNorm
 
 
 @dataclass(frozen=True)
-class Parts:
+class BackendModules:
     """The modules that layers are made of, from one implementation."""
 
     column_linear: Any
@@ -36,10 +36,10 @@ class Parts:
     core_attention: Any
 
 
-def make_parts(transformer_impl: str) -> Parts:
+def backend_modules(transformer_impl: str) -> BackendModules:
     """Return the modules of layers. ``local``: plain torch, on any device. ``transformer_engine``: its own."""
     if transformer_impl == "local":
-        return Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
+        return BackendModules(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
@@ -49,7 +49,7 @@ def make_parts(transformer_impl: str) -> Parts:
 
     from inplace_ttt.megatron.te_attention import TEDocumentAttention
 
-    return Parts(
+    return BackendModules(
         TEColumnParallelLinear, TERowParallelLinear, TENorm, TELayerNormColumnParallelLinear, TEDocumentAttention
     )
 
@@ -79,7 +79,7 @@ NORM_NAMES = {
 }
 
 
-def layer_spec(parts: Parts, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
+def layer_spec(parts: BackendModules, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
     """Return the spec of one transformer layer; ``ttt`` gives it a TTT-MLP.
 
     The norm before a TTT-MLP stands alone also with Transformer Engine: ``target: hidden_states`` is its output,
@@ -125,7 +125,7 @@ def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
     return build
 
 
-def block_spec(config, parts: Parts, ttt: TTT, layers: list[int], pp_rank: int):
+def block_spec(config, parts: BackendModules, ttt: TTT, layers: list[int], pp_rank: int):
     """Return the spec of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     specs = [

@@ -141,7 +141,7 @@ class TTTMLP(MLP):
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
     @torch.no_grad()
-    def written(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
+    def sum_of_updates(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
         """Return the sum (d, f / TP) of the updates that some chunks write, without sequence parallelism.
 
         Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inplace_ttt.config import Config, padded_vocab_size, ttt_layers
 from inplace_ttt.megatron.batch_context import BatchContext
-from inplace_ttt.megatron.layer import block_spec, make_parts
+from inplace_ttt.megatron.layer import backend_modules, block_spec
 from inplace_ttt.megatron.loss import linear_cross_entropy
 from inplace_ttt.megatron.mlp import TTTMLP
 from inplace_ttt.megatron.rope import RotaryEmbedding, rope_frequencies
@@ -186,7 +186,7 @@ def build_model(
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(
         megatron_config,
-        make_parts(transformer_impl),
+        backend_modules(transformer_impl),
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,

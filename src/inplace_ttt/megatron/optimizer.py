@@ -76,7 +76,7 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
     return optimizer, scheduler
 
 
-def keep_values(optimizer, loaded: dict) -> dict:
+def keep_current_hyperparameters(optimizer, loaded: dict) -> dict:
     """Return a loaded state whose parameter groups have this start's learning rates, betas, decay and the like.
 
     Megatron finds a group of a checkpoint by its learning rates and takes all of its values. A run may be resumed with

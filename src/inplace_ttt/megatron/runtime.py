@@ -14,7 +14,7 @@ from inplace_ttt.megatron import cpu
 from inplace_ttt.resilience.rendezvous import Rendezvous, join
 
 # The watch ends a run that hangs after parallel.timeout_minutes and says why; collectives would not, so they end later
-LATER = 1.5
+COLLECTIVE_TIMEOUT_FACTOR = 1.5
 
 cpu.install()
 
@@ -47,13 +47,13 @@ def start(
     if not dist.is_initialized():
         if rendezvous is None and world.size > 1:
             rendezvous = Rendezvous(world, parallel.timeout_minutes)
-        later = timedelta(minutes=LATER * parallel.timeout_minutes)
+        later = timedelta(minutes=COLLECTIVE_TIMEOUT_FACTOR * parallel.timeout_minutes)
         join(world, rendezvous, "nccl" if on_gpu else "gloo", later)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=max(1, math.ceil(LATER * parallel.timeout_minutes)),
+        distributed_timeout_minutes=max(1, math.ceil(COLLECTIVE_TIMEOUT_FACTOR * parallel.timeout_minutes)),
         # what passes between context-parallel ranks goes before products that could also run later
         high_priority_stream_groups=["cp"] if on_gpu else None,
     )
@@ -61,7 +61,7 @@ def start(
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def agree(error: Exception | None) -> None:
+def raise_on_all_ranks(error: Exception | None) -> None:
     """Raise on every rank, as UserError, what went wrong on any, so that none waits for one that has stopped."""
     messages = [None if error is None else str(error)]
     if dist.is_initialized():
@@ -80,7 +80,7 @@ def on_first_rank(action: Callable[[], None]) -> None:
             action()
         except UserError as caught:
             error = caught
-    agree(error)
+    raise_on_all_ranks(error)
 
 
 def leave_groups() -> None:

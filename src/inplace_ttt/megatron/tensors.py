@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from inplace_ttt.megatron.reading import COMMON_STATE, OPTIMIZER, Reader, read_metadata, readable
+from inplace_ttt.megatron.safe_load import COMMON_STATE, OPTIMIZER, Reader, read_metadata, readable
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def _alone():
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlannedTensor:
     """A tensor that is made when it is written."""
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(folder: Path, entries: dict[str, Entry], done: Callable[[int], None]) -> None:
+def write_tensors(folder: Path, entries: dict[str, PlannedTensor], done: Callable[[int], None]) -> None:
     """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten.
 
     ``done`` is called with the bytes of each.
@@ -53,7 +53,7 @@ def write_tensors(folder: Path, entries: dict[str, Entry], done: Callable[[int],
 
 
 class _MakeWhenWritten(DefaultSavePlanner):
-    def __init__(self, entries: dict[str, Entry], done: Callable[[int], None]):
+    def __init__(self, entries: dict[str, PlannedTensor], done: Callable[[int], None]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.entries, self.done = entries, done
 

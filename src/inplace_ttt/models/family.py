@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from inplace_ttt.models.mapping import Entry
+from inplace_ttt.models.mapping import ParamMapping
 
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -17,7 +17,7 @@ class Family:
     architecture: str  # its class in transformers
     config_class: str  # that of its configuration
     megatron: dict[str, Any]  # arguments of Megatron's TransformerConfig
-    rows: tuple[Entry, ...] = ()  # of the weight map, in every layer, beside those that all families have
+    rows: tuple[ParamMapping, ...] = ()  # of the weight map, in every layer, beside those that all families have
     # keys of config.json that may have one value alone; they are written, too
     fixed: dict[str, Any] = field(default_factory=dict)
     has_windows: bool = False  # config.json can say that layers attend to a window

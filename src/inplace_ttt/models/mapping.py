@@ -1,4 +1,4 @@
-"""Map tensors of a Hugging Face checkpoint to one of ours, and back."""
+"""Map tensors of a Hugging Face checkpoint to one of Megatron's model, and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from inplace_ttt.config import Model, padded_vocab_size
 
 
 @dataclass(frozen=True)
-class Mapping:
+class ParamTransform:
     """Merge tensors into one, and split the one again."""
 
     join: Callable[[Model, list[Tensor]], Tensor]
     split: Callable[[Model, Tensor], list[Tensor]]
 
 
-class Entry(NamedTuple):
-    """A row of a weight map: one tensor of ours, Hugging Face's by the letters of their sizes, and their mapping."""
+class ParamMapping(NamedTuple):
+    """Map one Megatron parameter to Hugging Face tensors, whose sizes are given by letters."""
 
-    ours: str
-    theirs: dict[str, str]
-    mapping: Mapping
+    megatron_param: str
+    hf_params: dict[str, str]
+    transform: ParamTransform
 
 
 def _same_join(model: Model, tensors: list[Tensor]) -> Tensor:
@@ -52,7 +52,7 @@ def _halve(model: Model, tensor: Tensor) -> list[Tensor]:
 
 
 def _join_heads(model: Model, tensors: list[Tensor]) -> Tensor:
-    """Megatron keeps the heads by group: the queries of a group, its key, its value, then the next group's."""
+    """Join heads as Megatron stores them: queries, key and value of the first group, then of the next one."""
     parts = [tensor.unflatten(0, (model.num_query_groups, -1)) for tensor in tensors]
     return torch.cat(parts, dim=1).flatten(0, 1)
 
@@ -64,7 +64,7 @@ def _split_heads(model: Model, tensor: Tensor) -> list[Tensor]:
     return [part.flatten(0, 1) for part in parts]
 
 
-SAME = Mapping(_same_join, _same_split)
-VOCABULARY = Mapping(_pad_vocabulary, _cut_vocabulary)
-GATE_AND_UP = Mapping(_stack, _halve)
-QKV = Mapping(_join_heads, _split_heads)
+DIRECT = ParamTransform(_same_join, _same_split)
+VOCABULARY = ParamTransform(_pad_vocabulary, _cut_vocabulary)
+GATED_MLP = ParamTransform(_stack, _halve)
+QKV = ParamTransform(_join_heads, _split_heads)

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5 (dense): biases of queries, keys and values."""
 
 from inplace_ttt.models.family import Family
-from inplace_ttt.models.mapping import QKV, Entry
+from inplace_ttt.models.mapping import QKV, ParamMapping
 
 QWEN2 = Family(
     name="qwen2",
@@ -9,7 +9,7 @@ QWEN2 = Family(
     config_class="Qwen2Config",
     megatron=dict(add_qkv_bias=True),
     rows=(
-        Entry(
+        ParamMapping(
             "self_attention.linear_qkv.bias",
             {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "k", "self_attn.v_proj.bias": "k"},
             QKV,

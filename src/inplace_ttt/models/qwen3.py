@@ -1,7 +1,7 @@
 """Qwen3 (dense): RMSNorm of queries and keys, heads of 128, sliding windows."""
 
 from inplace_ttt.models.family import Family
-from inplace_ttt.models.mapping import SAME, Entry
+from inplace_ttt.models.mapping import DIRECT, ParamMapping
 
 QWEN3 = Family(
     name="qwen3",
@@ -9,8 +9,8 @@ QWEN3 = Family(
     config_class="Qwen3Config",
     megatron=dict(qk_layernorm=True),
     rows=(
-        Entry("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "h"}, SAME),
-        Entry("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "h"}, SAME),
+        ParamMapping("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "h"}, DIRECT),
+        ParamMapping("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "h"}, DIRECT),
     ),
     fixed=dict(attention_bias=False),
     has_windows=True,

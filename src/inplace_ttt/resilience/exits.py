@@ -13,9 +13,9 @@ import psutil
 from inplace_ttt.resilience.torchrun import MARK
 
 # What a user must mend before a run can go on; other failures of a file system may pass
-LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 # What names something that no file can be: only the user can change that
-USERS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESPIPE, errno.ENXIO}
+PATH_ERRNOS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESPIPE, errno.ENXIO}
 
 
 class _Tolerant:

@@ -39,7 +39,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def block_stop_signals() -> Iterator[None]:
     """Processes started inside never hear a request to stop.
 
     A scheduler sends it to every process of a job. A rank saves and leaves; what helps it to save must not die first.

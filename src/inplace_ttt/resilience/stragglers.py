@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WINDOW = 50  # steps that are averaged
-ENOUGH = 20  # steps before anyone is named
-TOO_SLOW = {"cuda": 1.15, "cpu": 1.5}  # times the median of all ranks; on CPUs other programs run, too
-TOO_LATE = 0.05  # of a step, in reading data beyond the median
+AVERAGED_STEPS = 50  # steps that are averaged
+MIN_STEPS = 20  # steps before anyone is named
+SLOW_COMPUTE_FACTOR = {"cuda": 1.15, "cpu": 1.5}  # times the median of all ranks; on CPUs other programs run, too
+SLOW_DATA_FRACTION = 0.05  # of a step, in reading data beyond the median
 
 
-class Probe:
+class MatmulProbe:
     """Small matrix products, some milliseconds of a CPU and half a millisecond of a GPU."""
 
     def __init__(self, device: torch.device):
@@ -52,7 +52,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Slow:
+class Straggler:
     rank: int
     host: str
     compute: float  # what its arithmetic takes, over the median of all ranks; 0: no more than usual
@@ -67,12 +67,12 @@ class Slow:
         return f"rank {self.rank} ({self.host}) holds up the others: {', '.join(reasons)}"
 
 
-class Pace:
+class StragglerDetector:
     """The last steps of all ranks; lives on the first."""
 
     def __init__(self, hosts: list[str], device_type: str):
-        self.hosts, self.too_slow = hosts, TOO_SLOW[device_type]  # hosts: of each rank
-        self.steps: deque[tuple[list[float], list[float], float]] = deque(maxlen=WINDOW)
+        self.hosts, self.too_slow = hosts, SLOW_COMPUTE_FACTOR[device_type]  # hosts: of each rank
+        self.steps: deque[tuple[list[float], list[float], float]] = deque(maxlen=AVERAGED_STEPS)
 
     def add(self, compute: list[float], data: list[float], step_seconds: float) -> None:
         """Note the seconds of each rank's probe and reading in a step, and of the whole step."""
@@ -82,16 +82,16 @@ class Pace:
         """The slowest rank's arithmetic over the median's; 0 while too little is known."""
         return max(self._compute(), default=0.0)
 
-    def slow(self) -> list[Slow]:
+    def slow(self) -> list[Straggler]:
         """The slowest first."""
         compute = self._compute()
         if not compute:
             return []
         means = [statistics.fmean(values) for values in zip(*(data for _, data, _ in self.steps), strict=True)]
         usual = statistics.median_low(means)
-        late = TOO_LATE * statistics.fmean(seconds for *_, seconds in self.steps)
+        late = SLOW_DATA_FRACTION * statistics.fmean(seconds for *_, seconds in self.steps)
         found = [
-            Slow(
+            Straggler(
                 rank,
                 host,
                 compute[rank] if compute[rank] > self.too_slow else 0.0,
@@ -103,14 +103,14 @@ class Pace:
         return sorted(found, key=lambda one: (-one.compute, -one.data))
 
     def _compute(self) -> list[float]:
-        if len(self.steps) < ENOUGH or len(self.hosts) < 2:
+        if len(self.steps) < MIN_STEPS or len(self.hosts) < 2:
             return []
         means = [statistics.fmean(values) for values in zip(*(compute for compute, _, _ in self.steps), strict=True)]
         usual = statistics.median_low(means)  # of two, the faster
         return [mean / usual for mean in means] if usual > 0 else []
 
 
-def table_of(values: list[float], rank: int, size: int, device: torch.device) -> Tensor:
+def one_hot_table(values: list[float], rank: int, size: int, device: torch.device) -> Tensor:
     """(len(values) * size,) this rank's numbers among zeros: the largest of all ranks is everyone's."""
     table = torch.zeros(len(values), size, device=device)
     table[:, rank] = torch.tensor(values, device=device)

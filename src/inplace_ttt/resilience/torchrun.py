@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-GO_ON = "the same command goes on from what was saved"
+RESUME_HINT = "the same command goes on from what was saved"
 MARK = "inplace_ttt_exit_code"  # key of an error file's extraInfo: the message is a sentence for the user
 _NOISY = tuple(
     f"torch.distributed.elastic.{module}"
@@ -70,7 +70,7 @@ def _sentences(error: BaseException) -> list[str]:
         elif failure.exitcode < 0 and not (is_explained and -failure.exitcode == signal.SIGTERM):
             # it could not say anything
             name = next((one.name for one in signal.Signals if one == -failure.exitcode), -failure.exitcode)
-            said.append(f"stopped: rank {rank} was ended by {name}; {GO_ON}")
+            said.append(f"stopped: rank {rank} was ended by {name}; {RESUME_HINT}")
     return list(dict.fromkeys(said))[-4:]
 
 

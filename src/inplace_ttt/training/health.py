@@ -7,15 +7,15 @@ import torch.distributed as dist
 
 from inplace_ttt.megatron.model import TTTGPTModel
 
-NOWHERE = 1_000_000  # larger than any layer's number
+NO_LAYER = 1_000_000  # larger than any layer's number
 
 
-def first_broken_layer(model: TTTGPTModel, forward: Callable[[], None]) -> str:
+def first_nonfinite_layer(model: TTTGPTModel, forward: Callable[[], None]) -> str:
     """Run ``forward`` again and name the first module, in order of the model, whose output is not finite.
 
     Every rank must call it.
     """
-    broken = [NOWHERE]
+    broken = [NO_LAYER]
 
     def watch(number: int):
         def look(module, inputs, output):
@@ -39,7 +39,7 @@ def first_broken_layer(model: TTTGPTModel, forward: Callable[[], None]) -> str:
     return _name(int(first))
 
 
-def last_broken_gradient(model: TTTGPTModel) -> str:
+def last_nonfinite_gradient(model: TTTGPTModel) -> str:
     """The module nearest to the loss with a gradient that is not finite: the backward pass came to it first."""
     broken = -1
     for name, param in model.named_parameters():
@@ -50,10 +50,10 @@ def last_broken_gradient(model: TTTGPTModel) -> str:
             broken = max(broken, model.decoder.layers[int(parts[2])].layer_number if inside else 0)
     last = torch.tensor([broken], device=next(model.parameters()).device)
     dist.all_reduce(last, op=dist.ReduceOp.MAX)
-    return _name(int(last) if int(last) >= 0 else NOWHERE)
+    return _name(int(last) if int(last) >= 0 else NO_LAYER)
 
 
 def _name(number: int) -> str:
-    if number == NOWHERE:
+    if number == NO_LAYER:
         return "the output layer"
     return "the embedding" if number == 0 else f"layer {number - 1}"

@@ -17,24 +17,24 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
-from inplace_ttt.data.build import NumbersOfSteps, Sets, micro_batches, numbers_of_rank
+from inplace_ttt.data.build import DataSplits, StepSampleIndices, micro_batches, rank_sample_indices
 from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
-from inplace_ttt.megatron.runtime import agree, device
-from inplace_ttt.resilience.exits import LASTING
+from inplace_ttt.megatron.runtime import device, raise_on_all_ranks
+from inplace_ttt.resilience.exits import PERMANENT_ERRNOS
 from inplace_ttt.resilience.signals import StopRequest
-from inplace_ttt.resilience.stragglers import ENOUGH, WINDOW, Pace, Probe, table_of
-from inplace_ttt.resilience.watch import Watch
+from inplace_ttt.resilience.stragglers import AVERAGED_STEPS, MIN_STEPS, MatmulProbe, StragglerDetector, one_hot_table
+from inplace_ttt.resilience.watchdog import Watchdog
 from inplace_ttt.training import update_histograms
-from inplace_ttt.training.health import first_broken_layer, last_broken_gradient
-from inplace_ttt.training.records import MetricsFile, Screen, WandB
+from inplace_ttt.training.health import first_nonfinite_layer, last_nonfinite_gradient
+from inplace_ttt.training.records import MetricsFile, ProgressLog, WandB
 from inplace_ttt.training.run_folder import RunFolder
 from inplace_ttt.training.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.training.tensorboard import TensorBoard
-from inplace_ttt.training.timeline import Lost, Timeline, read_timeline
+from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
 
 FULL = 16 * 2**20  # bytes that are free on a disk that is full for a checkpoint
 EVAL_GROUP = 8  # micro batches between two looks for a request to stop
@@ -48,17 +48,17 @@ class Recorder:
         dist.all_gather_object(hosts, socket.gethostname())
         if dist.get_rank() == 0:
             try:
-                self.pace, self.named = Pace(hosts, device().type), []
+                self.detector, self.named = StragglerDetector(hosts, device().type), []
                 self.timeline = Timeline(folder.path)
                 self.timeline.start(folder.metrics, first_step, hosts)
                 self.wandb = WandB(config, resolved, folder.path)
                 self.metrics = MetricsFile(folder.metrics, first_step)
                 self.tensorboard = TensorBoard(config, folder.path, first_step)
-                self.screen = Screen(config, first_step)
+                self.screen = ProgressLog(config, first_step)
                 self.outputs = [self.metrics, self.screen, self.wandb, self.tensorboard]
             except UserError as caught:
                 error = caught
-        agree(error)
+        raise_on_all_ranks(error)
 
     def write(self, record: dict) -> None:
         if self.outputs:
@@ -72,20 +72,20 @@ class Recorder:
         """Note each rank's probe and reading times; say so when other ranks than before hold the run up."""
         if not self.outputs:
             return
-        self.pace.add(compute, data, seconds)
-        if step % WINDOW and len(self.pace.steps) != ENOUGH:
+        self.detector.add(compute, data, seconds)
+        if step % AVERAGED_STEPS and len(self.detector.steps) != MIN_STEPS:
             return
-        slow = self.pace.slow()
+        slow = self.detector.slow()
         self.timeline.write(
             "ranks",
             step=step,
-            spread=round(self.pace.spread(), 3),
+            spread=round(self.detector.spread(), 3),
             slow=[asdict(one) | {"says": str(one)} for one in slow],
         )
-        lost = Lost.of(read_timeline(self.timeline.path.parent))
+        lost = RestartCost.of(read_timeline(self.timeline.path.parent))
         slowest = {"ranks/slowest": slow[0].rank} if slow else {}
         self.wandb.write(
-            {"step": step, "ranks/spread": self.pace.spread(), **slowest}
+            {"step": step, "ranks/spread": self.detector.spread(), **slowest}
             | {"restarts/count": lost.restarts, "restarts/seconds_lost": lost.seconds}
         )
         if [one.rank for one in slow] != self.named:
@@ -121,13 +121,13 @@ class Recorder:
             output.close()
 
 
-class Loop:
+class Trainer:
     """Everything a step needs, already built."""
 
     def __init__(
         self,
         config: Config,
-        sets: Sets,
+        sets: DataSplits,
         stepper: Stepper,
         optimizer,
         scheduler,
@@ -135,15 +135,15 @@ class Loop:
         recorder: Recorder,
         folder: RunFolder,
         stop: StopRequest,
-        watch: Watch,
+        watchdog: Watchdog,
         groups,
     ):
         self.config, self.sets, self.stepper, self.groups = config, sets, stepper, groups
         self.optimizer, self.scheduler, self.checkpointer = optimizer, scheduler, checkpointer
-        self.recorder, self.folder, self.stop, self.watch = recorder, folder, stop, watch
+        self.recorder, self.folder, self.stop, self.watchdog = recorder, folder, stop, watchdog
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
         self.device = device()
-        self.probe, self.reading = Probe(self.device), 0.0
+        self.probe, self.reading = MatmulProbe(self.device), 0.0
         self.flops = config.train.global_batch_size * forward_flops(config).training  # of a step
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         self.peak = (peak_flops(name) or 0.0) * dist.get_world_size()  # 0: not known
@@ -158,12 +158,12 @@ class Loop:
         stream = self._training_stream(step)
         while step < train.steps:
             step += 1
-            self.watch.mark(f"reading the data of step {step}")
+            self.watchdog.set_phase(f"reading the data of step {step}")
             started = time.perf_counter()
             batches = list(itertools.islice(stream, micro))
             self.reading = time.perf_counter() - started
             stopped = self._step(step, batches)
-            self.watch.mark(f"looking after a checkpoint after step {step}")
+            self.watchdog.set_phase(f"looking after a checkpoint after step {step}")
             self._writing(self.checkpointer.poll)
             last = step == train.steps
             if not stopped and self._evaluates(step):
@@ -189,7 +189,7 @@ class Loop:
     def _training_stream(self, step: int) -> Iterator[MicroBatch]:
         train = self.config.train
         size, rank = self.groups.dp.size(), self.groups.dp.rank()
-        numbers = NumbersOfSteps(range(step, train.steps), train.global_batch_size, size, rank)
+        numbers = StepSampleIndices(range(step, train.steps), train.global_batch_size, size, rank)
         return self._micro_batches(self.sets.train, numbers)
 
     def _micro_batches(self, samples, numbers: Sequence[int]) -> Iterator[MicroBatch]:
@@ -211,9 +211,9 @@ class Loop:
         counts_updates = bool(self.layers and interval and step % interval == 0)
         update_histograms.watch_updates(modules, counts_updates)
         totals = self.stepper.train(self._marked(batches, f"step {step}"), len(batches))
-        self.watch.mark(f"the gradients of step {step}")
+        self.watchdog.set_phase(f"the gradients of step {step}")
         if not math.isfinite(totals.loss):
-            where = first_broken_layer(
+            where = first_nonfinite_layer(
                 unwrap(self.stepper.model), lambda: self.stepper.evaluate(iter(batches), len(batches))
             )
             self._give_up(
@@ -223,12 +223,12 @@ class Loop:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.clip_grad_norm(self.config.optim.clip_grad))
         if not math.isfinite(norm):
-            where = last_broken_gradient(unwrap(self.stepper.model))
+            where = last_nonfinite_gradient(unwrap(self.stepper.model))
             self._give_up(f"gradient norm is {norm} at step {step}: {where} is the first whose gradient is not finite")
-        self.watch.mark(f"the agreement of all ranks in step {step}")
+        self.watchdog.set_phase(f"the agreement of all ranks in step {step}")
         self.probe.run()
-        stopped, ratios, pace = self._agree()
-        self.watch.mark(f"the optimizer of step {step}")
+        stopped, ratios, detector = self._agree()
+        self.watchdog.set_phase(f"the optimizer of step {step}")
         self.optimizer.step_with_ready_grads()
         self.optimizer.zero_grad()
         seconds = time.perf_counter() - started
@@ -251,11 +251,11 @@ class Loop:
         record |= {f"grad_norm_{name}": float(value) for name, value in self.optimizer.grad_norms_by_group.items()}
         record |= {f"update_ratio/layer_{layer}": ratio for layer, ratio in zip(self.layers, ratios, strict=True)}
         if counts_updates:
-            self.watch.mark(f"the histograms of step {step}")
+            self.watchdog.set_phase(f"the histograms of step {step}")
             record["update_histogram"] = update_histograms.take_counts(modules, self.layers, self.groups)
             record |= update_histograms.quantiles(record["update_histogram"])
         self.recorder.write(record)
-        self.recorder.ranks(step, *pace, seconds)
+        self.recorder.ranks(step, *detector, seconds)
         limit = self.config.ttt.max_update_ratio
         over = [(ratio, layer) for ratio, layer in zip(ratios, self.layers, strict=True) if not ratio <= (limit or 0.0)]
         if limit is not None and over:
@@ -269,7 +269,7 @@ class Loop:
 
     def _marked(self, batches: list[MicroBatch], of: str) -> Iterator[MicroBatch]:
         for number, batch in enumerate(batches, 1):
-            self.watch.mark(f"micro batch {number} of {len(batches)} in {of}")
+            self.watchdog.set_phase(f"micro batch {number} of {len(batches)} in {of}")
             yield batch
 
     def _learning_rate(self) -> float:
@@ -289,7 +289,7 @@ class Loop:
             report[1 + self.layers.index(layer)] = (module.max_update_norm / weight).sqrt()
             module.max_update_norm = torch.zeros_like(module.max_update_norm)
         ranks = dist.get_world_size()
-        mine = table_of([self.probe.seconds(), self.reading], dist.get_rank(), ranks, self.device)
+        mine = one_hot_table([self.probe.seconds(), self.reading], dist.get_rank(), ranks, self.device)
         report = torch.cat([report, mine])
         dist.all_reduce(report, op=dist.ReduceOp.MAX)
         stopped, *rest = report.tolist()
@@ -303,9 +303,9 @@ class Loop:
             return False
         size, rank = self.groups.dp.size(), self.groups.dp.rank()
         share = math.ceil(count / (size * micro)) * micro
-        self.watch.mark(f"reading data to evaluate after step {step}")
+        self.watchdog.set_phase(f"reading data to evaluate after step {step}")
         batches = list(
-            self._micro_batches(_Padded(self.sets.validation, count), numbers_of_rank(0, share * size, size, rank))
+            self._micro_batches(_Padded(self.sets.validation, count), rank_sample_indices(0, share * size, size, rank))
         )
         edges = self.config.train.eval_positions
         ranges = PositionRanges(tuple(edges)) if edges else PositionRanges.equal(self.config.data.seq_length)
@@ -351,7 +351,7 @@ class Loop:
         return bool(asked.item())
 
     def _save(self, step: int, wait: bool) -> None:
-        self.watch.mark(f"saving step {step}", patience=6)
+        self.watchdog.set_phase(f"saving step {step}", timeout_factor=6)
         self.recorder.keep()
         samples = step * self.config.train.global_batch_size
         progress = Progress(step, samples, self.folder.packing, self.folder.identity)
@@ -368,7 +368,7 @@ class Loop:
             folder, cause = self.folder.checkpoints, _root_cause(error)
             free = shutil.disk_usage(folder).free
             # what a writer in another process says of a full disk may be anything: the disk itself says more
-            lasting = free < FULL or any(os.strerror(number) in str(error) for number in LASTING)
+            lasting = free < FULL or any(os.strerror(number) in str(error) for number in PERMANENT_ERRNOS)
             self._give_up(
                 f"a checkpoint could not be written to '{folder}', where {free / 1e6:,.0f} MB are free ({cause})",
                 code=3 if lasting else 4,

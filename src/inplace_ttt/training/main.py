@@ -64,40 +64,40 @@ def train(config: Config, world: World) -> int:
 
 def _train(config: Config, job) -> int:
     from inplace_ttt.data.build import open_corpora
-    from inplace_ttt.job import SLOW
+    from inplace_ttt.job import SLOW_PHASE_FACTOR
     from inplace_ttt.training.run_folder import RunFolder
 
-    watch = job.watch
-    watch.mark("opening the data", SLOW)
+    watchdog = job.watchdog
+    watchdog.set_phase("opening the data", SLOW_PHASE_FACTOR)
     corpora = open_corpora(config)
     config.model.vocab_size = corpora.vocab_size
     check_memory(config, job.world)
     groups = job.start(config.parallel, config.train.seed)
-    watch.mark("opening the run's folder", SLOW)
+    watchdog.set_phase("opening the run's folder", SLOW_PHASE_FACTOR)
     folder = RunFolder(config, corpora.identity)
     try:
-        return _train_in(folder, config, corpora, groups, job.stop, watch)
+        return _train_in(folder, config, corpora, groups, job.stop, watchdog)
     finally:
         folder.close()
 
 
-def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
-    from inplace_ttt.data.build import build_sets
-    from inplace_ttt.job import SLOW
+def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
+    from inplace_ttt.data.build import build_splits
+    from inplace_ttt.job import SLOW_PHASE_FACTOR
     from inplace_ttt.megatron.checkpoint import Checkpointer
     from inplace_ttt.megatron.initialize import initialize
     from inplace_ttt.megatron.model import build_model
     from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
     from inplace_ttt.megatron.runtime import on_first_rank
-    from inplace_ttt.training.loop import Loop, Recorder
+    from inplace_ttt.training.loop import Recorder, Trainer
     from inplace_ttt.training.plots import plot_loss
     from inplace_ttt.training.step import Stepper
     from inplace_ttt.validation import precision, transformer_impl
 
-    watch.mark("checking the data", SLOW)
+    watchdog.set_phase("checking the data", SLOW_PHASE_FACTOR)
     on_first_rank(corpora.check_tokens)
-    sets = build_sets(config, corpora, folder.packing)
-    watch.mark("building the model", SLOW)
+    sets = build_splits(config, corpora, folder.packing)
+    watchdog.set_phase("building the model", SLOW_PHASE_FACTOR)
     model = build_model(config, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
     megatron_config = model.config
@@ -112,7 +112,7 @@ def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
         async_save=config.checkpoint.async_save,
         corrupt=folder.corrupt,
     )
-    watch.mark("loading a checkpoint", SLOW)
+    watchdog.set_phase("loading a checkpoint", SLOW_PHASE_FACTOR)
     step, notes = 0, [*folder.notes, *_notes_of_data(config, sets)]
     if folder.resume_from is not None:
         step = checkpointer.resume(folder.resume_from).step
@@ -125,21 +125,21 @@ def _train_in(folder, config: Config, corpora, groups, stop, watch) -> int:
         notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))
         notes += _dropped(config, stored)
 
-    watch.mark("opening metrics and W&B")
+    watchdog.set_phase("opening metrics and W&B")
     recorder = Recorder(config, asdict(config), folder, step)
     folder.record(config)
     recorder.say(_describe(config, model, groups))
     for note in notes:
         recorder.say(note)
     stepper = Stepper(config, wrapped, megatron_config, groups)
-    loop = Loop(config, sets, stepper, optimizer, scheduler, checkpointer, recorder, folder, stop, watch, groups)
+    loop = Trainer(config, sets, stepper, optimizer, scheduler, checkpointer, recorder, folder, stop, watchdog, groups)
     try:
         finished = loop.run(step)
     finally:
-        watch.mark("closing metrics and W&B", SLOW)
+        watchdog.set_phase("closing metrics and W&B", SLOW_PHASE_FACTOR)
         recorder.close()
     if finished and recorder.outputs:
-        watch.mark("drawing loss.png")
+        watchdog.set_phase("drawing loss.png")
         plot_loss(folder.metrics, folder.path / "loss.png", config.run.name)
         print(f"done: '{folder.path}' holds metrics.jsonl, loss.png and checkpoints/", flush=True)
     return 0

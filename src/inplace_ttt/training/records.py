@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.files import read_json_lines, write_text
-from inplace_ttt.resilience.signals import unheard
-from inplace_ttt.training.numbers import numbers_of
+from inplace_ttt.resilience.signals import block_stop_signals
+from inplace_ttt.training.scalars import scalars_of
 
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # of a step, by the machine's speed
 
@@ -64,7 +64,7 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite: such a step is not recorded
 
 
-class Screen:
+class ProgressLog:
     """A line that lives where there is a terminal, and one every so many steps where there is none."""
 
     def __init__(self, config: Config, first_step: int):
@@ -142,7 +142,7 @@ class WandB:
             known = uuid.uuid4().hex[:12]
             write_text(remembered, known)
         try:
-            with unheard():
+            with block_stop_signals():
                 self.run = wandb.init(
                     project=config.log.wandb_project,
                     name=config.run.name,
@@ -161,7 +161,7 @@ class WandB:
 
     def write(self, record: dict) -> None:
         if self.run is not None:
-            numbers = numbers_of(record) | _histograms(record.get("update_histogram", {}))
+            numbers = scalars_of(record) | _histograms(record.get("update_histogram", {}))
             self._carefully(lambda: self.run.log(numbers, step=record["step"]))
 
     def close(self) -> None:

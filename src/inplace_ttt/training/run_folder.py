@@ -12,9 +12,9 @@ from omegaconf import MISSING
 from inplace_ttt.config import SOURCE_LISTS, Config, OnResume, UserError, schema_keys
 from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
-from inplace_ttt.hf.companions import keep_companions
+from inplace_ttt.hf.auxiliary_files import save_auxiliary_files
 from inplace_ttt.megatron.checkpoint import read_progress, remove_abandoned, whole_checkpoints
-from inplace_ttt.megatron.runtime import agree
+from inplace_ttt.megatron.runtime import raise_on_all_ranks
 from inplace_ttt.resilience.checksums import corruption
 from inplace_ttt.resilience.lock import Lock
 
@@ -55,7 +55,7 @@ class RunFolder:
 
         def write() -> None:
             write_yaml(self._config_file, asdict(config))
-            keep_companions(config, self.path)
+            save_auxiliary_files(config, self.path)
 
         self._first_rank(write)
         self._made = []
@@ -85,7 +85,7 @@ class RunFolder:
                     f"run.dir='{self.path}' cannot be written ({where}{caught.strerror}): "
                     f"choose a folder that can, with room for checkpoints"
                 )
-        agree(error)
+        raise_on_all_ranks(error)
         dist.broadcast_object_list(result, src=0)
         return result[0]
 

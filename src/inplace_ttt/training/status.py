@@ -15,7 +15,7 @@ from inplace_ttt.config import UserError
 from inplace_ttt.files import read_yaml
 from inplace_ttt.training.plots import COLORS, INK, label_last, pyplot, running_mean, save, style, window_of
 from inplace_ttt.training.records import duration, read_metrics
-from inplace_ttt.training.timeline import Lost, read_timeline
+from inplace_ttt.training.timeline import RestartCost, read_timeline
 
 BARS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps that speed is the median of
@@ -77,8 +77,8 @@ class Status:
         return {key.removeprefix("update_ratio/"): [one.get(key, 0.0) for one in self.steps] for key in keys}
 
     @property
-    def lost(self) -> Lost:
-        return Lost.of(self.timeline)
+    def lost(self) -> RestartCost:
+        return RestartCost.of(self.timeline)
 
     @property
     def slow(self) -> list[dict]:
@@ -156,7 +156,7 @@ def _range(steps: list[dict], key: str) -> str:
     return f"{steps[0][key]:.4g} → {steps[-1][key]:.4g}"
 
 
-def _events(status: Status, lost: Lost) -> Text:
+def _events(status: Status, lost: RestartCost) -> Text:
     text = Text()
     starts = [event for event in status.timeline if event["event"] == "start"]
     if starts:

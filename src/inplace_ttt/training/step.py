@@ -86,7 +86,7 @@ class Stepper:
         with self._evaluating(fast_weights):
             return self._forward(batches, count, forward_only=True, ranges=ranges, sources=sources)
 
-    def sums_of_each(
+    def range_losses(
         self, batches: Sequence[MicroBatch], ranges: Sequence[PositionRanges], *, fast_weights: bool = True
     ) -> list[list[list[float]]]:
         """Return [loss, tokens] of each range of each micro batch: of this data-parallel rank's alone, and the same on

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from inplace_ttt.config import Config, UserError, one_line
-from inplace_ttt.resilience.signals import unheard
-from inplace_ttt.training.numbers import numbers_of
+from inplace_ttt.resilience.signals import block_stop_signals
+from inplace_ttt.training.scalars import scalars_of
 
 FOLDER = "tensorboard"  # of a run
 
@@ -25,7 +25,7 @@ class TensorBoard:
                 f"log.tensorboard=true: the package tensorboard cannot be loaded ({one_line(error)}): install it, or "
                 f"use log.tensorboard=false"
             ) from error
-        with unheard():
+        with block_stop_signals():
             self.writer = SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1 if first_step else None)
 
     def write(self, record: dict) -> None:
@@ -33,7 +33,7 @@ class TensorBoard:
         if self.writer is None:
             return
         step = record["step"]
-        for name, value in numbers_of(record).items():
+        for name, value in scalars_of(record).items():
             self.writer.add_scalar(name, value, step)
         for layer, sparse in record.get("update_histogram", {}).items():
             self._add_histogram(f"update_norm_log10/layer_{layer}", sparse, step)

@@ -83,7 +83,7 @@ def _is_event(record: dict) -> bool:
 
 
 @dataclass(frozen=True)
-class Lost:
+class RestartCost:
     """Sum the time that went to restarts after crashes.
 
     A run that was done, or stopped as asked, lost nothing until its next start.
@@ -95,7 +95,7 @@ class Lost:
     redone_seconds: float = 0.0
 
     @classmethod
-    def of(cls, timeline: Iterable[dict]) -> "Lost":
+    def of(cls, timeline: Iterable[dict]) -> "RestartCost":
         again, on_purpose = [], False
         for event in timeline:
             if event["event"] == "start" and "down_seconds" in event and not on_purpose:

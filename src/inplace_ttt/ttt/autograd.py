@@ -39,7 +39,7 @@ class CarryCache:
 
 
 @dataclass(frozen=True)
-class Call:
+class OpContext:
     """Everything that the operation depends on besides tensors."""
 
     plan: Plan
@@ -103,7 +103,7 @@ class Call:
 class _Targets:
     """The targets that the scan writes: computed stage by stage, and clipped."""
 
-    def __init__(self, call: Call, source: ChunkTargets | None, z: Tensor, weight: Tensor, v: Tensor):
+    def __init__(self, call: OpContext, source: ChunkTargets | None, z: Tensor, weight: Tensor, v: Tensor):
         self.call, self.source, self.z, self.v = call, source, z, v
         self.weight_norm = self.clip = None
         if call.clip is not None or call.with_ratios:
@@ -140,7 +140,7 @@ class FastWeightLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call: Call, source: ChunkTargets | None, z, weight, initial, v):
+    def forward(ctx, call: OpContext, source: ChunkTargets | None, z, weight, initial, v):
         (s, b, f), d = z.shape, weight.shape[0]
         plan, cache, pool = call.plan, call.carry_cache, WindowPool(keep=call.keep)
         out = z.new_empty(s, b, d)
@@ -216,7 +216,7 @@ class FastWeightLinear(torch.autograd.Function):
 
 
 def _gradients(
-    call: Call,
+    call: OpContext,
     z: Tensor,
     v: Tensor,  # that was written: clipped
     weight: Tensor,

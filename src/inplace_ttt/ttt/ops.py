@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.operation import KEPT_SHARE
-from inplace_ttt.ttt.autograd import Call, CarryCache, FastWeightLinear
+from inplace_ttt.ttt.autograd import CarryCache, FastWeightLinear, OpContext
 from inplace_ttt.ttt.backends import choose_backend
 from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, check_documents, make_plan
 from inplace_ttt.ttt.products import state_dtype
-from inplace_ttt.ttt.rule import PAPER, UpdateRule
+from inplace_ttt.ttt.rule import PAPER_RULE, UpdateRule
 from inplace_ttt.ttt.scan import Exchange
 from inplace_ttt.ttt.state import FastWeightState, check_state, zero_state
 from inplace_ttt.ttt.target import ChunkTargets
@@ -33,7 +33,7 @@ def fast_weight_linear(
     output_final_state: bool = False,
     clip: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    rule: UpdateRule = PAPER,
+    rule: UpdateRule = PAPER_RULE,
     plan: Plan | None = None,
     backend: str = "auto",
     comm_dtype: torch.dtype | None = None,
@@ -113,7 +113,7 @@ def fast_weight_linear(
     s, d = z.shape[0], weight.shape[0]
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     bounds = tuple(sorted(set(check_documents(documents, s * cp_size)))) if s else (0,)
-    if rule is not PAPER and (clip is not None or return_update_norms or return_update_ratios):
+    if rule is not PAPER_RULE and (clip is not None or return_update_norms or return_update_ratios):
         raise ValueError(f"clip, update norms and ratios are of the paper's rule, not of '{rule.name}': leave them out")
     if plan is None:
         plan = make_plan(s * cp_size, chunk_size, documents, cp_size, cp_rank)
@@ -265,7 +265,7 @@ def _run(
     if needs_grad and options.keep_chunk_weights is None and backend.keeps_by_default:
         kept_bytes = z.element_size() * weight.numel() * plan.scanned_chunks * z.shape[1] * options.kept_layers
         keep = kept_bytes <= KEPT_SHARE * _free_bytes(z.device)
-    call = Call(
+    call = OpContext(
         plan=plan,
         backend=backend,
         exchange=options.exchange,

@@ -14,7 +14,7 @@ from enum import Enum
 
 from inplace_ttt.ttt.plan import CALLER, Plan
 
-HOPS_OF_TARGETS = 2  # that a rank must wait for targets to cost nothing
+MIN_HOPS_FOR_EARLY_TARGETS = 2  # that a rank must wait for targets to cost nothing
 
 
 class Task(Enum):
@@ -35,7 +35,7 @@ def forward_order(plan: Plan) -> Order:
     """Return the order of the forward's tasks."""
     if len(plan.prefix) == 1:
         return [(Task.TARGETS, 0), (Task.SCAN, 0), (Task.OUTPUTS, 0)]
-    early = plan.prefix[0].source not in (None, CALLER) and plan.cp_rank >= HOPS_OF_TARGETS
+    early = plan.prefix[0].source not in (None, CALLER) and plan.cp_rank >= MIN_HOPS_FOR_EARLY_TARGETS
     return [
         (Task.TARGETS, 0),
         *[(Task.TARGETS, 1)] * early,

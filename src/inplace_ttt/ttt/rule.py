@@ -80,4 +80,4 @@ class ScanStep:
             self.rule.update_state(state, a, z, self.scale)
 
 
-PAPER = UpdateRule()
+PAPER_RULE = UpdateRule()

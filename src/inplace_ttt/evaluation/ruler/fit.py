@@ -11,7 +11,7 @@ from inplace_ttt.evaluation.ruler.task import Draft, Task
 # A sample that is too long is made again with a haystack that is one step smaller. From FINE_FROM tokens on its size is
 # chosen anew until the sample fills FULL of the length: documents differ in length, and steps of some tasks are large.
 FINE_FROM, FULL = 16384, 0.975
-LEAST = 5  # parts of a haystack: needles lie between them
+MIN_HAYSTACK_PARTS = 5  # parts of a haystack: needles lie between them
 DRAWS = 20
 GROWTH = 4  # words or lines of a haystack for which a tokenizer makes one token at the least
 NEAR = 200  # a share of the size by which a guess is made larger, to find a size that does not fit
@@ -64,7 +64,7 @@ class Fitter:
         low = self.task.step(self.length)
         tokens = self._make(0, low).tokens
         while tokens > self.room:
-            if low <= LEAST:
+            if low <= MIN_HAYSTACK_PARTS:
                 raise self._too_short(0, low)
             low = self._smaller(low)
             tokens = self._make(0, low).tokens
@@ -106,7 +106,7 @@ class Fitter:
     def _smaller(self, size: int) -> int:
         """Return the next smaller size: by a step, and where there is no room for that by a tenth of one."""
         step = self.task.step(self.length)
-        return size - step if size - step >= LEAST else max(LEAST, size - max(1, step // 10))
+        return size - step if size - step >= MIN_HAYSTACK_PARTS else max(MIN_HAYSTACK_PARTS, size - max(1, step // 10))
 
     def sample(self, index: int) -> Sample:
         """Return sample ``index``, which does not depend on how many there are."""
@@ -114,7 +114,7 @@ class Fitter:
         if self.length < FINE_FROM:
             sample = self._make(index, size)
             while sample.tokens > self.room:
-                if size <= LEAST:
+                if size <= MIN_HAYSTACK_PARTS:
                     raise self._too_short(index, size)
                 size = self._smaller(size)
                 sample = self._make(index, size)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
-from inplace_ttt.environment import within
+from inplace_ttt.environment import run_with_timeout
 from inplace_ttt.evaluation.ruler import TASKS, make_tasks
 from inplace_ttt.evaluation.ruler.fit import Fitter, Sample
 from inplace_ttt.evaluation.ruler.needles import needle_at_depth
@@ -28,12 +28,12 @@ from inplace_ttt.resilience.signals import end_with_parent
 
 VERSION = 2  # of the generators: samples of others are made anew
 BLOCK = 10  # samples that a process makes at a time
-PATIENCE = 20.0  # seconds in which a chat template renders a short question
-WORTHWHILE = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
+RENDER_TIMEOUT = 20.0  # seconds in which a chat template renders a short question
+MIN_TOKENS_PER_WORKER = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
 
 
 @dataclass(frozen=True)
-class Order:
+class SampleRequest:
     """Ask for samples of one task at one length."""
 
     task: str
@@ -83,9 +83,9 @@ class Rendering:
                 failed.append(error)
             return True
 
-        if within(PATIENCE, run) is None:
+        if run_with_timeout(RENDER_TIMEOUT, run) is None:
             raise UserError(
-                f"--template chat: the tokenizer's chat template makes no prompt in {PATIENCE:.0f} s; use "
+                f"--template chat: the tokenizer's chat template makes no prompt in {RENDER_TIMEOUT:.0f} s; use "
                 f"--template base"
             )
         if failed:
@@ -114,8 +114,8 @@ class Rendering:
             raise UserError("--template chat: the tokenizer's chat template makes what is no text") from error
 
 
-def samples_of(orders: list[Order], tokenizer_folder: Path, data: Path | None, kept: Path, workers: int,
-               progress: Callable[[], None] = lambda: None) -> dict[Order, list[Sample]]:  # fmt: skip
+def samples_of(requests: list[SampleRequest], tokenizer_folder: Path, data: Path | None, kept: Path, workers: int,
+               progress: Callable[[], None] = lambda: None) -> dict[SampleRequest, list[Sample]]:  # fmt: skip
     """Return the samples of each order, and keep those that were not there.
 
     Args:
@@ -125,22 +125,22 @@ def samples_of(orders: list[Order], tokenizer_folder: Path, data: Path | None, k
         progress: called after each sample.
     """
     folder = kept / _source(load_tokenizer(str(tokenizer_folder)), data)
-    found = {order: read_kept(folder / order.file, order.count) for order in orders}
-    lacking = [order for order in orders if found[order] is None]
+    found = {request: read_kept(folder / request.file, request.count) for request in requests}
+    lacking = [request for request in requests if found[request] is None]
     if lacking:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--kept '{kept}' cannot hold samples ({error.strerror}): name another folder") from error
-        lacking.sort(key=lambda order: -order.length)
-        made: dict[Order, dict[int, Sample]] = {order: {} for order in lacking}
-        for order, samples in _made(lacking, partial(_start, str(tokenizer_folder), data), workers):
-            made[order] |= {sample.index: sample for sample in samples}
+        lacking.sort(key=lambda request: -request.length)
+        made: dict[SampleRequest, dict[int, Sample]] = {request: {} for request in lacking}
+        for request, samples in _made(lacking, partial(_start, str(tokenizer_folder), data), workers):
+            made[request] |= {sample.index: sample for sample in samples}
             for _ in samples:
                 progress()
-            if len(made[order]) == order.count:
-                found[order] = [made[order][index] for index in range(order.count)]
-                write_text(folder / order.file, "".join(json.dumps(asdict(one)) + "\n" for one in found[order]))
+            if len(made[request]) == request.count:
+                found[request] = [made[request][index] for index in range(request.count)]
+                write_text(folder / request.file, "".join(json.dumps(asdict(one)) + "\n" for one in found[request]))
     return found
 
 
@@ -155,22 +155,22 @@ def read_kept(path: Path, count: int) -> list[Sample] | None:
     return samples if whole else None
 
 
-def _made(orders: list[Order], start: Callable, workers: int) -> Iterator[tuple[Order, list[Sample]]]:
+def _made(requests: list[SampleRequest], start: Callable, workers: int) -> Iterator[tuple[SampleRequest, list[Sample]]]:
     """Yield samples as they are made: first how large the haystack of each order is, then blocks, in any order."""
-    blocks = [(order, range(first, min(first + BLOCK, order.count)))
-              for order in orders for first in range(0, order.count, BLOCK)]  # fmt: skip
-    tokens = sum(order.count * order.length for order in orders)
-    workers = min(workers, len(blocks), 1 + tokens // WORTHWHILE)
+    blocks = [(request, range(first, min(first + BLOCK, request.count)))
+              for request in requests for first in range(0, request.count, BLOCK)]  # fmt: skip
+    tokens = sum(request.count * request.length for request in requests)
+    workers = min(workers, len(blocks), 1 + tokens // MIN_TOKENS_PER_WORKER)
     if workers < 2:
         start()
-        sizes = _sizes(orders, map(_size, orders))
-        yield from map(_make, [(sizes[order], order, indices) for order, indices in blocks])
+        sizes = _sizes(requests, map(_size, requests))
+        yield from map(_make, [(sizes[request], request, indices) for request, indices in blocks])
         return
     context = multiprocessing.get_context("forkserver")  # one process imports libraries, for all
     context.set_forkserver_preload([__name__])
     with context.Pool(workers, _start_process, (start,)) as pool:
-        sizes = _sizes(orders, pool.imap(_size, orders))
-        yield from pool.imap_unordered(_make, [(sizes[order], order, indices) for order, indices in blocks])
+        sizes = _sizes(requests, pool.imap(_size, requests))
+        yield from pool.imap_unordered(_make, [(sizes[request], request, indices) for request, indices in blocks])
 
 
 _process: dict = {}  # what a process that makes samples keeps between blocks
@@ -186,41 +186,41 @@ def _start(tokenizer_folder: str, data: Path | None) -> None:
     _process.update(tokenizer=load_tokenizer(tokenizer_folder), sources=Sources(data))
 
 
-def _size(order: Order) -> int | str:
+def _size(request: SampleRequest) -> int | str:
     """Return the size of an order's haystack, or why there is none."""
     try:
-        return _fitter(order).size
+        return _fitter(request).size
     except UserError as error:
         return str(error)
 
 
-def _sizes(orders: list[Order], found: Iterable[int | str]) -> dict[Order, int]:
+def _sizes(requests: list[SampleRequest], found: Iterable[int | str]) -> dict[SampleRequest, int]:
     """Return the sizes by order. Raises UserError with all reasons why there are not some."""
-    sizes = dict(zip(orders, found, strict=True))
+    sizes = dict(zip(requests, found, strict=True))
     reasons = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
     if reasons:
         raise UserError("; ".join(reasons))
     return sizes
 
 
-def _make(block: tuple[int, Order, range]) -> tuple[Order, list[Sample]]:
-    size, order, indices = block
-    fitter = _fitter(order, size)
-    return order, [fitter.sample(index) for index in indices]
+def _make(block: tuple[int, SampleRequest, range]) -> tuple[SampleRequest, list[Sample]]:
+    size, request, indices = block
+    fitter = _fitter(request, size)
+    return request, [fitter.sample(index) for index in indices]
 
 
-def _fitter(order: Order, size: int | None = None) -> Fitter:
-    rendering = Rendering(_process["tokenizer"], order.template)
+def _fitter(request: SampleRequest, size: int | None = None) -> Fitter:
+    rendering = Rendering(_process["tokenizer"], request.template)
 
     def count_tokens(text: str) -> int:
         return len(rendering.encode(text))
 
     sources = _process["sources"]
-    if order.task in TASKS:
-        task = make_tasks(sources, count_tokens, order.seed)[order.task]
+    if request.task in TASKS:
+        task = make_tasks(sources, count_tokens, request.seed)[request.task]
     else:
-        task = needle_at_depth(order.task, sources)
-    return Fitter(task, order.length, order.seed, rendering.render, count_tokens, size)
+        task = needle_at_depth(request.task, sources)
+    return Fitter(task, request.length, request.seed, rendering.render, count_tokens, size)
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, data: Path | None) -> str:

@@ -88,13 +88,13 @@ def kernels() -> Finding:
         return Finding(part, State.LACKING, "need a Hopper GPU", costs)
     try:
         from inplace_ttt.ttt import fast_weight_linear, naive
-        from inplace_ttt.ttt.backends import why_not_hopper
-        from inplace_ttt.ttt.rule import PAPER
+        from inplace_ttt.ttt.backends import hopper_unavailable_reason
+        from inplace_ttt.ttt.rule import PAPER_RULE
 
         torch.manual_seed(0)
         shapes = (256, 1, 128), (256, 1, 64), (64, 128)
         operands = [torch.randn(shape, device="cuda").bfloat16() for shape in shapes]
-        reason = why_not_hopper(operands[0], 64, chunk_size=64, eta=0.01, rule=PAPER)
+        reason = hopper_unavailable_reason(operands[0], 64, chunk_size=64, eta=0.01, rule=PAPER_RULE)
         if reason is not None:
             return Finding(part, State.LACKING, reason, costs)
         out = fast_weight_linear(*operands, eta=0.01, chunk_size=64)
@@ -119,7 +119,7 @@ def transformer_engine() -> Finding:
     part = "Transformer Engine"
     lack = "unfused norms and linears, attention by gathered keys and values, gradients added in a pass of their own"
     try:
-        why = te.why_lacking()
+        why = te.unavailable_reason()
     except UserError as error:
         return Finding(part, State.BROKEN, str(error), "nothing that imports megatron-core runs")
     if why is not None:

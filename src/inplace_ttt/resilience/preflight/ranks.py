@@ -22,7 +22,7 @@ from inplace_ttt.environment import World
 from inplace_ttt.packages import version
 from inplace_ttt.resilience.preflight.node import State, examine
 from inplace_ttt.resilience.rendezvous import Rendezvous, join
-from inplace_ttt.resilience.watch import Watch
+from inplace_ttt.resilience.watchdog import Watchdog
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu13")
 PINGS = 5
@@ -71,42 +71,42 @@ def reports_of_all(folder: Path, minutes: float, on_hang: Callable[[str], None])
     """
     world = World.from_environment()
     rendezvous = Rendezvous(world, minutes) if world.size > 1 else None
-    with Watch.join(world, 60 * minutes, on_hang, rendezvous) as watch:
-        watch.mark("joining the other ranks")
+    with Watchdog.join(world, 60 * minutes, on_hang, rendezvous) as watchdog:
+        watchdog.set_phase("joining the other ranks")
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(world.local_rank)
         try:
             join(world, rendezvous, "nccl" if on_gpu else "gloo", timedelta(minutes=1.5 * minutes))
-            watch.share_secret()
-            found = _look(folder, watch.mark)
-            watch.mark("leaving")
+            watchdog.share_secret()
+            found = _look(folder, watchdog.set_phase)
+            watchdog.set_phase("leaving")
             dist.destroy_process_group()
         except RuntimeError as error:
-            on_hang(f"contact with another rank was lost: {watch.explain_loss() or one_line(error)}")
+            on_hang(f"contact with another rank was lost: {watchdog.explain_loss() or one_line(error)}")
             raise
         return found
 
 
-def _look(folder: Path, mark: Callable[[str], None]) -> list[Report]:
+def _look(folder: Path, set_phase: Callable[[str], None]) -> list[Report]:
     rank, size, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     place = Place(rank, size, local, device, dist.new_group(backend="gloo"))
-    mark("looking at its own node")
+    set_phase("looking at its own node")
     report = Report(rank, socket.gethostname(), versions())
     if local == 0:
         report.broken = [f"{one.part}: {one.found}" for one in examine() if one.state is State.BROKEN]
     if device.type == "cuda":
         _gpu(report, local)
-    mark("a matrix product")
+    set_phase("a matrix product")
     _arithmetic(report, device)
-    mark("comparing clocks")
+    set_phase("comparing clocks")
     report.clock = _clock(place)
-    mark(f"writing to '{folder}'")
+    set_phase(f"writing to '{folder}'")
     report.folder = _shared(folder, place)
-    mark("an all-reduce")
+    set_phase("an all-reduce")
     report.reduce_bandwidth = _all_reduce(place)
-    mark("the ring's links")
+    set_phase("the ring's links")
     report.link = _link(place)
     hosts = place.gather(report.host)
     report.neighbour = hosts[(rank - 1) % size]

@@ -78,7 +78,7 @@ def choose_backend(name: str, z: Tensor, d: int, chunk_size: int, eta: float, ru
         raise ValueError(f"backend='{name}' is not known: use one of {', '.join(('auto', *BACKENDS))}")
     if name == "torch" or (name == "auto" and not z.is_cuda):
         return TorchBackend()
-    reason = why_not_hopper(z, d, chunk_size, eta, rule)
+    reason = hopper_unavailable_reason(z, d, chunk_size, eta, rule)
     if reason is None:
         from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
 
@@ -89,7 +89,7 @@ def choose_backend(name: str, z: Tensor, d: int, chunk_size: int, eta: float, ru
     return TorchBackend()
 
 
-def why_not_hopper(z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateRule) -> str | None:
+def hopper_unavailable_reason(z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateRule) -> str | None:
     """Return why the kernels cannot take these operands, or None."""
     if type(rule) is not UpdateRule:
         return f"they compute the paper's update rule, not '{rule.name}'"
@@ -99,7 +99,7 @@ def why_not_hopper(z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateR
         from inplace_ttt.ttt.backends.hopper import scan
     except ImportError as error:
         return f"they cannot be loaded ({error})"
-    return scan.why_unsupported(z, d, chunk_size, eta)
+    return scan.unsupported_reason(z, d, chunk_size, eta)
 
 
 @functools.cache

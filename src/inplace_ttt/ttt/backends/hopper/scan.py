@@ -351,7 +351,7 @@ def programs(rows: int, f: int) -> int:
     return triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F)
 
 
-def why_unsupported(z: Tensor, d: int, chunk_size: int, eta: float) -> str | None:
+def unsupported_reason(z: Tensor, d: int, chunk_size: int, eta: float) -> str | None:
     """Return why the kernel cannot take these operands, or None."""
     if torch.cuda.get_device_capability(z.device)[0] != 9:
         return f"{torch.cuda.get_device_name(z.device)} is no Hopper GPU"

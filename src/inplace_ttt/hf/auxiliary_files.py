@@ -26,7 +26,7 @@ TOKENIZER = (
 FOLDER = "hf"
 
 
-def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> None:
+def copy_auxiliary_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Copy those files that are there. Raises UserError for a link that leads out of the folder, to anything else that
     the user may read."""
     for name in names:
@@ -37,25 +37,25 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(path, target / name)
 
 
-def keep_companions(config: Config, run: Path) -> None:
+def save_auxiliary_files(config: Config, run: Path) -> None:
     """Put the companions of a run into ``run.dir/hf``, where it has none yet."""
     target = run / FOLDER
     if target.exists():
         return
-    base, tokenizer = base_of(config, run), tokenizer_of(config, run)
+    base, tokenizer = find_base_folder(config, run), find_tokenizer_folder(config, run)
     if base is None and tokenizer is None:
         return
     partial = run / f".{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     if base is not None:
-        copy_companions(base, partial, (CONFIG, GENERATION, *TOKENIZER))
+        copy_auxiliary_files(base, partial, (CONFIG, GENERATION, *TOKENIZER))
     if tokenizer is not None:
-        copy_companions(tokenizer, partial, TOKENIZER)
+        copy_auxiliary_files(tokenizer, partial, TOKENIZER)
     partial.rename(target)
 
 
-def base_of(config: Config, run: Path, seen: frozenset[Path] = frozenset()) -> Path | None:
+def find_base_folder(config: Config, run: Path, seen: frozenset[Path] = frozenset()) -> Path | None:
     """Return the folder with the config.json of what a run was begun with, through all runs before it; None: it was
     begun from nothing."""
     if (run / FOLDER / CONFIG).is_file():
@@ -69,11 +69,11 @@ def base_of(config: Config, run: Path, seen: frozenset[Path] = frozenset()) -> P
         return load / FOLDER
     for before in (load, load.parent.parent):
         if (before / "config.yaml").is_file() and before.resolve() not in seen | {run.resolve()}:
-            return base_of(read_run_config(before), before, seen | {load, run.resolve(), before.resolve()})
+            return find_base_folder(read_run_config(before), before, seen | {load, run.resolve(), before.resolve()})
     return None
 
 
-def tokenizer_of(config: Config, run: Path) -> Path | None:
+def find_tokenizer_folder(config: Config, run: Path) -> Path | None:
     """Return the folder of the tokenizer that a run's data were made with; None: the run names none.
 
     Raises UserError where it names one that is not there.

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.files import read_json
-from inplace_ttt.megatron.runtime import agree
+from inplace_ttt.megatron.runtime import raise_on_all_ranks
 
 COMMON_STATE = "common_state/shard_0_1"  # where Megatron keeps what is no tensor
 OPTIMIZER = "optimizer."  # how the names of its states begin
@@ -157,7 +157,7 @@ def load(state: dict, folder: Path) -> dict:
         read_common_state(folder)
     except UserError as caught:
         error = caught
-    agree(error)  # what follows is collective
+    raise_on_all_ranks(error)  # what follows is collective
     with readable(folder):
         return serialization.load(state, str(folder))
 

@@ -8,14 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from inplace_ttt.resilience.watch import DONE, Beat, Seen, Watch, _where, who_hangs, who_is_gone
+from inplace_ttt.resilience.watchdog import (
+    DONE,
+    Heartbeat,
+    PeerStatus,
+    Watchdog,
+    _where,
+    describe_hang,
+    describe_lost_rank,
+)
 
 
-def seen(marks: int = 5, silent: float = 0.0, *, waits: bool = True, where: str = "", left: str | None = None) -> Seen:
-    return Seen(Beat(1, "", 0, marks, f"micro batch {marks}", where, waits, left), silent)
+def seen(
+    phases: int = 5, silent: float = 0.0, *, waiting: bool = True, where: str = "", left: str | None = None
+) -> PeerStatus:
+    return PeerStatus(Heartbeat(1, "", 0, phases, f"micro batch {phases}", where, waiting, left), silent)
 
 
-def ranks(*everyone: Seen) -> dict[int, Seen]:
+def ranks(*everyone: PeerStatus) -> dict[int, PeerStatus]:
     for rank, one in enumerate(everyone):
         one.beat.host, one.beat.process = f"node{rank // 2}", 70 + rank
     return dict(enumerate(everyone))
@@ -23,31 +33,33 @@ def ranks(*everyone: Seen) -> dict[int, Seen]:
 
 def test_a_silent_rank_is_named_and_where_the_others_wait():
     known = ranks(seen(), seen(silent=9.0), seen(where="all_reduce at loop.py:3"), seen())
-    assert who_hangs(known, 3.0) == (
+    assert describe_hang(known, 3.0) == (
         "rank 1 (node0, process 71) does not answer any more, last heard of in micro batch 5; "
         "3 others wait, rank 0 in micro batch 5"
     )
 
 
 def test_a_rank_at_work_is_what_the_others_wait_for():
-    known = ranks(seen(where="wait at ring.py:1"), seen(), seen(waits=False, where="data/packed.py:88"), seen())
-    assert who_hangs(known, 3.0).startswith(
+    known = ranks(seen(where="wait at ring.py:1"), seen(), seen(waiting=False, where="data/packed.py:88"), seen())
+    assert describe_hang(known, 3.0).startswith(
         "rank 2 (node1, process 72) does not go on from micro batch 5 (data/packed.py:88); 3 others wait"
     )
 
 
 def test_else_the_rank_behind_the_others():
-    known = ranks(seen(), seen(), seen(), seen(marks=4))
-    assert who_hangs(known, 3.0).startswith("rank 3 (node1, process 73) does not go on from micro batch 4; 3 others")
+    known = ranks(seen(), seen(), seen(), seen(phases=4))
+    assert describe_hang(known, 3.0).startswith(
+        "rank 3 (node1, process 73) does not go on from micro batch 4; 3 others"
+    )
 
 
 def test_where_all_wait_alike_nobody_is_blamed():
-    assert who_hangs(ranks(seen(), seen()), 3.0) == "no rank goes on; rank 0 waits in micro batch 5"
+    assert describe_hang(ranks(seen(), seen()), 3.0) == "no rank goes on; rank 0 waits in micro batch 5"
 
 
 def test_many_silent_ranks_are_counted():
     known = ranks(*(seen(silent=9.0 if rank else 0.0) for rank in range(8)))
-    said = who_hangs(known, 3.0)
+    said = describe_hang(known, 3.0)
     assert "rank 4 (node2, process 74) and 3 more do not answer" in said and said.endswith(
         "rank 0 waits in micro batch 5"
     )
@@ -55,11 +67,11 @@ def test_many_silent_ranks_are_counted():
 
 def test_who_ended_with_a_reason_explains_more_than_who_is_silent():
     known = ranks(seen(), seen(left=DONE), seen(silent=9.0), seen(left="the disk is full"))
-    assert who_is_gone(known, 0, 3.0) == "rank 3 (node1) ended: the disk is full"
+    assert describe_lost_rank(known, 0, 3.0) == "rank 3 (node1) ended: the disk is full"
     known[3].beat.left = DONE
-    assert who_is_gone(known, 0, 3.0).startswith("rank 2 (node1, process 72) does not answer any more")
+    assert describe_lost_rank(known, 0, 3.0).startswith("rank 2 (node1, process 72) does not answer any more")
     known[2].silent = 0.0
-    assert who_is_gone(known, 0, 3.0) is None
+    assert describe_lost_rank(known, 0, 3.0) is None
 
 
 def test_where_a_thread_stands():
@@ -90,12 +102,12 @@ def store():
 def test_a_watch_ends_a_rank_that_stands_still(store):
     """Two watches of one process: one rank goes on, the other does not."""
     said = []
-    stands = Watch(0, 2, 1.0, said.append, store())
-    goes_on = Watch(1, 2, 1.0, said.append, store())
-    stands.mark("step 7")
+    stands = Watchdog(0, 2, 1.0, said.append, store())
+    goes_on = Watchdog(1, 2, 1.0, said.append, store())
+    stands.set_phase("step 7")
     deadline = time.monotonic() + 10
     while not said and time.monotonic() < deadline:
-        goes_on.mark("step 8")
+        goes_on.set_phase("step 8")
         time.sleep(0.05)
     goes_on.leave()
     assert len(said) == 1 and f"process {os.getpid()}" in said[0] and "step 7" in said[0]
@@ -103,8 +115,8 @@ def test_a_watch_ends_a_rank_that_stands_still(store):
 
 def test_patience_is_a_multiple_of_the_limit(store):
     said = []
-    watch = Watch(0, 1, 0.3, said.append, store())
-    watch.mark("loading", patience=1000)
+    watch = Watchdog(0, 1, 0.3, said.append, store())
+    watch.set_phase("loading", timeout_factor=1000)
     time.sleep(1.5)
     watch.leave()
     assert not said
@@ -113,12 +125,12 @@ def test_patience_is_a_multiple_of_the_limit(store):
 def test_a_forged_beat_ends_nothing(store):
     """Whoever reaches the store can write to it; what is not signed by the rank is no beat."""
     shared, said = store(), []
-    mine, other = (Watch(rank, 2, 60.0, said.append, shared) for rank in range(2))
+    mine, other = (Watchdog(rank, 2, 60.0, said.append, shared) for rank in range(2))
     try:
         for watch in (mine, other):
             watch._secret = b"known to the ranks alone"
-            watch._beat()
-        assert mine._look()[1].beat.left is None
+            watch._send_heartbeat()
+        assert mine._read_heartbeats()[1].beat.left is None
         honest = json.loads(shared.get("1").decode().partition(" ")[2])
         forged = json.dumps({**honest, "number": 10**9, "left": "I say so"})
         stolen = shared.get("0").decode().partition(" ")[0]
@@ -131,12 +143,12 @@ def test_a_forged_beat_ends_nothing(store):
             f"{other._signature(0, forged)} {forged}",
         ):
             shared.set("1", content)
-            assert mine._look()[1].beat.left is None, content
+            assert mine._read_heartbeats()[1].beat.left is None, content
         shared.set("1", shared.get("1").decode())
-        other._beat()
-        assert mine._look()[1].beat.number < 10**9
+        other._send_heartbeat()
+        assert mine._read_heartbeats()[1].beat.number < 10**9
         other.leave("the disk is full")
-        assert mine._look()[1].beat.left == "the disk is full"
+        assert mine._read_heartbeats()[1].beat.left == "the disk is full"
     finally:
         mine.leave()
         other.leave()
@@ -145,7 +157,7 @@ def test_a_forged_beat_ends_nothing(store):
 
 def test_ranks_leave_together(store):
     said = []
-    first, last = (Watch(rank, 2, 60.0, said.append, store()) for rank in range(2))
+    first, last = (Watchdog(rank, 2, 60.0, said.append, store()) for rank in range(2))
     thread = threading.Thread(target=first.finish)
     thread.start()
     thread.join(0.5)
@@ -158,10 +170,10 @@ def test_ranks_leave_together(store):
 def test_a_rank_that_hangs_while_another_is_done_is_noticed(store):
     """The other is the only one that is left to notice it."""
     said = []
-    done = Watch(1, 2, 0.5, said.append, store())
-    hangs = Watch(0, 2, 60.0, said.append, store())
-    hangs.mark("drawing")
-    hangs._beat()
+    done = Watchdog(1, 2, 0.5, said.append, store())
+    hangs = Watchdog(0, 2, 60.0, said.append, store())
+    hangs.set_phase("drawing")
+    hangs._send_heartbeat()
     hangs._ended.set()  # as if it were stopped
     done.finish()
     assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heard of in drawing")
@@ -172,7 +184,7 @@ def test_a_store_that_is_gone_ends_the_wait():
 
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     said = []
-    watch = Watch(1, 2, 60.0, said.append, dist.TCPStore("127.0.0.1", server.port, is_master=False))
+    watch = Watchdog(1, 2, 60.0, said.append, dist.TCPStore("127.0.0.1", server.port, is_master=False))
     del server
     watch.finish()
     assert not said
@@ -180,6 +192,6 @@ def test_a_store_that_is_gone_ends_the_wait():
 
 def test_frames_of_this_package_are_known_wherever_they_are():
     from inplace_ttt import ttt
-    from inplace_ttt.resilience.watch import PACKAGE
+    from inplace_ttt.resilience.watchdog import PACKAGE
 
     assert Path(ttt.__file__).is_relative_to(PACKAGE) and PACKAGE.name == "inplace_ttt"

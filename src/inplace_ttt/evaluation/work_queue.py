@@ -8,13 +8,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inplace_ttt.job import ASKED_TO_STOP, GO_ON, SLOW, Job, JobStopped
+from inplace_ttt.job import EXIT_INTERRUPTED, RESUME_HINT, SLOW_PHASE_FACTOR, Job, JobStopped
 
 LINE = 30.0  # seconds between lines where there is no terminal
-LOOK = 0.1  # seconds between two looks at ranks that are still at work
+POLL_INTERVAL = 0.1  # seconds between two looks at ranks that are still at work
 
 
-class Share:
+class WorkQueue:
     """Deal out numbered pieces of work, whose costs are known, over the ranks of a job. Every rank makes it."""
 
     def __init__(self, job: Job, name: str, costs: list[float], samples: list[int], done: int = 0, key: str = ""):
@@ -28,7 +28,7 @@ class Share:
         self.job, self.name, self.costs, self.samples = job, name, costs, samples
         self.store = dist.PrefixStore(f"share/{name}/{key}", job.store)
         self.before = done
-        self.meter = Meter(name, done + sum(samples), done) if job.world.rank == 0 else None
+        self.meter = ProgressMeter(name, done + sum(samples), done) if job.world.rank == 0 else None
         self.started = time.monotonic()
 
     def __iter__(self) -> Iterator[int]:
@@ -39,7 +39,7 @@ class Share:
         try:
             self.job.stop.answer = f"{self.name}: asked to stop, the batches at hand are finished"
             while not self.job.stop.received and (number := self.store.add("next", 1) - 1) < len(self.costs):
-                self.job.watch.mark(f"{self.name}, part {number + 1} of {len(self.costs)}", SLOW)
+                self.job.watchdog.set_phase(f"{self.name}, part {number + 1} of {len(self.costs)}", SLOW_PHASE_FACTOR)
                 yield number
                 self.store.add("cost", round(1000 * self.costs[number]))
                 self.store.add("samples", self.samples[number])
@@ -50,18 +50,18 @@ class Share:
                 self.meter.close()
 
     def _wait(self) -> None:
-        self.job.watch.mark(f"waiting for the other ranks in {self.name}", SLOW)
+        self.job.watchdog.set_phase(f"waiting for the other ranks in {self.name}", SLOW_PHASE_FACTOR)
         self.store.add("finished", 1)
         while self.store.add("finished", 0) < self.job.world.size:
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL)
             self._show()
             if self.job.stop.received:  # perhaps because another rank is gone, which torchrun answers so
-                lost = self.job.watch.explain_loss()
+                lost = self.job.watchdog.explain_loss()
                 if lost is not None:
-                    raise JobStopped(f"contact with another rank was lost: {lost}; {GO_ON}", 4)
+                    raise JobStopped(f"contact with another rank was lost: {lost}; {RESUME_HINT}", 4)
         done, total = self.before + self.store.add("samples", 0), self.before + sum(self.samples)
         if done < total:
-            raise asked_to_end(self.name, done, total)
+            raise interrupted(self.name, done, total)
         if self.meter is not None:
             self.meter.close()
             say_speed(self.name, total - self.before, sum(self.costs), time.monotonic() - self.started)
@@ -72,14 +72,14 @@ class Share:
             self.meter.show(self.before + self.store.add("samples", 0), share)
 
 
-def asked_to_end(name: str, done: int, total: int) -> JobStopped:
+def interrupted(name: str, done: int, total: int) -> JobStopped:
     """Return what ends a job that was asked to stop before all its samples were done."""
     return JobStopped(
-        f"{name} was asked to stop: {done} of {total} samples are done, and the same command goes on", ASKED_TO_STOP
+        f"{name} was asked to stop: {done} of {total} samples are done, and the same command goes on", EXIT_INTERRUPTED
     )
 
 
-class Meter:
+class ProgressMeter:
     """Show how far a piece of work is, and the time left: a bar in a terminal, else a line now and then."""
 
     def __init__(self, name: str, samples: int, done: int = 0):

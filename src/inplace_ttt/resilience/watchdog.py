@@ -44,16 +44,16 @@ DONE = "done"  # why a rank ends that has nothing to complain of
 
 
 @dataclass
-class Beat:
+class Heartbeat:
     """Hold what a rank tells of itself."""
 
     number: int  # grows with every beat
     host: str
     process: int
-    marks: int  # how many it has set
-    doing: str  # the last one
+    phases: int  # how many it has set
+    phase: str  # the last one
     where: str  # in the code, where it has stood for a while
-    waits: bool  # for other ranks; likewise
+    waiting: bool  # for other ranks; likewise
     left: str | None = None  # why it ended, once it has
 
     @property
@@ -62,14 +62,14 @@ class Beat:
 
 
 @dataclass
-class Seen:
+class PeerStatus:
     """Hold what is known of another rank: its last beat, and for how many seconds it has been the last."""
 
-    beat: Beat
+    beat: Heartbeat
     silent: float
 
 
-class Watch:
+class Watchdog:
     """Watch the other ranks, for one rank. ``mark`` costs nothing; without a job's store nothing is watched."""
 
     INTERVAL = 1.0  # seconds between beats
@@ -78,19 +78,21 @@ class Watch:
         """``on_hang`` is called in the watching thread with a sentence, and ends the process. ``limit``: seconds."""
         self.rank, self.size, self.limit, self.on_hang, self.store = rank, size, limit, on_hang, store
         self.interval = min(self.INTERVAL, limit / 10)
-        self._marks, self._doing, self._since, self._patience = 0, "starting", time.monotonic(), 1.0
+        self._phases, self._phase, self._since, self._timeout_factor = 0, "starting", time.monotonic(), 1.0
         self._main, self._host = threading.get_ident(), socket.gethostname()
         self._number, self._left = 0, None
         self._secret: bytes | None = None
-        self._seen: dict[int, tuple[Beat, float]] = {}  # of each rank: its last beat, and when that was new
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}  # of each rank: its last beat, and when that was new
         self._lock, self._ended = threading.Lock(), threading.Event()
         if store is not None:
-            self._beat()
-            for name, run in (("tell", self._tell), ("guard", self._guard)):
+            self._send_heartbeat()
+            for name, run in (("tell", self._send_heartbeats), ("guard", self._check_own_progress)):
                 threading.Thread(target=run, name=name, daemon=True).start()
 
     @classmethod
-    def join(cls, world: World, limit: float, on_hang: Callable[[str], None], rendezvous: Rendezvous | None) -> "Watch":
+    def join(
+        cls, world: World, limit: float, on_hang: Callable[[str], None], rendezvous: Rendezvous | None
+    ) -> "Watchdog":
         """Watch through the job's store, on a connection of its own; a process that is alone watches nothing."""
         store = None
         if rendezvous is not None:
@@ -108,17 +110,22 @@ class Watch:
             for beat, _ in list(self._seen.values()):  # what anyone may have written; all ranks are here now
                 beat.number, beat.left = -1, None
             self._secret = secret[0]
-            self._beat()
+            self._send_heartbeat()
 
-    def mark(self, doing: str, patience: float = 1.0) -> None:
+    def set_phase(self, phase: str, timeout_factor: float = 1.0) -> None:
         """Note what the rank does now, and how many times the limit it may take."""
-        self._marks, self._doing, self._patience, self._since = self._marks + 1, doing, patience, time.monotonic()
+        self._phases, self._phase, self._timeout_factor, self._since = (
+            self._phases + 1,
+            phase,
+            timeout_factor,
+            time.monotonic(),
+        )
 
     def leave(self, why: str = DONE) -> None:
         """End watching, and tell the others why this rank ends: they will lose contact with it."""
         if self.store is not None and not self._ended.is_set():
             self._left = why
-            _within(ANSWER, self._beat)
+            _within(ANSWER, self._send_heartbeat)
             self._ended.set()
 
     def finish(self) -> None:
@@ -128,19 +135,19 @@ class Watch:
         """
         if self.store is None:
             return
-        self.mark("waiting for the other ranks to finish", math.inf)
+        self.set_phase("waiting for the other ranks to finish", math.inf)
         self._left = DONE
-        _within(ANSWER, self._beat)
+        _within(ANSWER, self._send_heartbeat)
         while not self._ended.is_set():
-            known = _within(ANSWER, self._look)
+            known = _within(ANSWER, self._read_heartbeats)
             # None: the store is gone, which the first rank may have opened: it waits for all others
             if known is None or all(seen.beat.left for rank, seen in known.items() if rank != self.rank):
                 self._ended.set()
             else:
-                self._judge(known)
+                self._check_peers(known)
                 time.sleep(self.interval / 10)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         return self
 
     def __exit__(self, kind, error, _) -> None:
@@ -150,62 +157,64 @@ class Watch:
         """Why contact with others may be lost: a sentence, or None where all are heard from."""
         if self.store is None:
             return None
-        known = _within(ANSWER, self._watch_losses)
-        return _unreachable() if known is None else who_is_gone(known, self.rank, 2.5 * self.interval)
+        known = _within(ANSWER, self._poll_for_losses)
+        return _unreachable() if known is None else describe_lost_rank(known, self.rank, 2.5 * self.interval)
 
-    def _watch_losses(self) -> dict[int, Seen]:
+    def _poll_for_losses(self) -> dict[int, PeerStatus]:
         """Return what ranks tell, after some beats or as soon as one says why it ended."""
-        known = self._look()
+        known = self._read_heartbeats()
         for _ in range(4):
             time.sleep(self.interval)
-            known = self._look()
+            known = self._read_heartbeats()
             if any(seen.beat.failed for rank, seen in known.items() if rank != self.rank):
                 break
         return known
 
-    def _tell(self) -> None:
+    def _send_heartbeats(self) -> None:
         looks_around = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one of a machine is enough
         while not self._ended.wait(self.interval):
             # RuntimeError: the store is not reached; if that stops the rank, the guard sees it
             with contextlib.suppress(RuntimeError):
-                self._beat()
+                self._send_heartbeat()
                 if looks_around and self._number % 5 == 0:
-                    self._judge(self._look())
+                    self._check_peers(self._read_heartbeats())
 
-    def _judge(self, known: dict[int, Seen]) -> None:
+    def _check_peers(self, known: dict[int, PeerStatus]) -> None:
         others = {rank: seen for rank, seen in known.items() if rank != self.rank}
         failed = [seen for seen in others.values() if seen.beat.failed]
         if any(seen.silent > 10 * self.interval for seen in failed):
             # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
-            self._end(who_is_gone(known, self.rank, self.limit))
+            self._end(describe_lost_rank(known, self.rank, self.limit))
         elif any(seen.silent > self.limit and not seen.beat.left for seen in others.values()):
-            self._end(who_hangs(known, self.limit / 2))
+            self._end(describe_hang(known, self.limit / 2))
 
-    def _guard(self) -> None:
+    def _check_own_progress(self) -> None:
         while not self._ended.wait(self.interval):
-            if time.monotonic() - self._since > self.limit * self._patience:
+            if time.monotonic() - self._since > self.limit * self._timeout_factor:
                 self._end(_within(ANSWER, self._diagnosis) or _unreachable())
 
     def _diagnosis(self) -> str:
         """Looks for as long as it takes to tell who is silent."""
-        self._look()
+        self._read_heartbeats()
         time.sleep(3 * self.interval)
-        return who_hangs(self._look(), 2.5 * self.interval)
+        return describe_hang(self._read_heartbeats(), 2.5 * self.interval)
 
     def _end(self, why: str) -> None:
         if not self._ended.is_set():
             self.leave(why)
             self.on_hang(why)
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         with self._lock:
             self._number += 1
             stands = time.monotonic() - self._since > 2 * self.interval
-            where, waits = _where(self._main) if stands else ("", False)
-            beat = Beat(self._number, self._host, os.getpid(), self._marks, self._doing, where, waits, self._left)
+            where, waiting = _where(self._main) if stands else ("", False)
+            beat = Heartbeat(
+                self._number, self._host, os.getpid(), self._phases, self._phase, where, waiting, self._left
+            )
             self.store.set(str(self.rank), self._signed(json.dumps(asdict(beat))))
 
-    def _look(self) -> dict[int, Seen]:
+    def _read_heartbeats(self) -> dict[int, PeerStatus]:
         """Return what every rank that has told anything told last."""
         ranks = range(self.size)
         if len(self._seen) < self.size:
@@ -216,7 +225,7 @@ class Watch:
             before = self._seen.get(rank)
             if beat is not None and (before is None or beat.number > before[0].number):
                 self._seen[rank] = beat, now
-        return {rank: Seen(beat, now - since) for rank, (beat, since) in sorted(self._seen.items())}
+        return {rank: PeerStatus(beat, now - since) for rank, (beat, since) in sorted(self._seen.items())}
 
     def _signed(self, text: str) -> str:
         return f"{self._signature(self.rank, text)} {text}"
@@ -225,13 +234,13 @@ class Watch:
         """Sign a rank's beat; before the ranks share a key the signature is empty."""
         return hmac.digest(self._secret, f"{rank} {text}".encode(), "sha256").hex() if self._secret else "-"
 
-    def _verified(self, rank: int, content: bytes) -> Beat | None:
+    def _verified(self, rank: int, content: bytes) -> Heartbeat | None:
         """Return the beat that a rank wrote, or None where its signature is not the rank's."""
         try:
             signature, _, text = content.decode().partition(" ")
             if hmac.compare_digest(signature, self._signature(rank, text)):
-                beat = Beat(**json.loads(text))
-                numbers, words = (beat.number, beat.marks, beat.process), (beat.host, beat.doing, beat.where)
+                beat = Heartbeat(**json.loads(text))
+                numbers, words = (beat.number, beat.phases, beat.process), (beat.host, beat.phase, beat.where)
                 whole = all(type(one) is int for one in numbers) and all(isinstance(one, str) for one in words)
                 return beat if whole and isinstance(beat.left, str | None) else None
         except (ValueError, TypeError, RecursionError):
@@ -253,54 +262,54 @@ def _within(seconds: float, action: Callable):
     return found[0] if found else None
 
 
-def who_hangs(known: dict[int, Seen], silence: float) -> str:
+def describe_hang(known: dict[int, PeerStatus], silence: float) -> str:
     """The rank that the others wait for, and where: silent for longer than ``silence`` seconds, else at work while the
     others wait, else behind them."""
     silent = [rank for rank, seen in known.items() if seen.silent > silence and not seen.beat.left]
     heard = {rank: seen.beat for rank, seen in known.items() if rank not in silent and not seen.beat.left}
     if silent:
-        return f"{_gone(known, silent)}{_others(heard)}"
-    working = [rank for rank, beat in heard.items() if not beat.waits]
-    least = min((beat.marks for beat in heard.values()), default=0)
-    behind = [rank for rank, beat in heard.items() if beat.marks == least]
+        return f"{_describe_silent(known, silent)}{_describe_waiting(heard)}"
+    working = [rank for rank, beat in heard.items() if not beat.waiting]
+    least = min((beat.phases for beat in heard.values()), default=0)
+    behind = [rank for rank, beat in heard.items() if beat.phases == least]
     late = next((group for group in (working, behind) if 0 < len(group) < len(heard)), None)
     if late is None:
         rank, beat = next(iter(heard.items()))
-        return f"no rank goes on; rank {rank} waits in {_place(beat)}"
+        return f"no rank goes on; rank {rank} waits in {_describe_place(beat)}"
     named = _list(known, late)
     first = heard[late[0]]
     rest = {rank: beat for rank, beat in heard.items() if rank not in late}
-    return f"{named} {_does(late)} not go on from {_place(first)}{_others(rest)}"
+    return f"{named} {_does(late)} not go on from {_describe_place(first)}{_describe_waiting(rest)}"
 
 
-def who_is_gone(known: dict[int, Seen], me: int, silence: float) -> str | None:
+def describe_lost_rank(known: dict[int, PeerStatus], me: int, silence: float) -> str | None:
     """Return why ranks that cannot be reached ended, else which are not heard from; None: all are there."""
     ended = [rank for rank, seen in known.items() if rank != me and seen.beat.failed]
     if ended:
         first = known[ended[0]].beat
         return f"rank {ended[0]} ({first.host}) ended: {first.left}"
     silent = [rank for rank, seen in known.items() if rank != me and seen.silent > silence and not seen.beat.left]
-    return _gone(known, silent) if silent else None
+    return _describe_silent(known, silent) if silent else None
 
 
-def _gone(known: dict[int, Seen], silent: list[int]) -> str:
-    last = known[silent[0]].beat.doing
+def _describe_silent(known: dict[int, PeerStatus], silent: list[int]) -> str:
+    last = known[silent[0]].beat.phase
     return f"{_list(known, silent)} {_does(silent)} not answer any more, last heard of in {last}"
 
 
-def _others(heard: dict[int, Beat]) -> str:
+def _describe_waiting(heard: dict[int, Heartbeat]) -> str:
     if not heard:
         return ""
     rank, beat = next(iter(heard.items()))
     many = f"; {len(heard)} others wait, rank {rank}" if len(heard) > 1 else f"; rank {rank} waits"
-    return f"{many} in {_place(beat)}"
+    return f"{many} in {_describe_place(beat)}"
 
 
-def _place(beat: Beat) -> str:
-    return f"{beat.doing} ({beat.where})" if beat.where else beat.doing
+def _describe_place(beat: Heartbeat) -> str:
+    return f"{beat.phase} ({beat.where})" if beat.where else beat.phase
 
 
-def _list(known: dict[int, Seen], ranks: list[int]) -> str:
+def _list(known: dict[int, PeerStatus], ranks: list[int]) -> str:
     named = [f"rank {rank} ({known[rank].beat.host}, process {known[rank].beat.process})" for rank in ranks[:4]]
     return ", ".join(named) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
@@ -329,12 +338,12 @@ def _where(thread: int) -> tuple[str, bool]:
         frames = next((inner for inner in others if any(frame.ours for frame in inner)), frames)
     if not frames:
         return "", False
-    waits = any(part in frames[0].file for part in _WAITING)
+    waiting = any(part in frames[0].file for part in _WAITING)
     ours = next((frame for frame in frames if frame.ours), None)
     if ours is None:
-        return frames[0].function, waits
+        return frames[0].function, waiting
     line = f"{Path(ours.file).relative_to(PACKAGE)}:{ours.line}"
-    return (line if ours is frames[0] else f"{frames[0].function} at {line}"), waits
+    return (line if ours is frames[0] else f"{frames[0].function} at {line}"), waiting
 
 
 class _Frame(NamedTuple):

@@ -1,7 +1,7 @@
 """The numbers of a record of metrics.jsonl by the names that W&B and TensorBoard show them under."""
 
 
-def numbers_of(record: dict) -> dict[str, float]:
+def scalars_of(record: dict) -> dict[str, float]:
     """Return ``train/loss``, ``eval/loss``, ``eval_loss/position_0_2048``, ``eval_loss/source_web`` and so on."""
     prefix = "eval/" if record.get("eval") else "train/"
     found = {key if "/" in key else prefix + key: value for key, value in record.items() if type(value) in (int, float)}
