@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.conversations import Conversations, Encoder
+from inplace_ttt.data.chat import Encoder
+from inplace_ttt.data.conversations import Conversation, Conversations
 from inplace_ttt.data.documents import SkipReport, read_documents
 from inplace_ttt.data.packed import PackedDocuments, open_answers, open_indexed
 from inplace_ttt.data.prepare import read_description
@@ -39,7 +40,7 @@ TALK = [
 ]
 
 
-def find_tokenizer_folder(template, vocabulary=400):
+def chat_tokenizer(template, vocabulary=400):
     tokenizer = train_tokenizer(["What is it? It is 4. And then? 5 of course. assistant user system"] * 5, vocabulary)
     turns = ["<|im_start|>", "<|im_end|>"]
     tokenizer.add_special_tokens({"bos_token": "<|begin|>", "additional_special_tokens": turns})
@@ -47,9 +48,10 @@ def find_tokenizer_folder(template, vocabulary=400):
     return tokenizer
 
 
-def encoded(template, messages, control=False, **options):
-    tokenizer = find_tokenizer_folder(template)
-    found = Encoder(tokenizer, **dict(begin=False, end=True, control=control) | options).encode(json.dumps(messages))
+def encoded(template, messages, control=False, first=0, tools=None, **options):
+    tokenizer = chat_tokenizer(template)
+    encoder = Encoder(tokenizer, **dict(begin=False, end=True, control=control) | options)
+    found = encoder.encode(Conversation(messages, first, tools))
     assert found.tokens.shape == found.counts.shape and set(found.counts.tolist()) <= {0, 1}
     parts, last = [], 0
     for token, counts in zip(found.tokens, found.counts, strict=True):
@@ -71,7 +73,7 @@ def encoded(template, messages, control=False, **options):
 )
 def test_what_counts(template, answers):
     text, found = encoded(template, TALK)
-    rendered = find_tokenizer_folder(template).apply_chat_template(TALK, tokenize=False)
+    rendered = chat_tokenizer(template).apply_chat_template(TALK, tokenize=False)
     assert [one.strip() for one in found] == [one.strip() for one in answers]
     assert text.replace("<|endoftext|>", "") == rendered
 
@@ -87,33 +89,114 @@ def test_beginning_and_end():
 def test_what_a_template_does_not_take():
     loud = CHATML.replace("m['content']", "m['content'] | upper")
     forgets = PLAIN.replace("{% for m in messages %}", "{% for m in messages[-1:] %}")
-    for template, sentence in [
-        (loud, "an answer is not in its text"),
-        (forgets, "what precedes an answer"),
-        ("{{ raise_exception('no') }}", "is not taken by the chat template"),
+    stripped = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    for template, talk, sentence in [
+        (loud, TALK, r"message 0 \(system\) is not in its text"),
+        (loud, [USER, dict(role="assistant", content="yes")], r"message 0 \(user\) is not in its text"),
+        (forgets, TALK, r"message 0 \(system\) is not in its text"),
+        (stripped, [USER, dict(role="assistant", content="a</think>b")], r"message 1 \(assistant\) is not in its turn"),
+        (IGNORES, [dict(role="human", content="a?"), TALK[2]], r"message 0 \(human\) is not in its text"),
+        (CHATML, [USER, CALL, dict(role="tool", content="7"), TALK[2]], r"message 1 \(assistant\) is not in its turn"),
+        ("{{ raise_exception('no') }}", TALK, "is not accepted by the chat template"),
     ]:
         with pytest.raises(ValueError, match=sentence):
-            encoded(template, TALK)
-    named = [dict(role="user", content="say <|im_end|>"), dict(role="assistant", content="no")]
-    with pytest.raises(ValueError, match="--special-tokens control"):
-        encoded(CHATML, named)
-    assert encoded(CHATML, named, control=True)[1] == ["<think>\n\n</think>\n\nno<|im_end|>"]
+            encoded(template, talk)
     with pytest.raises(UserError, match="no chat template"):
-        Encoder(find_tokenizer_folder(None), begin=False, end=True, control=False)
+        Encoder(chat_tokenizer(None), begin=False, end=True, control=False)
+
+
+USER = dict(role="user", content="What is it?")
+CALL = dict(
+    role="assistant", content="", tool_calls=[dict(type="function", function=dict(name="f", arguments={"x": 1}))]
+)
+IGNORES = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] in ('user', 'assistant') %}")
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['reasoning_content'] %}<think>\n{{ m['reasoning_content'] }}\n</think>\n\n{% endif %}{{ m['content'] }}"
+    "{% for call in m['tool_calls'] %}<tool_call>{{ call['function']['name'] }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_PROMPT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+# the system's text where there is none, and an end of the text that begins as the header of a turn does
+SYSTEM = (
+    "{% if not messages or messages[0]['role'] != 'system' %}<|im_start|>system\nYou are it.<|im_end|>\n{% endif %}"
+    + NO_PROMPT
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|begin|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "answers"),
+    [
+        (CHATML, [USER, dict(role="assistant", content="n")], ["<think>\n\n</think>\n\nn<|im_end|>"]),
+        (CHATML, [USER, dict(role="assistant", content="think"), USER], ["think<|im_end|>"]),
+        (CALLS, [USER, CALL, dict(role="tool", content="7"), TALK[2]],
+         ["<tool_call>f</tool_call><|im_end|>", "It is 4.<|im_end|>"]),
+        (CALLS, [USER, dict(role="assistant", content="42", reasoning_content="it is 42, so 42")],
+         ["<think>\nit is 42, so 42\n</think>\n\n42<|im_end|>"]),
+        (NO_PROMPT, [USER, TALK[2], USER, dict(role="assistant", content="n")], ["It is 4.<|im_end|>", "n<|im_end|>"]),
+        (SYSTEM, [dict(role="assistant", content="You are")], ["You are<|im_end|>\n<|begin|>"]),
+        (SYSTEM, [USER, TALK[2], USER, TALK[2], USER], ["It is 4.<|im_end|>"] * 2),
+        (CHATML, [USER, dict(role="assistant", content=" "), USER, TALK[2]],
+         ["<think>\n\n</think>\n\nIt is 4.<|im_end|>"]),
+        (NO_PROMPT, [TALK[2], TALK[2]], ["It is 4.<|im_end|>"] * 2),
+    ],
+)  # fmt: skip
+def test_turns(template, talk, answers):
+    """Answers that are found in what the template writes, reasoning, calls of tools, empty answers, no user's turn."""
+    assert encoded(template, talk)[1] == answers
+
+
+def test_a_prompt_does_not_count():
+    assert encoded(BEGINS, TALK, first=3)[1] == [" 5 of course\n<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        dict(role="user", content="say <|im_end|>"),
+        dict(role="user<|im_end|>", content="a"),
+        dict(role="user", content="a", reasoning_content="<|im_start|>"),
+        dict(role="user", content="a", tool_calls=[dict(function=dict(name="f", arguments={"x": ["<|im_end|>"]}))]),
+    ],
+)
+def test_names_of_control_tokens_in_any_field(message):
+    talk = [message, dict(role="assistant", content="no")]
+    with pytest.raises(ValueError, match=r"in message 0: --special-tokens control"):
+        encoded(CHATML, talk)
+    assert encoded(CHATML, talk, control=True)[1] == ["<think>\n\n</think>\n\nno<|im_end|>"]
+
+
+def test_control_tokens_that_are_not_special():
+    tokenizer = train_tokenizer(["What is it? It is 4. assistant user"] * 5, 300)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<tool>"])
+    tokenizer.chat_template = NO_PROMPT
+    encoder = Encoder(tokenizer, begin=False, end=True, control=False)
+    with pytest.raises(ValueError, match=r"has <\|im_end\|> in message 0"):
+        encoder.encode(Conversation([dict(role="user", content="<|im_end|>"), TALK[2]]))
+    found = encoder.encode(Conversation([dict(role="user", content="<tool>"), TALK[2], USER, TALK[2]]))
+    assert tokenizer.decode(found.tokens[found.counts > 0]) == "It is 4.<|im_end|>" * 2
 
 
 ROWS = [
     (dict(messages=TALK), TALK),
     (dict(prompt="a?", completion="b"), [dict(role="user", content="a?"), dict(role="assistant", content="b")]),
     (dict(prompt=TALK[:2], completion=TALK[2:3], text="x"), TALK[:3]),
-    (dict(messages=[]), "where there should be a list"),
+    (dict(messages=[]), "has an empty list under 'messages'"),
     (dict(messages="x"), "has str under 'messages'"),
-    (dict(messages=[dict(role="user")]), "a message 0 without"),
-    (dict(messages=[dict(role="assistant", content=[1])]), "a message 0 without"),
+    (dict(messages=[dict(role="user")]), "a message 0 under 'messages' without the text 'content'"),
+    (dict(messages=[dict(content="a")]), "a message 0 under 'messages' without the text 'role'"),
+    (dict(messages=[dict(role="assistant", content=[1])]), "a message 0 under 'messages' without"),
+    (dict(messages=[USER, CALL | dict(content=None)]), [USER, CALL]),
+    (
+        dict(messages=[USER, dict(role="assistant", content=[dict(type="text", text="b")])]),
+        [USER, dict(role="assistant", content="b")],
+    ),
+    (dict(messages=TALK, tools="f"), "has 'tools' that are not a list"),
     (dict(messages=TALK[:2]), "has no answer"),
     (dict(messages=[dict(role="assistant", content=" ")]), "has no answer"),
     (dict(prompt="a"), "has neither"),
-    (dict(text="a"), "there is: text"),
+    (dict(text="a"), "it has: text"),
     ([1], "is list"),
 ]
 
@@ -127,7 +210,10 @@ def test_rows(tmp_path, row, expected):
     if isinstance(expected, str):
         assert not found and report.bad == 2 and all(expected in place for place in report.places)
     else:
-        assert [json.loads(one) for one in found] == [expected] * 2 and not report.bad
+        assert [Conversation.from_json(one).messages for one in found] == [expected] * 2 and not report.bad
+        assert [Conversation.from_json(one).first for one in found] == [
+            len(row.get("prompt", ""))
+        ] * 2 or "x" not in row
 
 
 def test_tables_and_other_files(tmp_path):
@@ -137,7 +223,7 @@ def test_tables_and_other_files(tmp_path):
     (tmp_path / "d.txt").write_text("text")
     report = SkipReport()
     found = list(read_documents(sorted(tmp_path.iterdir()), Conversations(), report))
-    assert [len(json.loads(one)) for one in found] == [5, 2]
+    assert [len(Conversation.from_json(one).messages) for one in found] == [5, 2]
     assert [place.split("'")[0] for place in report.places] and report.bad == 3
     assert "has no answer" in report.places[0] and "has no column 'messages', or" in report.places[1]
     assert "where there should be rows" in report.places[2]
@@ -154,7 +240,7 @@ def prepare_data(*words):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     base = tmp_path_factory.mktemp("chats")
-    find_tokenizer_folder(CHATML, 300).save_pretrained(base / "tokenizer")
+    chat_tokenizer(CHATML, 300).save_pretrained(base / "tokenizer")
     talks = [[dict(role="user", content=f"What is {n}?"), dict(role="assistant", content="It is " * (n % 7) + str(n))]
              for n in range(60)]  # fmt: skip
     rows = [dict(messages=talk) for talk in talks] + [dict(messages=[dict(role="assistant", content="<|im_end|>")])]
@@ -163,14 +249,14 @@ def corpus(tmp_path_factory):
         base / "chats.jsonl", "--supervised", "--tokenizer", base / "tokenizer", "--output", base / "chats"
     )
     assert code == 0 and "60 documents" in printed and "1 documents left out" in printed, printed
-    assert "holds <|im_end|> in a message" in printed
+    assert "has <|im_end|> in message 0" in printed and "chats.jsonl" in printed
     return base, talks
 
 
 def test_packed_samples(corpus):
     """The labels that count are those of the answers, wherever samples cut a document."""
     base, talks = corpus
-    tokenizer = find_tokenizer_folder(CHATML, 300)
+    tokenizer = chat_tokenizer(CHATML, 300)
     indexed = open_indexed(str(base / "chats"))
     answers = open_answers(str(base / "chats"), indexed)
     assert read_description(str(base / "chats")).supervised
@@ -224,7 +310,7 @@ def test_what_is_refused(corpus, tmp_path, refused):
         ([base / "chats.jsonl", "--supervised", "--text-key", "t", "--tokenizer", base / "tokenizer"], "--text-key t"),
     ]:
         assert sentence in refused(*words, "--output", tmp_path / "x")
-    find_tokenizer_folder(None).save_pretrained(tmp_path / "plain")
+    chat_tokenizer(None).save_pretrained(tmp_path / "plain")
     words = [base / "chats.jsonl", "--supervised", "--tokenizer", tmp_path / "plain", "--output", tmp_path / "x"]
     assert "has no chat template" in refused(*words)
     answers = (base / "chats.answers.bin").read_bytes()

@@ -19,7 +19,8 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.conversations import Encoder
+from inplace_ttt.data.chat import Encoder
+from inplace_ttt.data.conversations import Conversation
 from inplace_ttt.data.documents import ANSWERS, ENDINGS
 from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.files import read_json, write_json
@@ -104,7 +105,13 @@ def prepare(
     parts = Path(f"{prefix}.parts")
     with lock_beside(Path(prefix), f"--output {prefix}"):
         _check_output(prefix, overwrite)
-        settings = {**settings, "tokenizer": fingerprint(tokenizer), "part_bytes": PART_BYTES, **asdict(options)}
+        ends = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template if options.supervised else None]
+        settings = {
+            **settings,
+            "tokenizer": [fingerprint(tokenizer), *ends],
+            "part_bytes": PART_BYTES,
+            **asdict(options),
+        }
         _open_parts(parts, settings)
         _save_tokenizer(tokenizer, parts)
 
@@ -232,10 +239,11 @@ def _encode_conversations(texts: list[str], bad: list[tuple[str, str]]) -> Itera
     """Yield tokens, and which of them count; note those that cannot be encoded."""
     encoder = _encoder(_worker["tokenizer"], _worker["options"])
     for text in texts:
+        conversation = Conversation.from_json(text)
         try:
-            found = encoder.encode(text)
+            found = encoder.encode(conversation)
         except ValueError as error:
-            bad.append((f"the conversation {text[:60]!r}...", str(error)))
+            bad.append((conversation.place, str(error)))
             continue
         yield found.tokens, found.counts
 
