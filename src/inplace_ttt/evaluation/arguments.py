@@ -21,10 +21,10 @@ tasks
   harness      lm-evaluation-harness: HellaSwag, ARC, MMLU, PIQA and others
 
 MODEL is a run folder (its last checkpoint is used), a checkpoint, an exported folder, or any other folder in Hugging
-Face format. Code in a model folder is never executed. Several models, and several modes of --fast-weights, are compared
-side by side. Separate list items with commas. Token counts can be written as 4k or 128k. Under torchrun, the ranks share
-the samples. A training checkpoint is evaluated in the parallel layout of its run, or in the layout given by key=value,
-such as parallel.context_parallel_size=8.
+Face format. Code in a model folder is never executed. Several models, and several modes of --fast-weights, are
+compared side by side. Separate list items with commas. Token counts can be written as 4k or 128k. Under torchrun, the
+ranks share the samples. A training checkpoint is evaluated in the parallel layout of its run, or in the layout given by
+key=value, such as parallel.context_parallel_size=8.
 
   python launch/evaluate.py position runs/tiny_ttt --fast-weights on,off
   torchrun --nproc-per-node 8 launch/evaluate.py ruler exported/ base/ --lengths 4k,32k,128k --samples 100

@@ -52,7 +52,7 @@ def batches(sizes: Sequence[tuple[int, int]], most_tokens: int) -> list[list[int
 
 
 def tokens_that_fit(network: PreTrainedModel) -> int:
-    """Return the number of prompt and answer tokens whose KV cache fits in the free device memory; on CPU a constant."""
+    """Return the number of prompt and answer tokens whose KV cache fits in the free GPU memory; on CPU a constant."""
     if network.device.type != "cuda":
         return 2**13
     config = network.config.get_text_config()

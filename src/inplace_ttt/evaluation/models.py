@@ -83,7 +83,7 @@ class ModelSource:
         return list(asked) if self.has_fast_weights else [FastWeightMode()]
 
     def digest(self, mode: FastWeightMode, numerics: Sequence[str] = ()) -> str:
-        """Return a digest that identifies the model in results: folder, mode, numerics, and files (name, size, mtime)."""
+        """Return a digest that identifies the model in results: folder, mode, numerics, files (name, size, mtime)."""
         folder = self.folder
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in WEIGHTS)
         facts = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -203,7 +203,7 @@ def _contexts(options, trained: int, asked: list[EvaluatedModel]) -> tuple[list[
     """
     if options.contexts:
         if options.contexts[0] < 1:
-            raise UserError("--contexts 0: the first token of a block needs at least one token before it; use 1 or more")
+            raise UserError("--contexts 0: the first token of a block needs a token before it; use 1 or more")
         return options.contexts, options.block or max(1, options.contexts[-1] // 8)
     if not trained:
         raise UserError(f"'{asked[0].model.path}' does not contain its training length: set --contexts")
