@@ -45,7 +45,8 @@ def table(task: str, by_model: dict[str, list[dict]], about: str) -> Scores:
     lengths = list(dict.fromkeys(row[0] for row in rows))
     each = [row for length in lengths for row in [*(r for r in rows if r[0] == length), (length, MEAN)]]
     title, names = ("RULER", ("length", "task")) if task == "ruler" else ("A needle in a haystack", ("length", "depth"))
-    return Scores.of(title, about, names, "score out of 100, higher is better", 1, each, list(by_model), interval, difference)
+    unit = "score out of 100, higher is better"
+    return Scores.of(title, about, names, unit, 1, each, list(by_model), interval, difference)
 
 
 def _place(row: Row) -> tuple[int, float]:

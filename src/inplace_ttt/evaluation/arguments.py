@@ -108,9 +108,9 @@ def parse(words: list[str]) -> Arguments:
 
 
 def add_options(parser: argparse.ArgumentParser, task: str, add: Callable) -> None:
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="model folder; or key=value, for training checkpoints")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folder; or key=value, for training checkpoints")
     parser.add_argument(
-        "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or several, such as on,off (on)"
+        "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or a list such as on,off (on)"
     )
     parser.add_argument(
         "--output", metavar="FOLDER", help=f"folder for tables, samples, figures (runs/evaluation/{task}_MODELS)"
@@ -144,9 +144,12 @@ def _position(parser: argparse.ArgumentParser) -> None:
 def _final_block(parser: argparse.ArgumentParser) -> None:
     _documents(parser)
     parser.add_argument(
-        "--contexts", type=_token_list, metavar="TOKENS", help="tokens before the block (doubling up to the training length)"
+        "--contexts",
+        type=_token_list,
+        metavar="TOKENS",
+        help="tokens before the block (doubling up to the training length)",
     )
-    parser.add_argument("--block", type=tokens, help="tokens in the scored block (an eighth of the training length)")
+    parser.add_argument("--block", type=tokens, help="tokens whose loss is measured (an eighth of training length)")
 
 
 def _answers(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +168,9 @@ def _answers(parser: argparse.ArgumentParser) -> None:
 
 
 def _ruler(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=_token_list, default=[4096], metavar="TOKENS", help="lengths, such as 4k,256k (4k)")
+    parser.add_argument(
+        "--lengths", type=_token_list, default=[4096], metavar="TOKENS", help="lengths, such as 4k,256k (4k)"
+    )
     parser.add_argument("--tasks", type=_words, metavar="NAMES", help="tasks, such as niah_single_1,vt (all thirteen)")
     parser.add_argument(
         "--samples",
@@ -182,7 +187,12 @@ def _needle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=_percents, default=[0, 25, 50, 75, 100], metavar="PERCENT",
                         help="rows of the heat map: depth of the needle (0,25,50,75,100)")  # fmt: skip
     parser.add_argument("--samples", type=count, default=10, help="samples per cell (10)")
-    parser.add_argument("--haystack", choices=["essay", "noise"], default="essay", help="essay: essays; noise: one repeated line (essay)")
+    parser.add_argument(
+        "--haystack",
+        choices=["essay", "noise"],
+        default="essay",
+        help="essay: essays; noise: one repeated line (essay)",
+    )
     _answers(parser)
 
 

@@ -57,8 +57,8 @@ def sums_of(model: LoadedModel, document: Document, ranges: PositionRanges) -> l
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{len(document.tokens)} tokens do not fit in one GPU's memory with '{model.name}': use a smaller --length, "
-            f"or name the training checkpoint and use several GPUs (parallel.context_parallel_size)"
+            f"{len(document.tokens)} tokens do not fit in one GPU's memory with '{model.name}': use a smaller "
+            f"--length, or name the training checkpoint and use several GPUs (parallel.context_parallel_size)"
         ) from error
     except Exception as error:  # model code raises any type
         raise cannot_run(model, error) from error

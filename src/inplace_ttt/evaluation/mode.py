@@ -38,7 +38,7 @@ class FastWeightMode:
         return None if math.isinf(self.clip) else self.clip
 
     def bound_of(self, own: float | None) -> float | None:
-        """Return the bound beyond the training length for a model with bound ``own``; a clip in the mode disables it."""
+        """Return the bound beyond the training length for a model with bound ``own``; None if the mode sets a clip."""
         return own if self.clip is None else None
 
     def __str__(self) -> str:

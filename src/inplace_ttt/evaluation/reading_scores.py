@@ -18,7 +18,7 @@ def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
             for one in sample["ranges"]:
                 row = (f"{one['from']}-{one['to']}" if task == "position" else str(sample["context"]),)
                 rows.setdefault(row, {}).setdefault(label, {})[sample["sample"]] = (one["loss"], one["tokens"])
-    # each context length of a final block is a separate sample, also if the document is the same
+    # each context length of a final block is a separate sample, even of the same document
 
     def interval(row: Row, label: str) -> Interval:
         found = rows[row][label].values()

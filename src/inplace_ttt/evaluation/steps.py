@@ -1,8 +1,8 @@
 """Greedy decode steps of a batch, one token per row and step, replayed from one CUDA graph.
 
 For a small model, launching a step takes longer on the host than running it on the GPU. A graph needs fixed addresses
-and shapes, so KV cache and mask are allocated at their final size, and the position of the next token is a tensor on the
-device.
+and shapes, so KV cache and mask are allocated at their final size, and the position of the next token is a device
+tensor.
 """
 
 import torch
@@ -16,7 +16,7 @@ ROUND = 64  # the cache length is a multiple of this many tokens, because GEMMs 
 
 
 class SharedCache:
-    """Hold the KV caches and fast weights of several separately prefilled prompts as one batch, with space for answers."""
+    """Hold KV caches and fast weights of separately prefilled prompts as one batch, with space for answers."""
 
     def __init__(self, like: DynamicCache, rows: int, width: int, room: int):
         """Allocate the caches.
@@ -49,7 +49,7 @@ class SharedCache:
 
 
 class Layer(DynamicLayer):
-    """Hold the KV cache of one layer at its final size; ``update`` returns all of it, and a mask hides unused entries."""
+    """Hold the KV cache of one layer at its final size; ``update`` returns all of it, a mask hides unused entries."""
 
     def __init__(self, like: DynamicLayer, rows: int, width: int, room: int, place: Tensor):
         super().__init__()
