@@ -445,10 +445,7 @@ def test_harness_without_a_network(world, tmp_path, monkeypatch):
     result = subprocess.run(
         [sys.executable, str(ROOT / "launch/evaluate.py"), *arguments], capture_output=True, text=True
     )
-    assert (
-        result.returncode == 2
-        and "the questions of piqa cannot be loaded (the Hugging Face hub" in result.stderr
-    )
+    assert result.returncode == 2 and "the questions of piqa cannot be loaded (the Hugging Face hub" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -113,7 +113,7 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
     first = expected(folder, said("the cat"), book=book)
     second = expected(folder, said("the cat", first, "the dog"), book=book)
     assert out == f"{first}\n{second}\n"
-    read = [int(number) for number in re.findall(r"\[(\d+) tokens read", err)]
+    read = [int(number) for number in re.findall(r"\[prefill: (\d+) tokens", err)]
     assert len(read) == 2 and read[1] < 60
     assert run(capsys, folder, "--chat", "--prompt", "the cat")[1].rstrip("\n") == expected(folder, said("the cat"))
 
@@ -128,7 +128,7 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
         (["--prompt", "x", "--system", "y"], "add --chat"),
         (["--prompt", "x", "--book", "no"], "'no' is not a file"),
         (["--prompt", "x", "--book", "MODEL/config.json"], "holds no fast weights"),
-        (["--prompt", "x", "--book", "BOOK", "--fast-weights", "off"], "leave --fast-weights off out"),
+        (["--prompt", "x", "--book", "BOOK", "--fast-weights", "off"], "cannot be used with --fast-weights off"),
         (["--prompt", "x", "--book", "OTHER"], "another model"),
         (["--prompt", "x", "MODEL"], "name one model, not 2"),
         (["--file", "MODEL"], "cannot be read"),

@@ -107,7 +107,7 @@ class AnsweringTask:
             for i, text in zip(group, answer(model, prompts, speed), strict=True):
                 results.add(_record(one, *left[i], text))
         if job.world.rank == 0 and speed.read:
-            print(f"{name}{', on the first rank' if job.world.size > 1 else ''}: {speed}", flush=True)
+            print(f"{name}{', on rank 0' if job.world.size > 1 else ''}: {speed}", flush=True)
         _free(model)
 
     def scores(self, results: Results) -> list[Scores]:

@@ -54,7 +54,7 @@ class ReadingTask:
     def _positions(self, options, trained: int) -> tuple[list[ScoredDocument], list[int], dict]:
         length = options.length or trained
         if not length:
-            raise UserError(f"'{self.asked[0].model.path}' does not contain its training length: set --length")
+            raise UserError(f"the training length of '{self.asked[0].model.path}' is unknown: set --length")
         edges = options.ranges or self.arguments.overrides.get("train.eval_positions")
         if edges is not None and (len(edges) < 2 or edges[0] >= length):
             raise UserError(
@@ -206,7 +206,7 @@ def _contexts(options, trained: int, asked: list[EvaluatedModel]) -> tuple[list[
             raise UserError("--contexts 0: the first token of a block needs a token before it; use 1 or more")
         return options.contexts, options.block or max(1, options.contexts[-1] // 8)
     if not trained:
-        raise UserError(f"'{asked[0].model.path}' does not contain its training length: set --contexts")
+        raise UserError(f"the training length of '{asked[0].model.path}' is unknown: set --contexts")
     block = options.block or max(1, trained // 8)
     if block >= trained:
         raise UserError(

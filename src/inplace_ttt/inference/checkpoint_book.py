@@ -22,9 +22,8 @@ from inplace_ttt.megatron.tensors import TensorReader
 from inplace_ttt.training.step import unwrap
 from inplace_ttt.ttt.layout import take_local
 
-Written = dict[
-    int, tuple[Tensor, Tensor, Tensor | None]
-]  # by layer: sum of updates (d, f); inputs and embeddings of the incomplete chunk (t, d)
+# by layer: sum of updates (d, f), inputs and embeddings of the incomplete chunk (t, d)
+Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]
 
 
 def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeightMode) -> FastWeights | None:
@@ -81,7 +80,7 @@ class _Recorder:
 
     def _hook(self, layer: int):
         def look(module: TTTMLP, args: tuple, kwargs: dict) -> None:
-            if layer not in self.written:  # the text may be processed more than once, as filler for idle ranks
+            if layer not in self.written:  # idle ranks may process the same text again
                 self.written[layer] = self._look(module, *args)
 
         return look

@@ -80,7 +80,9 @@ def _parser() -> Parser:
     parser.add_argument("--temperature", type=_number(0, 100), default=0.0, help="sampling temperature; 0: greedy (0)")
     parser.add_argument("--top-p", type=_number(0, 1), default=1.0, help="nucleus sampling: cumulative probability (1)")
     parser.add_argument("--seed", type=seed, default=0, help="random seed for sampling (0)")
-    parser.add_argument("--static", action="store_true", help="static cache and CUDA graphs: a minute slower to start")
+    parser.add_argument(
+        "--static", action="store_true", help="static cache and CUDA graphs: fast decode after a minute of compilation"
+    )
     parser.add_argument("--part", type=tokens, default=8192, help="tokens per prefill step (8k)")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
     return parser
@@ -101,7 +103,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if options.top_p == 0:
         raise UserError("--top-p 0 leaves no token to sample: use a number above 0")
     if options.book is not None and not options.mode.on:
-        raise UserError("--book needs fast weights: leave --fast-weights off out, or leave --book out")
+        raise UserError("--book cannot be used with --fast-weights off: use --fast-weights on, or leave --book out")
     return options
 
 
