@@ -1,9 +1,9 @@
-"""Compare two evaluations: a table of both with the differences, paired where both have the same samples.
+"""Compare two evaluations: print a table of both with the differences, paired over common samples.
 
 python launch/compare.py runs/evaluation/base runs/evaluation/ttt
 python launch/compare.py runs/evaluation/ruler:base "runs/evaluation/ruler:ttt (fast weights off)" --output compared/
 
-Each is a folder that launch/evaluate.py has written, or FOLDER:MODEL where it holds several models.
+A and B are output folders of launch/evaluate.py, or FOLDER:MODEL if a folder contains several models.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
-    parser.add_argument("--output", metavar="FOLDER", help="write the numbers (JSON) and pictures there")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the scores (JSON) and figures")
     arguments = parser.parse_args()
     return run_command(lambda: run(arguments))
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {folder} cannot be made ({error.strerror}): name another folder") from error
+            raise UserError(f"--output {folder} cannot be created ({error.strerror}): use another folder") from error
         write_json(folder / "compare.json", record(task, scores))
         pictures = draw(task, scores, folder)
         print("written:", ", ".join(str(path) for path in (folder / "compare.json", *pictures)))

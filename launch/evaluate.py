@@ -1,4 +1,4 @@
-"""Evaluate models: launch/evaluate.py TASK MODEL [MODEL ...] [options]; --help says more."""
+"""Evaluate models: launch/evaluate.py TASK MODEL [MODEL ...] [options]. See --help."""
 
 import sys
 
@@ -7,10 +7,10 @@ def run() -> None:
     try:
         from inplace_ttt.evaluation.main import main
         from inplace_ttt.resilience.exits import leave
-    except KeyboardInterrupt:  # before there is anything to keep
+    except KeyboardInterrupt:  # nothing to save yet
         sys.exit(130)
     leave(main(sys.argv[1:]))
 
 
-if __name__ == "__main__":  # making samples starts processes that import this file again
+if __name__ == "__main__":  # worker processes that generate samples import this file again
     run()

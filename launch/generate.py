@@ -1,4 +1,4 @@
-"""Generate text: launch/generate.py MODEL [--prompt TEXT] [--file FILE] [--chat] [options]; --help says more."""
+"""Generate text: launch/generate.py MODEL [--prompt TEXT] [--file FILE] [--chat] [options]. See --help."""
 
 import sys
 

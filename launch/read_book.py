@@ -1,5 +1,7 @@
-"""Read texts once, and save what the fast weights have learnt: launch/read_book.py MODEL FILE [FILE ...] --output BOOK;
---help says more."""
+"""Process texts once and save the fast weights as a book: launch/read_book.py MODEL FILE [FILE ...] --output BOOK.
+
+See --help.
+"""
 
 import sys
 
@@ -8,7 +10,7 @@ def run() -> None:
     try:
         from inplace_ttt.inference.reading import main
         from inplace_ttt.resilience.exits import leave
-    except KeyboardInterrupt:  # before there is anything to keep
+    except KeyboardInterrupt:  # nothing to save yet
         sys.exit(130)
     leave(main(sys.argv[1:]))
 

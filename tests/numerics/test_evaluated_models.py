@@ -92,10 +92,10 @@ def test_modes_that_are_none(word):
 
 
 def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         ModelSource.find(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="contains no model"):
         ModelSource.find(tmp_path / "empty")
     (tmp_path / "empty/config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="cannot be loaded by transformers"):
@@ -128,7 +128,7 @@ def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_pat
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(ttt_mode="false"), "says ttt_mode='false'"),
+        (dict(ttt_mode="false"), "sets ttt_mode='false'"),
         (dict(ttt_target="nosuch"), "says ttt_target='nosuch'"),
         (dict(ttt_chunk=0), "says ttt_chunk=0"),
         (dict(ttt_chunk="x"), "says ttt_chunk='x'"),
@@ -136,9 +136,9 @@ def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_pat
         (dict(ttt_lr=1e308), "says ttt_lr=1e"),
         (dict(ttt_clip=-1), "says ttt_clip=-1"),
         (dict(ttt_clip=[1, 2, 3]), r"says ttt_clip=\[1, 2, 3\]"),
-        (dict(num_hidden_layers=10**9), "a model has at most 10000"),
+        (dict(num_hidden_layers=10**9), "use at most 10000"),
         (dict(hidden_act="nosuch"), r"cannot be loaded by transformers \(KeyError: 'nosuch'\)"),
-        (dict(intermediate_size=120), "has another shape of model.layers"),
+        (dict(intermediate_size=120), "has the wrong shape of model.layers"),
         (dict(rope_parameters=[1]), "config.json' cannot be read by transformers"),
     ],
 )
@@ -151,7 +151,7 @@ def test_configurations_that_cannot_be(folders, tmp_path, keys, message):
 
 def test_layers_that_are_left_over(folders, tmp_path):
     folder = changed(folders["plain"], tmp_path / "fewer", num_hidden_layers=1)
-    with pytest.raises(UserError, match="that its config"):
+    with pytest.raises(UserError, match="that the model in its config"):
         open_model(folder, "fewer", ON, CPU, torch.float32)
 
 
@@ -159,7 +159,7 @@ def test_an_index_that_leads_out_of_its_folder(folders, tmp_path):
     folder = changed(folders["plain"], tmp_path / "index")
     index = dict(weight_map={"model.norm.weight": "../plain/model.safetensors"})
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="which is no file of its folder"):
+    with pytest.raises(UserError, match="which is not a file name in its folder"):
         open_model(folder, "index", ON, CPU, torch.float32)
 
 
@@ -190,7 +190,7 @@ def test_numbers_that_are_not_finite(folders, tmp_path):
     model = open_model(folder, "nan", ON, CPU, torch.float32)
     with pytest.raises(UserError, match="the logits of 'nan' are not finite"):
         answer(model, [Prompt(0, (1, 2, 3), 4)])
-    with pytest.raises(UserError, match="makes token 5000, and its model knows 300"):
+    with pytest.raises(UserError, match="produces token ID 5000, but the model has 300 embedding rows"):
         answer(model, [Prompt(0, (1, 5000), 4)])
 
 

@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_answered_in_halves(model, monkeypatch):
     monkeypatch.setattr(generation, "_answer", short_of_memory)
     assert answer(model, asked) == expected and max(sizes[1:]) == len(asked) - len(asked) // 2
     monkeypatch.setattr(generation, "_answer", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
-    with pytest.raises(UserError, match=r"has no room for a prompt of .* tokens on one GPU"):
+    with pytest.raises(UserError, match=r"a prompt of .* tokens does not fit in one GPU's memory"):
         answer(model, asked)
 
 

@@ -91,7 +91,7 @@ def test_every_layout_reads_the_same_book(world, tmp_path, ranks, kinds, target)
     keys = [f"parallel.{kind}_parallel_size=2" for kind in kinds]
     answers = run_ranks(ranks, run, str(world / target), *files, "--output", str(tmp_path / "ours"), *keys)
     assert [code for code, _ in answers] == [0] * ranks, answers
-    assert f"CP {ranks // 2 ** len(kinds)} " in answers[0][1] and f"'{tmp_path / 'ours'}' holds" in answers[0][1]
+    assert f"CP {ranks // 2 ** len(kinds)} " in answers[0][1] and f"'{tmp_path / 'ours'}' saved" in answers[0][1]
     (ours, about), (theirs, expected) = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
     assert about == expected and [one["name"] for one in about["texts"][0]] == ["one.txt", "two.jsonl"]
     assert int(ours["count"]) == sum(one["tokens"] for one in about["texts"][0]) % CHUNK != 0
@@ -136,18 +136,18 @@ def test_texts_are_read_as_they_are(world, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["MODEL", "--output", "OUT"], "name a model, and the files"),
+        (["MODEL", "--output", "OUT"], "name a model and the files"),
         (["MODEL", "TEXT"], "--output"),
-        (["MODEL", "TEXT", "--output", "OUT", "--fast-weights", "off"], "nothing is learnt"),
-        (["MODEL", "TEXT", "--output", "OUT", "--more"], "no option --more"),
-        (["MODEL", "TEXT", "--output", "OUT", "optim.lr=1"], "optim.lr is not one that this command can set"),
-        (["MODEL", "TEXT", "--output", "TEXT"], "is there already"),
-        (["MODEL", "TEXT", "--output", "MODEL/no/book"], "there is no folder"),
+        (["MODEL", "TEXT", "--output", "OUT", "--fast-weights", "off"], "a book needs fast weights"),
+        (["MODEL", "TEXT", "--output", "OUT", "--more"], "unknown option --more"),
+        (["MODEL", "TEXT", "--output", "OUT", "optim.lr=1"], "optim.lr cannot be set by this command"),
+        (["MODEL", "TEXT", "--output", "TEXT"], "already exists"),
+        (["MODEL", "TEXT", "--output", "MODEL/no/book"], "does not exist: create it"),
         (["MODEL", "no.txt", "--output", "OUT"], "no.txt"),
-        (["MODEL", "EMPTY", "--output", "OUT"], "holds no text"),
-        (["EXPORTED", "TEXT", "--output", "OUT", "parallel.context_parallel_size=1"], "in Hugging Face's format"),
+        (["MODEL", "EMPTY", "--output", "OUT"], "contains no text"),
+        (["EXPORTED", "TEXT", "--output", "OUT", "parallel.context_parallel_size=1"], "in Hugging Face format"),
         (["MODEL", "TEXT", "--output", "OUT", "parallel.context_parallel_size=3"], "context_parallel_size=3 needs"),
-        (["TEXT", "TEXT", "--output", "OUT"], "is no folder"),
+        (["TEXT", "TEXT", "--output", "OUT"], "is not a folder"),
     ],
 )
 def test_what_cannot_be_read(world, tmp_path, words, message):

@@ -132,7 +132,7 @@ def test_bounded_past_the_trained_length(world, measure, tmp_path_factory):
     assert bounded != free
     words = ["position", str(base / "run"), *more, "on", "--output", str(base / "out")]
     (code, printed), (other, _) = run_ranks(2, run_evaluate, *words, "parallel.context_parallel_size=2")
-    assert code == other == 2 and "past the 32 tokens of its training" in printed and "clip=none" in printed
+    assert code == other == 2 and "beyond its training length of 32 tokens" in printed and "clip=none" in printed
 
 
 def test_position_by_hand(world, measure):
@@ -269,7 +269,7 @@ def test_killed_and_resumed(world, measure, tmp_path):
         file.write('{"model": "cut o')
     code, printed = run_evaluate(*arguments)
     assert code == 0, printed
-    assert f"{len(done)} of 12 samples were done before" in printed
+    assert f"{len(done)} of 12 samples are already done" in printed
     found = samples(tmp_path / "out")
     assert [json.dumps(one) in done for one in found].count(True) == len(done) and not partial.exists()
     expected = samples(measure(1, *needle(world)))
@@ -287,7 +287,7 @@ def test_asked_to_stop(world, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "samples are done, and the same command goes on" in printed
+    assert process.returncode == 130 and "samples are done; rerun the same command to resume" in printed
     assert "Traceback" not in printed
 
 
@@ -314,7 +314,7 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
         done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
         arguments[arguments.index("200")] = "4"  # some of which are done
         code, printed = run_evaluate(*arguments)
-        assert code == 0 and "samples were done before" in printed and done >= 2
+        assert code == 0 and "samples are already done" in printed and done >= 2
     finally:
         kill_all(process)
 
@@ -330,49 +330,49 @@ def test_compare(world, measure, tmp_path):
         assert difference.mean == pytest.approx(expected / len(on)) and difference.samples == len(on)
     with pytest.raises(UserError, match="does not name one model: use one of"):
         compare(str(both), str(both))
-    with pytest.raises(UserError, match=r"is of position and .* of ruler"):
+    with pytest.raises(UserError, match=r"has results of position and .* of ruler"):
         compare(f"{both}:run", str(measure(1, *ruler(world))))
-    with pytest.raises(UserError, match="holds no results"):
+    with pytest.raises(UserError, match="contains no results"):
         compare(f"{both}:run", str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["position"], "no model is named"),
-        (["position", "/nowhere"], "'/nowhere' is no folder"),
+        (["position"], "no model is given"),
+        (["position", "/nowhere"], "'/nowhere' is not a folder"),
         (["dance", "RUN"], "invalid choice: 'dance'"),
-        (["position", "RUN", "--dance"], "there is no option --dance"),
-        (["position", "RUN", "--fast-weights", "on,half"], "--fast-weights half is not understood"),
+        (["position", "RUN", "--dance"], "unknown option --dance"),
+        (["position", "RUN", "--fast-weights", "on,half"], "--fast-weights half is not a valid mode"),
         (["position", "RUN", "RUN"], "'run' is named twice"),
         (["position", "RUN", "--length", "9k"], "has no document of more than 9216 tokens, the longest has"),
-        (["position", "RUN", "--length", "0"], "'0' is no number of tokens"),
-        (["position", "RUN", "--ranges", "5,1"], "does not rise"),
-        (["position", "RUN", "--ranges", "5"], "name two edges or more"),
-        (["position", "EXPORTED"], "name --documents"),
+        (["position", "RUN", "--length", "0"], "'0' is not a number of tokens"),
+        (["position", "RUN", "--ranges", "5,1"], "is not increasing"),
+        (["position", "RUN", "--ranges", "5"], "use at least two edges"),
+        (["position", "EXPORTED"], "set --documents"),
         (["position", "EXPORTED", "--documents", "/nowhere"], "input '/nowhere' does not exist"),
-        (["position", "RUN", "optim.lr=1"], "optim.lr is not one that this command can set"),
+        (["position", "RUN", "optim.lr=1"], "optim.lr cannot be set by this command"),
         (["position", "RUN", "parallel.dance=1"], "parallel.dance does not exist"),
         (["position", "RUN", "parallel.context_parallel_size=x"], "takes int"),
         (["position", "RUN", "parallel.context_parallel_size=2"], "needs a multiple of 2 processes"),
-        (["ruler", "RUN", "parallel.context_parallel_size=2"], "ruler exports them first"),
-        (["position", "EXPORTED", "parallel.context_parallel_size=1"], "is in Hugging Face's format"),
-        (["position", "RUN", "--fast-weights", "clip=0"], "--fast-weights clip=0 is not understood"),
+        (["ruler", "RUN", "parallel.context_parallel_size=2"], "ruler exports checkpoints first"),
+        (["position", "EXPORTED", "parallel.context_parallel_size=1"], "is in Hugging Face format"),
+        (["position", "RUN", "--fast-weights", "clip=0"], "--fast-weights clip=0 is not a valid mode"),
         (["final-block", "RUN", "--contexts", "0,16"], "use 1 or more"),
-        (["final-block", "RUN", "--block", "1k"], "leaves no room for a context"),
-        (["ruler", "EXPORTED", "--tasks", "niah"], "--tasks niah is not one of RULER's"),
+        (["final-block", "RUN", "--block", "1k"], "leaves no context"),
+        (["ruler", "EXPORTED", "--tasks", "niah"], "--tasks niah is not a task of RULER"),
         (["ruler", "EXPORTED", "--template", "chat"], "has no chat template"),
         (["position", "EXPORTED", "parallel.timeout_minutes=-1"], "parallel.timeout_minutes=-1"),
         (["position", "EXPORTED", "parallel.timeout_minutes=nan"], "parallel.timeout_minutes=nan"),
         (["position", "RUN", "parallel.context_parallel_size=0"], "parallel.context_parallel_size=0 is out of range"),
-        (["position", "RUN", "train.eval_positions=[64,0]"], "takes rising numbers such as 0,1k,4k"),
-        (["needle", "RUN", "--depths", "33.33333,40"], "are no depths"),
-        (["needle", "RUN", "--samples", "00000000019999999999"], "is not a number of 1 or more"),
+        (["position", "RUN", "train.eval_positions=[64,0]"], "takes increasing numbers such as 0,1k,4k"),
+        (["needle", "RUN", "--depths", "33.33333,40"], "is not a list of depths"),
+        (["needle", "RUN", "--samples", "00000000019999999999"], "is not a whole number from 1"),
         (["ruler", "EXPORTED", "--lengths", "200"], "--lengths 200 is too short for"),
         (["ruler", "EXPORTED", "--ruler-data", "/nowhere"], "'/nowhere' has no"),
-        (["needle", "EXPORTED", "--depths", "50,101"], "are no depths"),
-        (["harness", "EXPORTED", "--tasks", "no_such_task"], "--tasks no_such_task is none of lm-evaluation-harness"),
-        (["position", "RUN", "--output", "FULL"], "holds something else than an evaluation"),
+        (["needle", "EXPORTED", "--depths", "50,101"], "is not a list of depths"),
+        (["harness", "EXPORTED", "--tasks", "no_such_task"], "--tasks no_such_task is not a task of lm-eval"),
+        (["position", "RUN", "--output", "FULL"], "contains files that are not from an evaluation"),
     ],
 )
 def test_what_is_asked_wrongly(world, tmp_path, arguments, sentence):
@@ -445,7 +445,7 @@ def test_harness_without_a_network(world, tmp_path, monkeypatch):
     result = subprocess.run(
         [sys.executable, str(ROOT / "launch/evaluate.py"), *arguments], capture_output=True, text=True
     )
-    assert result.returncode == 2 and "the questions of piqa cannot be loaded (the hub is out of reach" in result.stderr
+    assert result.returncode == 2 and "the questions of piqa cannot be loaded (the Hugging Face hub" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -463,10 +463,10 @@ def test_documents_that_cannot_be_read_are_named(world, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     words = ["position", str(world["exported"]), "--documents", str(tmp_path / "latin.txt"), "--length", "20"]
     code, printed = run_evaluate(*words, "--output", str(tmp_path / "out"))
-    assert code == 2 and "there is no text to read" in printed and "latin.txt" in printed and "utf-8" in printed
+    assert code == 2 and "no text found" in printed and "latin.txt" in printed and "utf-8" in printed
     text = (world["text"] / "0.txt").read_text()
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text)
     code, printed = run_evaluate(*words[:3], str(tmp_path), *words[4:], "--output", str(tmp_path / "out"))
-    assert code == 0 and "1 documents are there twice" in printed and "1 cannot be read" in printed
+    assert code == 0 and "1 duplicate documents are read once" in printed and "1 cannot be read" in printed
     assert len(samples(tmp_path / "out")) == 1

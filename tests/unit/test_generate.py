@@ -63,7 +63,7 @@ def expected(folder, text, *, chat=False, **more):
 def test_a_prompt_is_gone_on_from(folder, capsys):
     code, out, err = run(capsys, folder, "--prompt", TEXT)
     assert code == 0 and out.rstrip("\n") == expected(folder, TEXT).rstrip("\n") != ""
-    assert re.search(r"\[\d+ tokens read in [\d.]+ s, 12 written, then [\d.]+ a second\]", err)
+    assert re.search(r"\[prefill: \d+ tokens in [\d.]+ s; decode: 12 tokens at [\d.]+ tokens per second\]", err)
     off = run(capsys, folder, "--prompt", TEXT, "--fast-weights", "off")[1]
     assert off != out  # the prompt is longer than a chunk
 
@@ -78,7 +78,7 @@ def test_a_file_is_read_before_the_prompt(folder, capsys):
 
 def test_a_book_is_remembered(folder, capsys):
     code, out, err = run(capsys, folder, "--prompt", "the", "--book", str(folder / "book"))
-    assert code == 0 and "the book holds a cat (" in err
+    assert code == 0 and "the book contains a cat (" in err
     assert out.rstrip("\n") == expected(folder, "the", book=True).rstrip("\n") != expected(folder, "the").rstrip("\n")
 
 
@@ -113,7 +113,7 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
     first = expected(folder, said("the cat"), book=book)
     second = expected(folder, said("the cat", first, "the dog"), book=book)
     assert out == f"{first}\n{second}\n"
-    read = [int(number) for number in re.findall(r"\[(\d+) tokens read", err)]
+    read = [int(number) for number in re.findall(r"\[prefill: (\d+) tokens", err)]
     assert len(read) == 2 and read[1] < 60
     assert run(capsys, folder, "--chat", "--prompt", "the cat")[1].rstrip("\n") == expected(folder, said("the cat"))
 
@@ -121,22 +121,22 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--promt", "x"], "there is no option --promt"),
+        (["--promt", "x"], "unknown option --promt"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "x", "--temperature", "-1"], "'-1' is no number from 0 to 100"),
+        (["--prompt", "x", "--temperature", "-1"], "'-1' is not a number from 0 to 100"),
         (["--prompt", "x", "--top-p", "0"], "--top-p 0"),
         (["--prompt", "x", "--system", "y"], "add --chat"),
-        (["--prompt", "x", "--book", "no"], "'no' is no file"),
+        (["--prompt", "x", "--book", "no"], "'no' is not a file"),
         (["--prompt", "x", "--book", "MODEL/config.json"], "holds no fast weights"),
-        (["--prompt", "x", "--book", "BOOK", "--fast-weights", "off"], "which --fast-weights off leaves out"),
+        (["--prompt", "x", "--book", "BOOK", "--fast-weights", "off"], "cannot be used with --fast-weights off"),
         (["--prompt", "x", "--book", "OTHER"], "another model"),
         (["--prompt", "x", "MODEL"], "name one model, not 2"),
         (["--file", "MODEL"], "cannot be read"),
         (["--file", ""], "--file is empty"),
         (["--prompt", "caf\udce9"], "the prompt is not UTF-8 text"),
         (["--prompt", "x", "--chat", "--system", "\udce9"], "--system is not UTF-8 text"),
-        (["--prompt", "x", "--temperature", "1e-320"], "next to nothing"),
-        (["--chat", "--static"], "--static is for one answer"),
+        (["--prompt", "x", "--temperature", "1e-320"], "is too small"),
+        (["--chat", "--static"], "--static supports one answer only"),
         (["--file", "MODEL/model.safetensors"], "is not UTF-8 text"),
     ],
 )
@@ -174,14 +174,14 @@ def test_long_questions_of_a_conversation_are_read_in_parts(folder, capsys, monk
         code, out, err = run(capsys, folder, "--chat", "--part", "20")
     first = expected(folder, said(question))
     assert code == 0 and out == f"{first}\n{expected(folder, said(question, first, 'the dog'))}\n"
-    assert "that is not UTF-8 text: ask again" in err
+    assert "the question is not UTF-8 text: ask again" in err
 
 
 def test_nobody_is_there_to_ask(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     for words in ((), ("--chat",)):
         code, _, err = run(capsys, folder, *words)
-        assert code == 2 and "there is nothing to go on from" in err
+        assert code == 2 and "there is no prompt" in err
 
 
 def test_a_book_that_does_not_say_what_it_holds(folder, capsys, tmp_path):
@@ -193,4 +193,4 @@ def test_a_book_that_does_not_say_what_it_holds(folder, capsys, tmp_path):
     model.network(torch.tensor([[5, 6, 7] * 9]), past_key_values=cache)
     cache.fast_weights.save(tmp_path / "book")
     code, _, err = run(capsys, folder, "--prompt", "the", "--book", str(tmp_path / "book"))
-    assert code == 0 and "the book does not say what it holds" in err
+    assert code == 0 and "the book does not list its texts" in err

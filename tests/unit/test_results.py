@@ -80,7 +80,9 @@ def test_what_only_one_has_is_said(tmp_path):
     assert list(scores.cells) == [("4096", "vt"), ("4096", "mean")]
     assert notes == ["only a has vt at 8192", "only b has vt at 16384"]
     other = write(tmp_path / "c", {"c": [sample("c", 0, 1.0, 32768)]})
-    with pytest.raises(UserError, match="nothing in common: there is vt at 16384, vt at 4096, and vt at 32768"):
+    with pytest.raises(
+        UserError, match="no common rows: the first has vt at 16384, vt at 4096, the second has vt at 32768"
+    ):
         compare(str(folders[1]), str(other))
 
 
@@ -93,11 +95,11 @@ def test_a_folder_belongs_to_one_evaluation(tmp_path):
     results.finish(dict(task="ruler", settings=settings, columns=[vars(columns[0])], scores=[]))
     results.claim("ruler", settings | dict(samples=9), columns)
     for task, changed, others, why in (
-        ("needle", {}, columns, "is of the task ruler"),
-        ("ruler", dict(seed=2), columns, "was made with seed=1, and not 2"),
+        ("needle", {}, columns, "contains results of the task ruler"),
+        ("ruler", dict(seed=2), columns, "was made with seed=1, not 2"),
         ("ruler", {}, columns[1:], "has results of a, which this command does not name"),
     ):
-        with pytest.raises(UserError, match=f"{why}: name another folder, or remove this one"):
+        with pytest.raises(UserError, match=f"{why}: use another folder, or remove this one"):
             results.claim(task, settings | changed, others)
 
 
@@ -139,14 +141,14 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(UserError, match=r"has no results\.json"):
         read_results(tmp_path)
     (tmp_path / "samples.rank_0.jsonl").touch()
-    with pytest.raises(UserError, match="its evaluation has not ended"):
+    with pytest.raises(UserError, match="its evaluation is not finished"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say the models"):
+    with pytest.raises(UserError, match="does not list the models"):
         read_results(tmp_path)
     (tmp_path / "samples.rank_0.jsonl").unlink()
     (tmp_path / "samples.jsonl").symlink_to("/etc/passwd")
-    with pytest.raises(UserError, match="is a link"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         Results(tmp_path, 0).open()
 
 

@@ -221,12 +221,12 @@ def test_samples_fit_and_fill(tasks, length):
 
 
 def test_a_length_that_holds_no_sample_is_named(tasks):
-    with pytest.raises(UserError, match=r"--lengths 200 is too short for cwe, whose sample 0 needs \d+ tokens"):
+    with pytest.raises(UserError, match=r"--lengths 200 is too short for cwe: its sample 0 needs \d+ tokens"):
         Fitter(tasks["cwe"], 200, 7, lambda draft: draft.prompt, count_tokens)
 
 
 def test_a_tokenizer_that_makes_no_tokens_ends(tasks):
-    with pytest.raises(UserError, match=r"makes 0 tokens of .* words or lines"):
+    with pytest.raises(UserError, match=r"produces 0 tokens for .* words or lines"):
         Fitter(tasks["vt"], 4096, 42, lambda draft: draft.prompt, lambda text: 0)
 
 
@@ -240,9 +240,9 @@ def test_chat_templates_are_tried_first(monkeypatch):
     assert rendering.render(Draft("What?", " It is", ())) == "<u>What?</u><a> It is"
     for template, message in [
         ("{{ messages.nothing.there }}", "the tokenizer's chat template fails"),
-        ("hello", "leaves out the question"),
-        ("{{ messages[0].content[:100] }}", "leaves out the question"),
-        ("{{ messages[0].content }}\ud800", "makes what is no text"),
+        ("hello", "drops the question"),
+        ("{{ messages[0].content[:100] }}", "drops the question"),
+        ("{{ messages[0].content }}\ud800", "produces invalid Unicode"),
     ]:
         tokenizer.chat_template = template
         with pytest.raises(UserError, match=message):
@@ -252,7 +252,7 @@ def test_chat_templates_are_tried_first(monkeypatch):
         monkeypatch.setattr(
             Rendering, "render", lambda self, draft, n=slow_from: time.sleep(len(draft.prompt) > n) or draft.prompt
         )
-        with pytest.raises(UserError, match="makes no prompt in 0 s"):
+        with pytest.raises(UserError, match="returns no prompt within 0 s"):
             Rendering(tokenizer, "chat", 4096)
 
 
@@ -300,7 +300,7 @@ def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         _ = Sources(tmp_path).hotpotqa
     (tmp_path / "english_words.json").write_text('{"1": "one", "2": "two"}')
-    with pytest.raises(UserError, match="holds 2 words, and 100000 are needed"):
+    with pytest.raises(UserError, match="has 2 words, but 100000 are needed"):
         Sources(tmp_path).words(100_000)
 
 

@@ -1,1 +1,1 @@
-"""Evaluation: loss by position, and the benchmarks of long contexts."""
+"""Evaluation: loss by position, and long-context benchmarks."""

@@ -1,4 +1,4 @@
-"""Tables of RULER and of needles, out of samples as results keep them."""
+"""Tables of RULER and needle in a haystack, from sample records."""
 
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.evaluation.scores import Row, Scores
@@ -8,12 +8,18 @@ MEAN = "mean"
 
 
 def about(settings: dict) -> str:
-    """Return what samples were asked, in some words."""
+    """Return a short description of the samples for the table's title."""
     return f"{settings.get('template')} template, seed {settings.get('seed')}"
 
 
 def table(task: str, by_model: dict[str, list[dict]], about: str) -> Scores:
-    """Return the scores (0 to 100) of samples, as results keep them, of each task and the mean of each length."""
+    """Return the scores (0 to 100) per length and task (or depth), and the mean per length.
+
+    Args:
+        task: ``ruler`` or ``needle``.
+        by_model: sample records by model label. Rows that a model lacks are left out.
+        about: description for the title.
+    """
     found: dict[Row, dict[str, dict[str, float]]] = {}
     for label, samples in by_model.items():
         for sample in samples:
@@ -39,10 +45,11 @@ def table(task: str, by_model: dict[str, list[dict]], about: str) -> Scores:
     lengths = list(dict.fromkeys(row[0] for row in rows))
     each = [row for length in lengths for row in [*(r for r in rows if r[0] == length), (length, MEAN)]]
     title, names = ("RULER", ("length", "task")) if task == "ruler" else ("A needle in a haystack", ("length", "depth"))
-    return Scores.of(title, about, names, "score of 100, more is better", 1, each, list(by_model), interval, difference)
+    unit = "score out of 100, higher is better"
+    return Scores.of(title, about, names, unit, 1, each, list(by_model), interval, difference)
 
 
 def _place(row: Row) -> tuple[int, float]:
-    """Return what rows are sorted by: the length, then the order of RULER's tasks, or the depth."""
+    """Return the sort key of a row: the length, then the order of RULER's tasks, or the depth."""
     length, kind = row
     return int(length), float(TASKS.index(kind)) if kind in TASKS else float(kind)

@@ -1,4 +1,4 @@
-"""RULER and the needle in a haystack: prompts, the model's answers, and their scores."""
+"""Answering tasks, RULER and needle in a haystack: prompts, the model's answers, and their scores."""
 
 import contextlib
 import os
@@ -28,10 +28,10 @@ from inplace_ttt.megatron import runtime
 
 
 class AnsweringTask:
-    """``ruler`` and ``needle``: the same prompts answered by each model, if they have the same tokenizer."""
+    """Run ``ruler`` or ``needle``: let each model answer the same prompts (models with one tokenizer share prompts)."""
 
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
-        """Check what is asked for. Raises UserError."""
+        """Check the options. Raises UserError if a task does not exist or the chat template is unusable."""
         self.arguments, self.asked, self.options = arguments, asked, arguments.options
         self.requests = sample_requests(arguments)
         self.models = list({one.model.path: one.model for one in asked}.values())
@@ -39,7 +39,7 @@ class AnsweringTask:
             Rendering(model.tokenizer(), self.options.template, max(self.options.lengths))
         self.work = arguments.output / EXPORTED
         self.folders = {model.path: model.exported_to(self.work) for model in self.models}
-        self.samples: dict[Path, dict[SampleRequest, list[Sample]]] = {}  # of each model
+        self.samples: dict[Path, dict[SampleRequest, list[Sample]]] = {}  # by model path
         self.settings = dict(
             lengths=self.options.lengths,
             samples=self.options.samples,
@@ -49,8 +49,8 @@ class AnsweringTask:
         )
 
     def prepare(self, job: Job) -> None:
-        """Export the runs among the models, and make the samples, on the first rank; read them on all."""
-        job.watchdog.set_phase("making samples", 4 * SLOW_PHASE_FACTOR)
+        """Export runs and generate samples on rank 0, then read the samples on all ranks."""
+        job.watchdog.set_phase("generating samples", 4 * SLOW_PHASE_FACTOR)
         runtime.on_first_rank(self._make)
         job.watchdog.set_phase("reading samples", SLOW_PHASE_FACTOR)
         by_mark: dict[str, dict[SampleRequest, list[Sample]]] = {}
@@ -68,7 +68,7 @@ class AnsweringTask:
                 continue
             made.add(model.fingerprint())
             total = sum(request.count for request in self.requests)
-            with contextlib.closing(ProgressMeter(f"making samples for {model.path.name}", total)) as meter:
+            with contextlib.closing(ProgressMeter(f"generating samples for {model.path.name}", total)) as meter:
                 workers = self.options.workers or len(os.sched_getaffinity(0))
                 self._samples(self.folders[model.path], workers, meter.advance)
 
@@ -79,7 +79,7 @@ class AnsweringTask:
         return [(request, sample) for request, made in self.samples[one.model.path].items() for sample in made]
 
     def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
-        """Ask what is not known yet. Every rank calls it."""
+        """Answer the samples that ``results`` does not have yet. All ranks must call it."""
         for number, one in enumerate(self.asked):
             everything = self._everything(one)
             left = [
@@ -107,11 +107,11 @@ class AnsweringTask:
             for i, text in zip(group, answer(model, prompts, speed), strict=True):
                 results.add(_record(one, *left[i], text))
         if job.world.rank == 0 and speed.read:
-            print(f"{name}{', on the first rank' if job.world.size > 1 else ''}: {speed}", flush=True)
+            print(f"{name}{', on rank 0' if job.world.size > 1 else ''}: {speed}", flush=True)
         _free(model)
 
     def scores(self, results: Results) -> list[Scores]:
-        """Return the tables: of each task and length, and their means."""
+        """Return one table: the score per length and task (or depth), and the mean per length."""
         by_model = {
             one.column.label: [
                 results.use((one.column.digest, task_name(request), sample.digest))
@@ -123,7 +123,7 @@ class AnsweringTask:
 
 
 def sample_requests(arguments: Arguments) -> list[SampleRequest]:
-    """Return which samples are asked for. Raises UserError for a task that there is not."""
+    """Return the requested samples, one entry per task and length. Raises UserError if a task does not exist."""
     options = arguments.options
     if arguments.task == "needle":
         tasks = [depth_task(options.haystack, depth) for depth in options.depths]
@@ -131,7 +131,7 @@ def sample_requests(arguments: Arguments) -> list[SampleRequest]:
         tasks = options.tasks or list(TASKS)
         for task in tasks:
             if task not in TASKS:
-                raise UserError(f"--tasks {task} is not one of RULER's: use {', '.join(TASKS)}")
+                raise UserError(f"--tasks {task} is not a task of RULER: use {', '.join(TASKS)}")
         tasks = [task for task in TASKS if task in tasks]
     return [
         SampleRequest(task, length, options.samples, options.seed, options.template)
@@ -141,7 +141,7 @@ def sample_requests(arguments: Arguments) -> list[SampleRequest]:
 
 
 def task_name(request: SampleRequest) -> str:
-    """Return what results call the samples of an order."""
+    """Return the name of a request's samples in results."""
     return f"{request.task} at {request.length}"
 
 
@@ -163,12 +163,12 @@ def _record(one: EvaluatedModel, request: SampleRequest, sample: Sample, text: s
 
 def _ahead(queue: WorkQueue, groups: list[list[int]], left: list[tuple[SampleRequest, Sample]],
            rendering: Rendering) -> Iterator[tuple[list[int], list[Prompt]]]:  # fmt: skip
-    """Yield this rank's batches with their tokens, which a thread makes while the batch before is answered."""
+    """Yield this rank's batches with their tokens; a thread tokenizes the next batch while one is answered."""
 
     def encode(group: list[int]) -> list[Prompt]:
         return [Prompt(i, tuple(rendering.encode(left[i][1].prompt)), left[i][1].new_tokens) for i in group]
 
-    # pieces are taken from the share when they are begun, so what comes next is only likely: the following one
+    # a rank takes its next batch from the queue only when it starts it, so the index of the next batch is a guess
     with ThreadPoolExecutor(1) as thread:
         known: dict[int, Future] = {}
         for piece in queue:

@@ -1,4 +1,4 @@
-"""Losses by a training checkpoint in Megatron's model, over as many ranks as its layout asks for."""
+"""Losses of a training checkpoint with the Megatron model, on all ranks of a parallel layout."""
 
 import copy
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ from inplace_ttt.validation import precision, transformer_impl, validate
 
 
 def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
-    """Return a checkpoint's configuration for an evaluation on so many ranks. Raises UserError.
+    """Return a checkpoint's configuration for an evaluation on ``world_size`` ranks.
 
-    The layout is that of ``overrides`` (key: value); else the run's own where it fits the ranks; else each rank has
-    the whole model.
+    The parallel layout is that of ``overrides`` (key: value). Without overrides it is the layout of the run if that
+    fits the number of ranks; otherwise each rank has the whole model. Raises UserError if the configuration is invalid.
     """
     config = copy.deepcopy(inspect_checkpoint(path).config)
     parallel, data, train = config.parallel, config.data, config.train
     if config.model.vocab_size is None:
-        raise UserError(f"'{path}' does not say model.vocab_size: its run's config.yaml lacks it")
+        raise UserError(f"'{path}' has no model.vocab_size: add it to config.yaml of its run")
     if config.model.max_position_embeddings is None:
-        config.model.max_position_embeddings = data.seq_length  # what RoPE was made for
+        config.model.max_position_embeddings = data.seq_length  # RoPE was set up for this length
     sizes = [f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")]
     ranks = 1
     for size in sizes:
@@ -45,7 +45,7 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
         setattr(getattr(config, section), name, value)
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = False
     train.micro_batch_size, train.recompute, train.recompute_core_attn = 1, "none", True
-    train.global_batch_size = max(1, world_size)  # of which nothing depends: there are no steps
+    train.global_batch_size = max(1, world_size)  # only for validate(): an evaluation has no steps
     data.reset_at_documents = True
     data.seq_length = padded_length(config, max(config.ttt.chunk_size, 2))
     validate(config, world_size)
@@ -53,7 +53,7 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
 
 
 def padded_length(config: Config, length: int) -> int:
-    """Return the least length from ``length`` on that the layout can cut into slices."""
+    """Return the smallest length of at least ``length`` tokens that the layout can split into slices."""
     cp = config.parallel.context_parallel_size
     unit = 1 if cp == 1 else 2 * cp * (config.ttt.chunk_size if config.ttt.enabled else 1)
     if config.parallel.sequence_parallel:
@@ -62,30 +62,43 @@ def padded_length(config: Config, length: int) -> int:
 
 
 def check_bound(path: Path, mode: FastWeightMode, length: int, why: str) -> None:
-    """Raise UserError where a text of so many tokens would be read past the length of the training, from where on the
-    exported model bounds its fast weights, by something that cannot do that. ``why``: which that is."""
+    """Raise UserError if ``length`` exceeds the training length of a model with ``ttt_bound``, and the bound is on.
+
+    The exported model bounds its fast weights beyond that length; the caller cannot.
+
+    Args:
+        length: tokens of the longest text.
+        why: what cannot apply the bound, for the message.
+    """
     keys = reading_keys(inspect_checkpoint(path))
     if mode.on and mode.bound_of(keys["ttt_bound"]) is not None and length > keys["ttt_trained_length"]:
         raise UserError(
-            f"past the {keys['ttt_trained_length']} tokens of its training, the fast weights of '{path}' are bounded, "
-            f"chunk by chunk, which {why} cannot do with {length} tokens: export it and read with that folder, or use "
-            f"--fast-weights clip=none"
+            f"the fast weights of '{path}' are bounded chunk by chunk beyond its training length of "
+            f"{keys['ttt_trained_length']} tokens, which {why} does not support ({length} tokens): export it and use "
+            f"the exported folder, or use --fast-weights clip=none"
         )
 
 
 @dataclass(frozen=True)
 class ScoredDocument:
-    """A text to read, and the ranges of positions whose losses are asked for."""
+    """Hold a document and the ranges of positions whose losses are summed."""
 
     document: Document
     ranges: PositionRanges
 
 
 class CheckpointReader:
-    """A checkpoint's model on this rank's part of the layout. All ranks make it, and call it, together."""
+    """Hold a checkpoint's model on this rank. All ranks must construct and call it together."""
 
     def __init__(self, path: Path, config: Config, job: Job, length: int):
-        """Build and load. ``length``: of the longest text. Raises UserError, on all ranks."""
+        """Build the model and load its weights.
+
+        Raises UserError, on all ranks, if the weights cannot be loaded.
+
+        Args:
+            config: from ``evaluation_config``; its data.seq_length is set to the padded ``length``.
+            length: tokens of the longest text.
+        """
         from inplace_ttt.megatron.checkpoint import Checkpointer
         from inplace_ttt.megatron.model import build_model
         from inplace_ttt.training.step import Stepper, unwrap
@@ -100,21 +113,21 @@ class CheckpointReader:
         checkpointer = Checkpointer(Path(), self.model, None, self.groups, keep=1, async_save=False)
         job.watchdog.set_phase(f"loading '{path}'", SLOW_PHASE_FACTOR)
         new, _ = checkpointer.load_weights(inspect_checkpoint(path).folder, f"'{path}'")
-        runtime.raise_on_all_ranks(UserError(f"'{path}' has no tensor '{new[0]}'") if new else None)
+        runtime.raise_on_all_ranks(UserError(f"'{path}' lacks the tensor '{new[0]}'") if new else None)
         if job.world.rank == 0:
             sizes = " ".join(f"{kind} {getattr(self.groups, kind.lower()).size()}" for kind in ("TP", "PP", "CP", "DP"))
             print(
-                f"'{path}' is read by {counted(job.world.size, 'rank')}: {sizes}, {str(dtype).removeprefix('torch.')}",
+                f"'{path}' on {counted(job.world.size, 'rank')}: {sizes}, {str(dtype).removeprefix('torch.')}",
                 flush=True,
             )
         self.model.eval()
         self.modules = unwrap(self.model).ttt_modules
-        self.keys = reading_keys(inspect_checkpoint(path)) if self.modules else {}  # as the exported model has them
+        self.keys = reading_keys(inspect_checkpoint(path)) if self.modules else {}  # as in the exported model
         self.stepper = Stepper(config, self.model, self.model.config, self.groups)
         self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
 
     def _set_mode(self, mode: FastWeightMode) -> None:
-        """Let the TTT layers read as a mode says. The bound is for texts of one rank, see ``check_bound``."""
+        """Set clip and bound of the TTT layers for a mode. The bound needs CP = 1, see ``check_bound``."""
         layers = ttt_layers(self.config.ttt, self.config.model.num_layers)
         clip, trained = self.keys["ttt_clip"], (self.keys["ttt_trained_length"] or 0) // self.config.ttt.chunk_size
         clips = dict(zip(layers, clip if isinstance(clip, list) else [clip] * len(layers), strict=True))
@@ -129,11 +142,16 @@ class CheckpointReader:
 
     @property
     def at_once(self) -> int:
-        """Return how many texts are read together: one on each data-parallel rank and pipeline stage."""
+        """Return the number of documents per call of ``read``: one per data-parallel rank and pipeline stage."""
         return self.groups.dp.size() * self.groups.pp.size()
 
     def read(self, readings: Sequence[ScoredDocument], mode: FastWeightMode) -> list[list[list[float]]]:
-        """Return [loss, tokens] of each range of each of at most ``at_once`` readings; the same on all ranks."""
+        """Return [summed loss in nats, tokens] of each range of each document; the same on all ranks.
+
+        Args:
+            readings: at most ``at_once`` documents, the same on all ranks.
+            mode: fast-weight mode.
+        """
         length = padded_length(self.config, max(len(one.document.tokens) - 1 for one in readings))
         self.config.data.seq_length = length
         each = self.groups.pp.size()
@@ -151,7 +169,7 @@ class CheckpointReader:
         return [one for part in found for one in part][: len(readings)]
 
     def _batch(self, reading: ScoredDocument, length: int) -> MicroBatch:
-        """Return a text as a document of its own, with padding that does not count behind it."""
+        """Return a micro batch of one document, with unscored padding after it to ``length`` tokens."""
         document = reading.document
         real = len(document.tokens) - 1
         tokens, labels = (torch.zeros(length, dtype=torch.long) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The columns of an evaluation's tables: each model in each of its modes."""
+"""Columns of the tables of an evaluation: each model in each fast-weight mode."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from inplace_ttt.evaluation.results import Column, label_columns
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model in one mode, with the name that results give it."""
+    """Hold a model, one fast-weight mode, and its column in the results."""
 
     model: ModelSource
     mode: FastWeightMode
@@ -19,16 +19,20 @@ class EvaluatedModel:
 
 
 def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[str]) -> list[EvaluatedModel]:
-    """Return what is to be evaluated, model by model. Raises UserError where a path holds no model.
+    """Return the columns to evaluate, model by model.
 
-    ``numerics``: what else of the command line tells results of a model apart.
+    Args:
+        numerics: settings of the command line that change results, part of the digest.
+
+    Raises UserError if a path contains no model, a model or mode is named twice, or no model has the fast weights that
+    a clip mode needs.
     """
     found = []
     for named in [ModelSource.find(path) for path in models]:
         found += [(named, mode) for mode in named.modes(modes)]
     clipped = next((mode for mode in modes if mode.clip is not None), None)
     if clipped and not any(named.has_fast_weights for named, _ in found):
-        raise UserError(f"--fast-weights {clipped}: '{models[0]}' has no fast weights to clip: use on or off")
+        raise UserError(f"--fast-weights {clipped}: '{models[0]}' has no fast weights to clip; use on or off")
     words = [str(mode) if named.has_fast_weights else "none" for named, mode in found]
     labels = label_columns([(named.path, word) for (named, _), word in zip(found, words, strict=True)])
     if len(set(labels)) < len(labels):
@@ -41,7 +45,7 @@ def columns_of(models: list[Path], modes: list[FastWeightMode], numerics: list[s
 
 
 def one_tokenizer(asked: list[EvaluatedModel], why: str) -> None:
-    """Raise UserError where models have different tokenizers; ``why`` that cannot be."""
+    """Raise UserError if the models have different tokenizers. ``why`` ends the message: the reason and the remedy."""
     first = None
     for model in {one.model.path: one.model for one in asked}.values():
         mark = model.fingerprint()

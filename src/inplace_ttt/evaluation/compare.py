@@ -1,4 +1,4 @@
-"""Compare two evaluations: the same tables, with the differences of samples that both have."""
+"""Comparison of two evaluations: the same tables, with differences over the samples that both have."""
 
 from pathlib import Path
 
@@ -9,16 +9,18 @@ from inplace_ttt.evaluation.scores import Scores
 
 
 def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
-    """Return the task and the table of two evaluations, and what a reader must know of it.
+    """Return the task, the table of two evaluations, and notes on how they differ.
 
     Args:
-        first, second: a folder of results, or FOLDER:MODEL where it holds those of several models.
+        first, second: a folder of results, or FOLDER:MODEL if it contains several models.
 
-    Raises UserError where they cannot be compared.
+    Raises UserError if a folder has no results, or the evaluations have no common rows.
     """
     (task, a, of_a, settings), (other, b, of_b, others) = _open(first), _open(second)
     if task != other:
-        raise UserError(f"'{first}' is of {task} and '{second}' of {other}: name two evaluations of one task")
+        raise UserError(
+            f"'{first}' has results of {task} and '{second}' of {other}: name two evaluations of the same task"
+        )
     labels = (a.label, b.label) if a.label != b.label else _told_apart(first, second, a.label)
     if labels[0] == labels[1]:
         raise UserError(f"'{first}' is named twice: name two evaluations")
@@ -37,7 +39,8 @@ def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
     alone = [_rows(task, samples) for samples in by_model.values()]
     if not scores.cells:
         raise UserError(
-            f"'{first}' and '{second}' have nothing in common: there is {_some(alone[0])}, and {_some(alone[1])}"
+            f"'{first}' and '{second}' have no common rows: the first has {_some(alone[0])}, the second has "
+            f"{_some(alone[1])}"
         )
     for label, own, rest in zip(labels, alone, reversed(alone), strict=True):
         if own - rest:
@@ -46,7 +49,7 @@ def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
 
 
 def _rows(task: str, samples: list[dict]) -> set[str]:
-    """Return the rows that samples make, in words."""
+    """Return the table rows of samples, as text."""
     if task == "position":
         return {f"{one['from']}-{one['to']}" for sample in samples for one in sample["ranges"]}
     if task == "final-block":
@@ -62,7 +65,7 @@ def _some(names: set[str]) -> str:
 
 
 def _told_apart(first: str, second: str, label: str) -> tuple[str, str]:
-    """Return labels for models of one name: with the names of their folders, as short as they differ."""
+    """Return different labels for two models of one name: with the shortest folder paths that differ."""
     parts = [Path(name.removesuffix(f":{label}")).parts for name in (first, second)]
     count = 1
     while parts[0][-count:] == parts[1][-count:] and count < max(map(len, parts)):
@@ -76,12 +79,12 @@ def _told(value) -> str:
 
 
 def record(task: str, scores: Scores) -> dict:
-    """Return a comparison as JSON."""
+    """Return a comparison as a dictionary for JSON."""
     return dict(task=task, scores=scores.records())
 
 
 def _open(name: str) -> tuple[str, Column, list[dict], dict]:
-    """Return (task, model, its samples, settings) of FOLDER or FOLDER:MODEL."""
+    """Return (task, model, its samples, settings) of FOLDER or FOLDER:MODEL. Raises UserError if it has no samples."""
     folder, label = Path(name).expanduser(), None
     if not folder.is_dir() and ":" in name:
         before, _, label = name.partition(":")
@@ -89,11 +92,11 @@ def _open(name: str) -> tuple[str, Column, list[dict], dict]:
     results = read_results(folder)
     task, columns = results["task"], results["columns"]
     if task not in NUMBERS:
-        raise UserError(f"'{folder}' is of the task {task}, which is not known: use {', '.join(NUMBERS)}")
+        raise UserError(f"'{folder}' has results of the unknown task {task}: use {', '.join(NUMBERS)}")
     chosen = [column for column in columns if label in (None, column.label)]
     if len(chosen) != 1:
         named = ", ".join(f"{folder}:{column.label}" for column in columns)
-        remedy = f"use one of {named}" if named else "it holds none; run launch/evaluate.py again"
+        remedy = f"use one of {named}" if named else "the folder has no models; run launch/evaluate.py again"
         raise UserError(f"'{name}' does not name one model: {remedy}")
     samples = [
         one
@@ -101,6 +104,6 @@ def _open(name: str) -> tuple[str, Column, list[dict], dict]:
         if one["model_digest"] == chosen[0].digest and one["sample"] != END and not one.get("left_out")
     ]
     if not samples:
-        raise UserError(f"'{folder}' holds no samples of '{chosen[0].label}': run launch/evaluate.py again")
+        raise UserError(f"'{folder}' has no samples of '{chosen[0].label}': run launch/evaluate.py again")
     settings = results.get("settings")
     return task, chosen[0], samples, settings if isinstance(settings, dict) else {}

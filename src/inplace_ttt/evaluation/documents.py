@@ -1,4 +1,4 @@
-"""Documents whose loss is measured: of a prepared corpus, of files, or what a run has held out."""
+"""Documents whose loss is measured: from a prepared corpus, from text files, or held out by a run."""
 
 import hashlib
 import os
@@ -20,10 +20,10 @@ from inplace_ttt.data.tokenizer import fingerprint
 
 @dataclass(frozen=True)
 class Document:
-    """A text by its tokens."""
+    """Hold the token IDs of a document."""
 
-    tokens: np.ndarray  # (n,) int64
-    counts: np.ndarray | None = None  # (n - 1,): whether the token after each one is scored; None: all are
+    tokens: np.ndarray  # (n,) int64 token IDs
+    counts: np.ndarray | None = None  # (n - 1,) bool: True if the token after each one is scored; None: score all
 
     @cached_property
     def digest(self) -> str:
@@ -37,30 +37,32 @@ class Document:
 
 @dataclass(frozen=True)
 class Selection:
-    """Choose documents."""
+    """Describe which documents to choose."""
 
-    length: int  # tokens that are read of each
-    at_least: int  # tokens that each has
-    count: int
-    seed: int = 0
+    length: int  # tokens read per document
+    at_least: int  # tokens that a document must exceed
+    count: int  # maximum number of documents
+    seed: int = 0  # seed of the random choice
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Hold documents, and say where they are from."""
+    """Hold the chosen documents and their source."""
 
     documents: list[Document]
-    source: str
-    tokenizer: str | None  # its fingerprint; None: not known
-    notes: tuple[str, ...] = ()  # what a reader must know
+    source: str  # description for tables and messages
+    tokenizer: str | None  # fingerprint of the tokenizer; None: unknown
+    notes: tuple[str, ...] = ()  # notes to print for the user
 
 
 def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
-    """Return documents that a run has held out. Raises UserError where there are not any, or none is long enough."""
+    """Return held-out documents of a run. Raises UserError if it has none, or none is long enough."""
     data = config.data
     if data.kind == "recall":
         if selection.length > data.seq_length:
-            raise UserError(f"--length {selection.length}: the samples of '{run}' have {data.seq_length} tokens")
+            raise UserError(
+                f"--length {selection.length}: the samples of '{run}' have {data.seq_length} tokens; use at most that"
+            )
         return Chosen([_recall(config, number).cut(selection.length) for number in range(selection.count)],
                       f"held-out samples of {run.name}", None)  # fmt: skip
     texts: list[Place] = []
@@ -73,13 +75,17 @@ def held_out(config: Config, run: Path, selection: Selection) -> Chosen:
         texts += [(corpus, int(number)) for number in (everything if data.validation else numbers)]
         known.append(corpus.tokenizer)
     if not texts:
-        raise UserError(f"'{run}' holds no document out (data.validation_fraction): name some with --documents")
+        raise UserError(f"'{run}' has no held-out documents (data.validation_fraction): set --documents")
     return Chosen(_choose(texts, selection, f"the held-out set of '{run}'"), f"held-out documents of {run.name}",
                   known[0])  # fmt: skip
 
 
 def of_corpus(prefix: str, selection: Selection) -> Chosen:
-    """Return documents of a prepared corpus, by the prefix of its files."""
+    """Return documents of a prepared corpus. Raises UserError if none is long enough.
+
+    Args:
+        prefix: path of the corpus without the extensions .bin and .idx.
+    """
     corpus = Corpus.open(prefix)
     texts = [(corpus, number) for number in range(len(corpus.indexed.sequence_lengths))]
     return Chosen(_choose(texts, selection, f"'{prefix}'"), f"documents of {prefix}", corpus.tokenizer)
@@ -88,7 +94,10 @@ def of_corpus(prefix: str, selection: Selection) -> Chosen:
 def of_files(
     names: list[str], selection: Selection, tokenizer: PreTrainedTokenizerBase, text_key: str = "text"
 ) -> Chosen:
-    """Return documents of files and folders, the first ones that are long enough, by a model's tokenizer."""
+    """Return the first documents of files and folders that are long enough, tokenized without special tokens.
+
+    Raises UserError if the files contain no text, or no document is long enough.
+    """
     found, longest, report = [], 0, SkipReport()
     for text in read_documents(find_files(names), text_key, report):
         ids = tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
@@ -97,9 +106,9 @@ def of_files(
             found.append(Document(np.asarray(ids, dtype=np.int64)).cut(selection.length))
         if len(found) == selection.count:
             break
-    unread = f"{report.bad} cannot be read, the first for {report.places[0]}" if report.bad else ""
+    unread = f"{report.bad} cannot be read, the first because of {report.places[0]}" if report.bad else ""
     if not found and not longest:
-        raise UserError(f"{', '.join(names)}: there is no text to read{'; ' * bool(unread)}{unread}")
+        raise UserError(f"{', '.join(names)}: no text found{'; ' * bool(unread)}{unread}")
     if not found:
         raise _too_short(", ".join(names), selection, longest)
     notes = (f"of the documents {unread}",) if unread else ()
@@ -107,22 +116,22 @@ def of_files(
 
 
 def is_corpus(name: str) -> bool:
-    """Tell whether a name is the prefix of a prepared corpus."""
+    """Return True if a name is the prefix of a prepared corpus."""
     return os.path.isfile(os.path.expanduser(f"{name}.idx"))
 
 
 def _prefix(path: str, run: Path) -> str:
-    """Return where a source of a run lies, from here or from a folder above the run."""
+    """Return the path of a run's data source, relative to the working directory or to a parent folder of the run."""
     path = os.path.expanduser(path)
     places = [os.path.join(root, path) for root in ("", *run.resolve().parents)]
     return next((place for place in places if is_corpus(place)), path)
 
 
-Place = tuple[Corpus, int]  # and the number of a document in it
+Place = tuple[Corpus, int]  # a corpus and the index of a document in it
 
 
 def _choose(texts: list[Place], selection: Selection, where: str) -> list[Document]:
-    """Return documents that are long enough, in an order that the seed decides."""
+    """Return documents that are long enough, in a random order given by the seed. Raises UserError if none is."""
     lengths = [int(corpus.indexed.sequence_lengths[number]) for corpus, number in texts]
     order = np.random.default_rng(selection.seed).permutation(len(texts))
     chosen = [texts[place] for place in order if lengths[place] > selection.at_least][: selection.count]
@@ -140,8 +149,8 @@ def _read(chosen: list[Place], length: int) -> Iterator[Document]:
 
 def _too_short(where: str, selection: Selection, longest: int) -> UserError:
     return UserError(
-        f"{where} has no document of more than {selection.at_least} tokens, the longest has {longest}: use a shorter "
-        f"--length, or --min-length for documents that do not fill it"
+        f"{where} has no document of more than {selection.at_least} tokens, the longest has {longest}: use a smaller "
+        f"--length, or set --min-length to accept shorter documents"
     )
 
 

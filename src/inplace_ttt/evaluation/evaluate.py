@@ -1,4 +1,4 @@
-"""Evaluate models: the same steps for every task, on every rank."""
+"""Evaluation of models: the steps that all tasks share, run on every rank."""
 
 import contextlib
 import shutil
@@ -34,14 +34,17 @@ KINDS = {
 
 
 def evaluate(arguments: Arguments, job: Job) -> int:
-    """Measure what is not known yet, and on the first rank write what all samples say. Raises UserError."""
+    """Measure the samples that the output folder does not have yet; write tables and figures on rank 0.
+
+    Returns the exit code 0. Raises UserError if the arguments, the models or the output folder are invalid.
+    """
     dtype = chosen_dtype(arguments.options.dtype)
-    logging.set_verbosity_error()  # what transformers says of tokenizers, on each rank
+    logging.set_verbosity_error()  # hide tokenizer warnings of transformers, one per rank
     asked = columns_of(arguments.models, arguments.modes, _numerics(arguments, dtype))
     _check_keys(arguments, asked)
     task = KINDS[arguments.task](
         arguments, asked, job.world
-    )  # all that can be checked before any rank waits for another
+    )  # checks as much as possible before any rank waits for another
     job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
     results = Results(arguments.output, job.world.rank, arguments.task)
     with contextlib.ExitStack() as stack:
@@ -53,7 +56,7 @@ def evaluate(arguments: Arguments, job: Job) -> int:
         runtime.on_first_rank(claim)
         try:
             results.open()
-            runtime.raise_on_all_ranks(None)  # nobody writes before all have read
+            runtime.raise_on_all_ranks(None)  # barrier: no rank writes before all ranks have read
             task.prepare(job)
             task.run(results, job, runtime.device(), dtype)
         except UserError:
@@ -71,20 +74,20 @@ def evaluate(arguments: Arguments, job: Job) -> int:
 
 
 def _numerics(arguments: Arguments, dtype: torch.dtype) -> list[str]:
-    """Return what of the command line changes the numbers of a model's results, if only in their last digits."""
+    """Return the settings of the command line that change results numerically, such as the dtype."""
     keys = ("train.precision", "model.transformer_impl", "ttt.comm_dtype")
     return [str(dtype), *(f"{key}={arguments.overrides[key]}" for key in keys if key in arguments.overrides)]
 
 
 def _check_keys(arguments: Arguments, asked: list[EvaluatedModel]) -> None:
-    """Raise UserError where keys are set that no model of the task is read by."""
+    """Raise UserError if a key=value is given that applies to no model of the command."""
     folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
     keys = [key for key in arguments.overrides if key not in ("parallel.timeout_minutes", "train.eval_positions")]
     read = KINDS[arguments.task] is ReadingTask
     if keys and not (read and any(one.model.checkpoint for one in asked)):
         key = keys[0]
-        why = f"'{folder}' is in Hugging Face's format" if folder else f"{arguments.task} exports them first"
-        raise UserError(f"{key} is about how training checkpoints are read, and {why}: leave it out")
+        why = f"'{folder}' is in Hugging Face format" if folder else f"{arguments.task} exports checkpoints first"
+        raise UserError(f"{key} applies only to training checkpoints, but {why}: leave it out")
 
 
 def _report(task, arguments: Arguments, asked: list[EvaluatedModel], results: Results, dtype: torch.dtype) -> None:
@@ -109,4 +112,4 @@ def _report(task, arguments: Arguments, asked: list[EvaluatedModel], results: Re
     pictures = [path for table in tables for path in draw(arguments.task, table, arguments.output)]
     shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
     written = ", ".join(["results.json", "samples.jsonl", *(path.name for path in pictures)])
-    print(f"done: '{arguments.output}' holds {written}", flush=True)
+    print(f"done: '{arguments.output}' contains {written}", flush=True)

@@ -1,7 +1,7 @@
-"""Greedy answers to prompts: each prompt is read alone, without padding, and the answers are written together.
+"""Greedy decoding of prompts: each prompt is prefilled separately without padding, then a batch is decoded together.
 
-Reading is most of the work, and a kernel for attention without a mask does it fastest. Writing reads all keys and
-values for each token, so many prompts share the weights of the model; they are of like length, and padded on the left.
+Prefill is most of the work, and is fastest with an attention kernel without a mask. Decode is bound by reading weights
+and KV cache, so prompts of similar length are decoded as one batch, padded on the left.
 """
 
 import time
@@ -17,24 +17,26 @@ from inplace_ttt.evaluation.models import LoadedModel, check_tokens
 from inplace_ttt.evaluation.steps import GreedySteps, SharedCache, empty_cache
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
-CHECK_INTERVAL = 8  # tokens between two looks whether all answers have ended
+CHECK_INTERVAL = 8  # decode steps between checks whether all answers have ended
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt by its tokens, and how many more may be generated."""
+    """Hold the token IDs of a prompt and the length of its answer."""
 
-    number: int  # of the sample, as its asker counts
+    number: int  # index of the sample in the caller's list
     tokens: tuple[int, ...]
-    new_tokens: int
+    new_tokens: int  # maximum tokens to generate
 
 
 def batches(sizes: Sequence[tuple[int, int]], most_tokens: int) -> list[list[int]]:
-    """Return batches of at most ``most_tokens`` tokens with padding and answers (of one prompt at least), the longest
-    first: what does not fit in memory fails at once.
+    """Return batches of prompt indices, longest prompts first, so that running out of memory shows at once.
+
+    All prompts of a batch have the same number of new tokens. A batch has at most ``most_tokens`` tokens, including
+    padding and answers, but at least one prompt.
 
     Args:
-        sizes: (tokens, new tokens) of each prompt. A batch holds the numbers of prompts with as many new tokens.
+        sizes: (prompt tokens, new tokens) of each prompt.
     """
     found: list[list[int]] = []
     width = 0
@@ -50,8 +52,7 @@ def batches(sizes: Sequence[tuple[int, int]], most_tokens: int) -> list[list[int
 
 
 def tokens_that_fit(network: PreTrainedModel) -> int:
-    """Return how many tokens of prompts and answers fit in this device's memory beside the model, by the size of keys
-    and values."""
+    """Return the number of prompt and answer tokens whose KV cache fits in the free GPU memory; on CPU a constant."""
     if network.device.type != "cuda":
         return 2**13
     config = network.config.get_text_config()
@@ -66,17 +67,17 @@ def tokens_that_fit(network: PreTrainedModel) -> int:
 
 @dataclass
 class Speed:
-    """Add up what a rank has read and written, and the seconds of each."""
+    """Count the prefill and decode tokens of a rank, and the seconds of both."""
 
-    read: int = 0  # tokens of prompts
-    reading: float = 0.0
-    written: int = 0  # tokens of answers
-    writing: float = 0.0
+    read: int = 0  # prompt tokens
+    reading: float = 0.0  # prefill time in seconds
+    written: int = 0  # answer tokens
+    writing: float = 0.0  # decode time in seconds
 
     def __str__(self) -> str:
         return (
-            f"prompts read at {self.read / max(self.reading, 1e-9):,.0f} tokens a second ({self.reading:.0f} s), "
-            f"answers written at {self.written / max(self.writing, 1e-9):,.0f} ({self.writing:.0f} s)"
+            f"prefill {self.read / max(self.reading, 1e-9):,.0f} tokens per second ({self.reading:.0f} s), "
+            f"decode {self.written / max(self.writing, 1e-9):,.0f} tokens per second ({self.writing:.0f} s)"
         )
 
 
@@ -84,7 +85,8 @@ class Speed:
 def answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed | None = None) -> list[str]:
     """Return the greedy continuation of each prompt, without special tokens. All have the same ``new_tokens``.
 
-    A batch that does not fit in memory is answered in halves. Raises UserError where one prompt does not fit.
+    A batch that does not fit in memory is split into halves. Raises UserError if a single prompt does not fit, if a
+    token ID exceeds the vocabulary, if the logits are not finite, or if the model fails.
     """
     entries = model.network.get_input_embeddings().num_embeddings
     check_tokens(max(max(prompt.tokens) for prompt in batch), entries, model.name)
@@ -95,12 +97,12 @@ def answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed | None = No
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise UserError(
-                f"'{model.name}' has no room for a prompt of {len(batch[0].tokens)} tokens on one GPU: use shorter "
-                f"--lengths, or a GPU with more memory"
+                f"a prompt of {len(batch[0].tokens)} tokens does not fit in one GPU's memory with '{model.name}': use "
+                f"shorter --lengths, or a GPU with more memory"
             ) from error
-    except Exception as error:  # a model's own code raises anything
+    except Exception as error:  # model code raises any type
         raise cannot_run(model, error) from error
-    torch.cuda.empty_cache()  # outside of the handler, which holds on to what it ran in
+    torch.cuda.empty_cache()  # outside the handler: the exception keeps tensors of the failed frames alive
     half = len(batch) // 2
     return answer(model, batch[:half], speed) + answer(model, batch[half:], speed)
 
@@ -125,8 +127,8 @@ def _answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed) -> list[s
             cache = SharedCache(own, len(batch), width, new_tokens)
         cache.put(number, own)
         del own, out
-    if not all(finite):  # waits for the device
-        raise UserError(f"the logits of '{model.name}' are not finite: its weights may hold NaN; export it again")
+    if not all(finite):  # synchronises with the device
+        raise UserError(f"the logits of '{model.name}' are not finite: its weights may contain NaN; export it again")
     token = torch.stack(first)
     read = time.perf_counter()
     lengths = torch.tensor([len(prompt.tokens) for prompt in batch], device=network.device)
@@ -139,12 +141,12 @@ def _answer(model: LoadedModel, batch: Sequence[Prompt], speed: Speed) -> list[s
 
 
 def cannot_run(model: LoadedModel, error: Exception) -> UserError:
-    """Return what says that a model's own code has failed."""
+    """Return the error to raise when a model's own code fails."""
     return UserError(f"'{model.name}' cannot be run ({type(error).__name__}: {one_line(error)})")
 
 
 def _write(steps: GreedySteps, ends: set[int]) -> list[list[int]]:
-    """Return the tokens of each answer up to its end."""
+    """Decode until all answers have ended; return the token IDs of each answer up to its end."""
     stops = torch.tensor(sorted(ends), device=steps.written.device)
     for count in range(1, steps.new_tokens):
         if count % CHECK_INTERVAL == 0 and bool(torch.isin(steps.written[:, :count], stops).any(dim=1).all()):
@@ -159,9 +161,9 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def _alone(model: LoadedModel, prompt: Prompt, ends: set[int]) -> str:
-    """Answer by transformers' own generation: models whose caches are of a kind of their own."""
+    """Answer one prompt with ``generate`` of transformers, for models with other cache types."""
     network, tokenizer = model.network, model.tokenizer
-    # not the folder's own generation config, which may sample
+    # not the folder's generation config, which may sample
     greedy = GenerationConfig(
         max_new_tokens=prompt.new_tokens,
         do_sample=False,
@@ -174,19 +176,21 @@ def _alone(model: LoadedModel, prompt: Prompt, ends: set[int]) -> str:
         output_logits=True,
     )  # fmt: skip
     if not all(logits.isfinite().all() for logits in out.logits[:1]):
-        raise UserError(f"the logits of '{model.name}' are not finite: its weights may hold NaN; export it again")
+        raise UserError(f"the logits of '{model.name}' are not finite: its weights may contain NaN; export it again")
     return tokenizer.decode(_until(out.sequences[0, ids.shape[1] :].tolist(), ends), skip_special_tokens=True)
 
 
 def _can_share(network: PreTrainedModel) -> bool:
-    """Tell whether all layers keep keys and values of the whole text, and know positions by rotation alone: others keep
-    a window, or something else, and may not take a mask of rows that begin at different places."""
+    """Return True if ``SharedCache`` supports the model: full KV caches in all layers, and rotary positions only.
+
+    Other models, such as those with sliding windows, may not accept a mask with left padding.
+    """
     config = network.config
     plain = config._attn_implementation in ("sdpa", exported.GROUPED) and getattr(config, "rope_parameters", None)
     return bool(plain) and all(type(layer) is DynamicLayer for layer in empty_cache(network).layers)
 
 
 def _use_attention(network: PreTrainedModel) -> None:
-    """Let a model attend by the exported model's ``grouped_attention``, if it attends by torch's own."""
+    """Replace torch's SDPA in a model by ``grouped_attention`` of the exported model."""
     if network.config._attn_implementation == "sdpa":
         network.set_attn_implementation(exported.GROUPED)

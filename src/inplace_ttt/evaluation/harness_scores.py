@@ -1,17 +1,22 @@
-"""Tables of lm-evaluation-harness, out of samples as results keep them."""
+"""Tables of lm-evaluation-harness, from sample records."""
 
 from inplace_ttt.evaluation.scores import Row, Scores
 from inplace_ttt.evaluation.statistics import Interval, mean_interval
 
 
 def about(settings: dict) -> str:
-    """Return how the questions were asked, in some words."""
+    """Return a short description of the questions for the table's title."""
     shots, limit = settings.get("num_fewshot"), settings.get("limit")
-    return f"{'the tasks own' if shots is None else shots} shots, {'all' if limit is None else limit} questions"
+    return f"{'default' if shots is None else shots} shots, {'all' if limit is None else limit} questions"
 
 
 def table(by_model: dict[str, list[dict]], about: str) -> Scores:
-    """Return the scores in per cent of samples, as results keep them; of a group all questions count alike."""
+    """Return the scores in percent per task or group; all questions of a group have the same weight.
+
+    Args:
+        by_model: sample records by model label. Rows that a model lacks are left out.
+        about: description for the title.
+    """
     found: dict[Row, dict[str, dict[str, float]]] = {}
     for label, samples in by_model.items():
         for sample in samples:
@@ -32,7 +37,7 @@ def table(by_model: dict[str, list[dict]], about: str) -> Scores:
         "lm-evaluation-harness",
         about,
         ("task", "metric"),
-        "per cent, more is better",
+        "percent, higher is better",
         1,
         rows,
         list(by_model),

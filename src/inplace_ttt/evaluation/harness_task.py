@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: its questions and metrics, our models, modes and intervals."""
+"""Tasks of lm-evaluation-harness, with this package's models, fast-weight modes and confidence intervals."""
 
 import contextlib
 import importlib.util
@@ -22,25 +22,25 @@ from inplace_ttt.job import SLOW_PHASE_FACTOR, Job, JobStopped
 from inplace_ttt.megatron import runtime
 from inplace_ttt.packages import version
 
-METRICS = ("acc_norm", "acc", "exact_match")  # the first of them that a task has, else its first one
+METRICS = ("acc_norm", "acc", "exact_match")  # preferred metrics, in order; a task without them uses its first metric
 
 
 class HarnessTask:
-    """``harness``: every task of lm-evaluation-harness that is asked for, one after the other."""
+    """Run ``harness``: the requested tasks of lm-evaluation-harness, one after another."""
 
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
-        """Find the tasks. Raises UserError where the package or a task is not there."""
+        """Look up the tasks. Raises UserError if a package is not installed or a task does not exist."""
         if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
             raise UserError(
-                "harness needs the packages lm-eval and accelerate, which are not both installed: "
+                "harness needs the packages lm-eval and accelerate, but they are not both installed: "
                 "pip install lm-eval accelerate"
             )
         self.arguments, self.asked, self.options = arguments, asked, arguments.options
         self.manager = task_manager()
-        self.tasks: dict[str, list[str]] = {}  # the tasks of each name that was asked for: a group has several
+        self.tasks: dict[str, list[str]] = {}  # tasks by requested name: a group has several
         for name in self.options.tasks:
             if name not in self.manager.all_tasks:
-                raise UserError(f"--tasks {name} is none of lm-evaluation-harness: `lm-eval ls tasks` lists them")
+                raise UserError(f"--tasks {name} is not a task of lm-evaluation-harness: `lm-eval ls tasks` lists them")
         self.models = list({one.model.path: one.model for one in asked}.values())
         for model in self.models:
             model.tokenizer()
@@ -52,7 +52,7 @@ class HarnessTask:
         )  # fmt: skip
 
     def prepare(self, job: Job) -> None:
-        """Export the runs among the models, and load the tasks' questions on the first rank, which keeps them."""
+        """Export runs and load the questions, on rank 0 first: the datasets library caches them for the other ranks."""
         job.watchdog.set_phase("loading the questions", 4 * SLOW_PHASE_FACTOR)
 
         def make() -> None:
@@ -66,21 +66,24 @@ class HarnessTask:
             self.tasks[name] = sorted(self._load(name))
 
     def _load(self, name: str) -> dict:
-        """Return the tasks of a name, flat. Raises UserError where their questions are not to be had."""
+        """Return the tasks of a task or group, by name. Raises UserError if their questions cannot be loaded."""
         from lm_eval.tasks import get_task_dict
 
         try:
             with quiet():
                 return flat(get_task_dict([name], self.manager))
-        except Exception as error:  # datasets raises anything
-            out = "" if hub_is_reached() else "the hub is out of reach; "
+        except Exception as error:  # datasets raises any type
+            out = "" if hub_is_reached() else "the Hugging Face hub is unreachable; "
             raise UserError(
-                f"the questions of {name} cannot be loaded ({out}{one_line(error)}): run once where there is a "
-                f"network, the datasets library keeps them"
+                f"the questions of {name} cannot be loaded ({out}{one_line(error)}): run once with network access, "
+                f"then the datasets library has them in its cache"
             ) from error
 
     def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
-        """Ask the tasks that are not known yet. Every rank calls it."""
+        """Run the tasks that ``results`` does not have yet. All ranks must call it.
+
+        Raises JobStopped on all ranks if one received a stop request and tasks are left.
+        """
         everything = list(dict.fromkeys(task for tasks in self.tasks.values() for task in tasks))
         for one in self.asked:
             left = [task for task in everything if not self._known(results, one, task)]
@@ -98,8 +101,8 @@ class HarnessTask:
                     results.add(record)
                 if job.all_reduce_min(job.stop.received is None) == 0 and number < len(left):
                     raise JobStopped(
-                        f"harness of {one.column.label} was asked to stop: {number} of {len(left)} tasks are done, and "
-                        f"the same command goes on", 130,
+                        f"harness of {one.column.label} stopped on request: {number} of {len(left)} tasks are done; "
+                        f"rerun the same command to resume", 130,
                     )  # fmt: skip
 
     def _known(self, results: Results, one: EvaluatedModel, task: str) -> bool:
@@ -110,7 +113,7 @@ class HarnessTask:
         return f"{task}, {self.options.num_fewshot} shots, limit {self.options.limit}"
 
     def _ask(self, language_model, task: str, one: EvaluatedModel) -> Iterator[dict]:
-        """Yield a record for each question, and one that says that they are all. On other ranks than the first none."""
+        """Yield a record for each question and a final END record. Yields nothing on ranks other than rank 0."""
         import lm_eval
 
         with quiet():
@@ -130,7 +133,9 @@ class HarnessTask:
             metric = next((name for name in METRICS if name in sample), sample["metrics"][0])
             value = sample[metric]
             if not isinstance(value, int | float):
-                raise UserError(f"--tasks {task}: its metric {metric} is no number of each question; leave it out")
+                raise UserError(
+                    f"--tasks {task}: its metric {metric} is not one number per question; leave this task out"
+                )
             yield common | dict(
                 sample=f"{sample['prompt_hash'][:16]}_{sample['doc_id']}_{sample['filter']}",
                 index=sample["doc_id"],
@@ -142,7 +147,7 @@ class HarnessTask:
         yield common | dict(sample=END, index=10**9)
 
     def scores(self, results: Results) -> list[Scores]:
-        """Return the table: of each task or group of tasks the mean over its questions."""
+        """Return one table: the mean over the questions of each task or group of tasks."""
         by_model = {}
         for one in self.asked:
             by_task: dict[str, list[dict]] = {}
@@ -163,7 +168,7 @@ class HarnessTask:
 
 
 def task_manager():
-    """Return lm-evaluation-harness's list of tasks."""
+    """Return the task manager of lm-evaluation-harness."""
     with quiet():
         from lm_eval.tasks import TaskManager
 
@@ -171,7 +176,7 @@ def task_manager():
 
 
 def flat(tasks: dict) -> dict:
-    """Return the tasks of nested groups by name."""
+    """Return the tasks of nested groups in one dictionary by name."""
     found = {}
     for name, task in tasks.items():
         found |= flat(task) if isinstance(task, dict) else {name: task}
@@ -179,7 +184,7 @@ def flat(tasks: dict) -> dict:
 
 
 def shared_model(model: LoadedModel, job: Job, batch_size: int):
-    """Return a model as lm-evaluation-harness takes it, whose questions are shared by the ranks of the job."""
+    """Return a model wrapped for lm-evaluation-harness; the ranks of the job share its questions."""
     from lm_eval.models.huggingface import HFLM
 
     class Shared(HFLM):
@@ -205,7 +210,7 @@ def shared_model(model: LoadedModel, job: Job, batch_size: int):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-evaluation-harness and its libraries from saying what a user of ours need not know."""
+    """Suppress log messages below errors and the progress bars of lm-evaluation-harness and its libraries."""
     before, bars = logging.root.manager.disable, os.environ.get("TQDM_DISABLE")
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"

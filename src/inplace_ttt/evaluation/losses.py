@@ -1,4 +1,4 @@
-"""Losses of every token of a text, by a model of transformers, without ever holding the logits of all tokens."""
+"""Per-token losses of a transformers model, without holding the logits of all tokens at once."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.models import LoadedModel
 from inplace_ttt.evaluation.position import PositionRanges
 
-PART = 2**28  # logits held at a time
-PROBE_TOKENS = 64  # tokens by which it is tried how a model makes its logits
+PART = 2**28  # maximum number of logits held at a time
+PROBE_TOKENS = 64  # tokens of the forward pass that checks how a model computes its logits
 
 
 @torch.no_grad()
 def losses(model: LoadedModel, tokens: Tensor) -> Tensor:
-    """Return the loss (n - 1,) fp32 of each token of a text (n,) but the first, in nats."""
+    """Return the losses (n - 1,) fp32, in nats, of the tokens (n,) of a text except the first."""
     network = model.network
     ids, labels = tokens[None, :-1], tokens[1:]
     head = network.get_output_embeddings()
@@ -32,7 +32,7 @@ def losses(model: LoadedModel, tokens: Tensor) -> Tensor:
 
 
 def _is_linear(model: LoadedModel, ids: Tensor) -> bool:
-    """Tell whether a model's logits are what its output embeddings make of its last hidden state, and nothing more."""
+    """Return True if the logits equal the output embeddings applied to the last hidden state, without further steps."""
     known = getattr(model.network, "_logits_are_linear", None)
     if known is None:
         network, few = model.network, ids[:, :PROBE_TOKENS]
@@ -46,7 +46,10 @@ def _is_linear(model: LoadedModel, ids: Tensor) -> bool:
 
 
 def sums_of(model: LoadedModel, document: Document, ranges: PositionRanges) -> list[list[float]]:
-    """Return [loss, tokens] of each range of positions. Raise UserError where the document does not fit in memory."""
+    """Return [summed loss in nats, tokens] of each range of positions.
+
+    Raises UserError if the document does not fit in memory or the model fails.
+    """
     try:
         tokens = torch.from_numpy(document.tokens).to(model.network.device)
         found = losses(model, tokens)
@@ -54,10 +57,10 @@ def sums_of(model: LoadedModel, document: Document, ranges: PositionRanges) -> l
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"'{model.name}' has no room for {len(document.tokens)} tokens on one GPU: use a shorter --length, or name "
-            f"the training checkpoint, which several GPUs read together (parallel.context_parallel_size)"
+            f"{len(document.tokens)} tokens do not fit in one GPU's memory with '{model.name}': use a smaller "
+            f"--length, or name the training checkpoint and use several GPUs (parallel.context_parallel_size)"
         ) from error
-    except Exception as error:  # a model's own code raises anything
+    except Exception as error:  # model code raises any type
         raise cannot_run(model, error) from error
     counts = torch.ones_like(found, dtype=torch.bool)
     if document.counts is not None:

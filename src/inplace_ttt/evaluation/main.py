@@ -1,4 +1,4 @@
-"""``launch/evaluate.py``: from the command line to tables, samples and pictures in a folder."""
+"""Entry point of ``launch/evaluate.py``."""
 
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World, check_environment
@@ -7,8 +7,11 @@ from inplace_ttt.resilience.exits import fail, tolerate_closed_output
 
 
 def main(words: list[str]) -> int:
-    """Run the command line and return the exit code: 0 all is measured, 2 the user must change something, 3 stopped
-    itself, 4 something failed that may pass, 130 stopped as asked: the same command goes on."""
+    """Run the command line and return the exit code.
+
+    0: finished. 2: user error. 3: stopped itself. 4: temporary failure. 130: stopped on request; rerun the same command
+    to resume.
+    """
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -24,5 +27,5 @@ def main(words: list[str]) -> int:
         return run_job(lambda job: evaluate(arguments, job), world, arguments.timeout_minutes, output=output)
     except UserError as error:
         return fail(f"error: {error}", 2)
-    except KeyboardInterrupt:  # before the job listens for it
+    except KeyboardInterrupt:  # before the job handles the signal
         return fail("stopped: nothing was measured yet", 130)

@@ -1,4 +1,4 @@
-"""How an evaluation uses fast weights."""
+"""Fast-weight mode of an evaluation (``--fast-weights``)."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from inplace_ttt.config import UserError
 
 @dataclass(frozen=True)
 class FastWeightMode:
-    """Choose how an evaluation uses fast weights: as the model says itself, not at all, or clipped."""
+    """Describe the use of fast weights: as the model is configured, off, or with another clip."""
 
-    on: bool = True
-    clip: float | None = None  # infinite: no clipping; None: as the model's configuration says, with its bound
+    on: bool = True  # False: no fast weights
+    clip: float | None = None  # clip value; inf: no clipping; None: clip and bound of the model's configuration
 
     @classmethod
     def parse(cls, word: str) -> "FastWeightMode":
-        """Read ``on``, ``off``, ``clip=0.002`` or ``clip=none``. Raise UserError for anything else."""
+        """Parse ``on``, ``off``, ``clip=0.002`` or ``clip=none``. Raises UserError for any other word."""
         if word in ("on", "off"):
             return cls(on=word == "on")
         if word == "clip=none":
@@ -27,18 +27,18 @@ class FastWeightMode:
             clip = 0.0
         if number == word or not 0 < clip < float("inf"):
             raise UserError(
-                f"--fast-weights {word} is not understood: use on, off, clip=none or clip=NUMBER, such as clip=0.002"
+                f"--fast-weights {word} is not a valid mode: use on, off, clip=none or clip=NUMBER, such as clip=0.002"
             )
         return cls(clip=clip)
 
     def clip_of(self, own: float | None) -> float | None:
-        """Return the clip of a layer whose own is given."""
+        """Return the clip to use for a layer whose configured clip is ``own``; None: no clipping."""
         if self.clip is None:
             return own
         return None if math.isinf(self.clip) else self.clip
 
     def bound_of(self, own: float | None) -> float | None:
-        """Return the bound past the trained length of a model whose own is given: whoever names a clip has none."""
+        """Return the bound beyond the training length for a model with bound ``own``; None if the mode sets a clip."""
         return own if self.clip is None else None
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Open what a user calls a model: a run, a checkpoint, an exported folder, or any folder in Hugging Face's format.
+"""Open a model from a run, a checkpoint, an exported folder, or any folder in Hugging Face format.
 
-Code in a folder never runs: exported models run by this package's own classes.
+Code in a model folder is never executed: exported models run with this package's own classes.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from inplace_ttt.megatron.checkpoint import checkpoint_in
 from inplace_ttt.models import FAMILIES
 
 MOST_LAYERS = 10_000
-EXPORTED = "exported"  # the folder, in that of the results, with runs as folders in Hugging Face's format
-WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # files that tell models apart
+EXPORTED = "exported"  # subfolder of the output folder: runs exported to Hugging Face format
+WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # suffixes of the files that identify a model
 CLASSES = {
     name: getattr(exported, name) for name in (f"InPlaceTTT{family.architecture}" for family in FAMILIES.values())
 }
@@ -43,32 +43,32 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers, with its tokenizer."""
+    """Hold a loaded model and its tokenizer."""
 
-    name: str  # as results call it
+    name: str  # label in results and messages
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model as the user names it: a run, a checkpoint, or a folder in Hugging Face's format."""
+    """Describe a model by the path that the user gave: a run, a checkpoint, or a folder in Hugging Face format."""
 
     path: Path
-    checkpoint: CheckpointInfo | None  # None: a folder in Hugging Face's format
+    checkpoint: CheckpointInfo | None  # None: a folder in Hugging Face format
     has_fast_weights: bool
 
     @classmethod
     def find(cls, path: Path) -> "ModelSource":
-        """Look at what a path holds. Raises UserError where it holds no model."""
+        """Inspect a path. Raises UserError if it is not a folder or contains no model."""
         if not path.is_dir():
-            raise UserError(f"'{path}' is no folder: name a run, a checkpoint or a folder in Hugging Face's format")
+            raise UserError(f"'{path}' is not a folder: name a run, a checkpoint or a folder in Hugging Face format")
         if (path / "config.json").is_file():
             settings = read_settings(path)
             return cls(path, None, bool(getattr(settings, "ttt_layers", None)) and settings.ttt_mode)
         if not (checkpoint_in(path) / "run.json").is_file():
             raise UserError(
-                f"'{path}' holds no model: name a run, a checkpoint or a folder in Hugging Face's format (config.json)"
+                f"'{path}' contains no model: name a run, a checkpoint or a folder in Hugging Face format (config.json)"
             )
         described = inspect_checkpoint(path)
         return cls(path, described, described.config.ttt.enabled)
@@ -79,11 +79,11 @@ class ModelSource:
         return self.path if self.checkpoint is None else self.checkpoint.folder
 
     def modes(self, asked: Sequence[FastWeightMode]) -> list[FastWeightMode]:
-        """Return those modes, or the one that a model without fast weights has."""
+        """Return the modes to evaluate: ``asked``, or the default mode only if the model has no fast weights."""
         return list(asked) if self.has_fast_weights else [FastWeightMode()]
 
     def digest(self, mode: FastWeightMode, numerics: Sequence[str] = ()) -> str:
-        """Return a digest by which results know whether they are of this model, by its files' names, sizes, times."""
+        """Return a digest that identifies the model in results: folder, mode, numerics, files (name, size, mtime)."""
         folder = self.folder
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in WEIGHTS)
         facts = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -91,7 +91,7 @@ class ModelSource:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer. Raises UserError where the model has none."""
+        """Load the tokenizer. Raises UserError if the model has none."""
         folder = self.path if self.checkpoint is None else self.checkpoint.tokenizer()
         if folder is None:
             raise UserError(f"'{self.path}' has no tokenizer: its run was trained without one")
@@ -107,14 +107,14 @@ class ModelSource:
             return None
 
     def vocabulary(self) -> int:
-        """Return how many tokens the model knows."""
+        """Return the vocabulary size of the model's configuration; 0 if it is not set."""
         if self.checkpoint is not None:
             return self.checkpoint.config.model.vocab_size or 0
         found = read_json(self.path / "config.json").get("vocab_size")
         return found if type(found) is int else 0
 
     def longest(self) -> int:
-        """Return the tokens that the model was trained to read, as far as its configuration says it."""
+        """Return the model's training length in tokens, from its configuration; 0 if it is not set."""
         if self.checkpoint is not None:
             config = self.checkpoint.config
             return max(config.data.seq_length, config.model.max_position_embeddings or 0)
@@ -123,7 +123,7 @@ class ModelSource:
         return max((number for number in said if type(number) is int), default=0)
 
     def export(self, work: Path) -> Path:
-        """Return a folder in Hugging Face's format: the path itself, or its export, which is made in ``work`` once."""
+        """Return a folder in Hugging Face format: the path itself, or an export that is written to ``work`` once."""
         if self.checkpoint is None:
             return self.path
         folder = self.exported_to(work)
@@ -133,7 +133,7 @@ class ModelSource:
         return folder
 
     def exported_to(self, work: Path) -> Path:
-        """Return where ``export`` puts the model."""
+        """Return the folder that ``export`` returns, without exporting."""
         if self.checkpoint is None:
             return self.path
         manifest = self.folder / "manifest.json"
@@ -144,7 +144,7 @@ class ModelSource:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from drawing a bar on each rank, and from listing tensors: ``_check_tensors`` looks at them."""
+    """Disable progress bars of transformers (one per rank) and its tensor reports: ``_check_tensors`` checks them."""
     bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -157,29 +157,34 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_tensors(folder: Path, found: dict, expects_more: bool) -> None:
-    """Raise UserError where weights are missing, which transformers would make up, or fast weights are left over.
+    """Raise UserError if tensors are missing, have the wrong shape, or are not used by the model.
 
-    ``expects_more``: fast weights are switched off.
+    transformers would initialise missing tensors randomly and ignore unused ones.
+
+    Args:
+        expects_more: fast weights are switched off, so their tensors in the folder are not an error.
     """
     mismatched = [one if isinstance(one, str) else one[0] for one in found["mismatched_keys"]]
-    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", mismatched)):
+    for what, names in (("lacks", found["missing_keys"]), ("has the wrong shape of", mismatched)):
         if names:
             name = min(map(str, names))
             more = f" and {len(names) - 1} other tensors" if len(names) > 1 else ""
-            raise UserError(f"'{folder}' {what} {name}{more} of its config.json's model: download or export it again")
+            raise UserError(
+                f"'{folder}' {what} {name}{more} of the model in its config.json: download or export it again"
+            )
     left = [name for name in found["unexpected_keys"] if ".ttt_" in name]
     if left and not expects_more:
         raise UserError(
-            f"'{folder}' has fast weights ({min(left)}) that its config.json says nothing of (architectures, "
+            f"'{folder}' has fast weights ({min(left)}), but its config.json does not describe them (architectures, "
             f"ttt_mode): export it again"
         )
     layers = [name for name in found["unexpected_keys"] if re.search(r"\.(layers|h|blocks)\.\d+\.", name)]
-    buffers = (".inv_freq", ".masked_bias", ".bias")  # that older versions of transformers wrote
+    buffers = (".inv_freq", ".masked_bias", ".bias")  # written by older versions of transformers
     layers = [name for name in layers if ".ttt_" not in name and not name.endswith(buffers)]
     if layers:
         raise UserError(
-            f"'{folder}' has {min(layers)} and {len(layers) - 1} other tensors that its config.json's model has no "
-            f"place for (num_hidden_layers, architectures): download or export it again"
+            f"'{folder}' has {min(layers)} and {len(layers) - 1} other tensors that the model in its config.json does "
+            f"not use (num_hidden_layers, architectures): download or export it again"
         )
 
 
@@ -190,23 +195,26 @@ def _class_of(config: dict) -> type | None:
 
 
 def read_settings(folder: Path) -> PreTrainedConfig:
-    """Return what a folder's config.json says, as its model's class reads it. Raise UserError for what cannot be."""
+    """Return the configuration of a folder's config.json, without running code of the folder.
+
+    Raises UserError if transformers cannot read it, or if its fast-weight settings are invalid.
+    """
     path = folder / "config.json"
     config = read_json(path, "download it again")
     kind = _class_of(config)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(f"'{path}' says num_hidden_layers={layers}: a model has at most {MOST_LAYERS}")
+        raise UserError(f"'{path}' sets num_hidden_layers={layers}: use at most {MOST_LAYERS}")
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             if kind is None:
                 return AutoConfig.from_pretrained(folder, trust_remote_code=False)
             settings = kind.config_class(**{key: value for key, value in config.items() if key != "auto_map"})
-    except Exception as error:  # transformers raises anything
+    except Exception as error:  # transformers raises any type
         raise UserError(f"'{path}' cannot be read by transformers ({one_line(error)}): download it again") from error
     if not isinstance(settings.ttt_mode, bool):
-        raise UserError(f"'{path}' says ttt_mode={settings.ttt_mode!r}, where there should be true or false")
+        raise UserError(f"'{path}' sets ttt_mode={settings.ttt_mode!r}: use true or false")
     if settings.ttt_mode:
         ttt = read_ttt({**config, "ttt_mode": True, "ttt_layers": settings.ttt_layers}, f"'{path}'")
         clip = settings.ttt_clip
@@ -219,13 +227,15 @@ def read_settings(folder: Path) -> PreTrainedConfig:
 
 
 def _check_index(folder: Path) -> None:
-    """Raise UserError where an index places tensors in files that are not the folder's own."""
+    """Raise UserError if an index file maps tensors to files outside the folder."""
     for path in folder.glob("*.index.json"):
         named = read_json(path, "download it again").get("weight_map")
         files = set(named.values()) if isinstance(named, dict) and all(map(_is_text, named.values())) else {""}
         for file in files:
             if Path(file).name != file or not file:
-                raise UserError(f"'{path}' places tensors in '{file}', which is no file of its folder: it is not read")
+                raise UserError(
+                    f"'{path}' maps tensors to '{file}', which is not a file name in its folder: download it again"
+                )
 
 
 def _is_text(value) -> bool:
@@ -233,32 +243,38 @@ def _is_text(value) -> bool:
 
 
 def _greedy(network: PreTrainedModel, folder: Path) -> GenerationConfig:
-    """Return how a model answers: greedily, up to its own ends of texts. Whatever else its generation_config.json asks
-    for, such as penalties, is no part of an evaluation."""
+    """Return a greedy generation config with the model's own end-of-sequence tokens.
+
+    Other settings of its generation_config.json, such as penalties, are not used in an evaluation. Raises UserError if
+    eos_token_id is invalid.
+    """
     said = network.generation_config.eos_token_id
     ends = said if isinstance(said, list) else [] if said is None else [said]
     if not all(type(one) is int and one >= 0 for one in ends):
         raise UserError(
-            f"'{folder}' says eos_token_id={said!r} (generation_config.json, config.json), where there should be a "
-            f"number or a list of numbers"
+            f"'{folder}' sets eos_token_id={said!r} (generation_config.json, config.json): use a token ID or a list of "
+            f"token IDs"
         )
     return GenerationConfig(eos_token_id=ends or None, pad_token_id=min(ends, default=0), do_sample=False)
 
 
 def chosen_dtype(word: str) -> torch.dtype:
-    """Return the dtype that --dtype names; ``auto``: bf16 on a GPU, else fp32."""
+    """Return the dtype for a value of --dtype; ``auto``: bf16 on a GPU, else fp32."""
     auto = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"auto": auto, "bf16": torch.bfloat16, "fp32": torch.float32}[word]
 
 
 def check_tokens(largest: int, entries: int, name) -> None:
-    """Raise UserError where a model's tokenizer makes a token, the largest of a text, that the model does not know."""
+    """Raise UserError if a text's largest token ID, ``largest``, is outside the model's ``entries`` embedding rows."""
     if largest >= entries:
-        raise UserError(f"the tokenizer of '{name}' makes token {largest}, and its model knows {entries}")
+        raise UserError(
+            f"the tokenizer of '{name}' produces token ID {largest}, but the model has {entries} embedding rows: "
+            f"use the tokenizer that the model was trained with"
+        )
 
 
 def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """Load a model in Hugging Face's format. Raise UserError where that cannot be."""
+    """Load a model in Hugging Face format. Raises UserError if it cannot be loaded or does not fit in GPU memory."""
     settings = read_settings(folder)
     kind = next((one for one in CLASSES.values() if one.config_class is type(settings)), AutoModelForCausalLM)
     _check_index(folder)
@@ -275,7 +291,7 @@ def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.devi
                 dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # _check_tensors names them
+                ignore_mismatched_sizes=True,  # _check_tensors reports them
             )
         _check_tensors(folder, found, expects_more=not mode.on)
         network.generation_config = _greedy(network, folder)
@@ -284,7 +300,7 @@ def open_model(folder: Path, name: str, mode: FastWeightMode, device: torch.devi
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(f"'{folder}' does not fit in one GPU's memory") from error
-    except Exception as error:  # transformers raises anything
+    except Exception as error:  # transformers raises any type
         raise UserError(
             f"'{folder}' cannot be loaded by transformers ({type(error).__name__}: {one_line(error)})"
         ) from error

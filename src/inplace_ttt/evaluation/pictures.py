@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, for papers: losses by position, scores by length, heat maps."""
+"""Figures of an evaluation, for papers: losses by position, scores by length, heat maps."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from inplace_ttt.training.plots import COLORS, INK, panels, pyplot, save, style
 
 MARKS = "osD^vP*X"
 MEAN = "mean"
-LONGEST = 32  # letters of a model's name in a picture
+LONGEST = 32  # characters of a model's name in a figure
 
 
 def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
-    """Draw what a task has measured, and return the files."""
+    """Draw the figures of a task; return their files."""
     if task == "position":
         return [draw_positions(scores, folder / "position.png")]
     if task == "final-block":
@@ -25,8 +25,10 @@ def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
 
 
 def draw_positions(scores: Scores, picture: Path) -> Path:
-    """Draw the loss of each range as a step, and beside it the differences to the first model. Intervals are bands: of
-    several models those of the differences, for those of the losses lie one over the other."""
+    """Draw the loss of each range as a step, and in a second panel the differences to the first model.
+
+    Bands are 95% intervals. With several models only the differences have bands, because those of the losses overlap.
+    """
     figure, (ax, *rest) = panels(1 + (len(scores.labels) > 1))
     where = "position in the document (tokens)"
     style(ax, "Loss by position", where, "loss (nats per token)", _about(scores))
@@ -37,7 +39,7 @@ def draw_positions(scores: Scores, picture: Path) -> Path:
     _legend(ax)
     for panel in rest:
         title = f"Difference to {shortened(scores.labels[0])}"
-        style(panel, title, where, "difference in loss (nats per token)", "above 0: worse than it; 95% intervals")
+        style(panel, title, where, "difference in loss (nats per token)", "above 0: worse; 95% intervals")
         panel.axhline(0, color=INK, linewidth=0.8)
         for number, label in enumerate(scores.labels[1:], 1):
             cells = {row: cells[label] for row, cells in scores.differences.items() if label in cells}
@@ -48,14 +50,14 @@ def draw_positions(scores: Scores, picture: Path) -> Path:
 
 
 def draw_contexts(scores: Scores, picture: Path) -> Path:
-    """Draw the loss of the final block against the context before it, and the differences to the first model."""
+    """Draw the loss of the final block over the context length, and the differences to the first model."""
     figure, (ax, *rest) = panels(1 + (len(scores.labels) > 1))
     places = {row: int(row[0]) for row in scores.cells}
     style(ax, "Loss on the final block", "tokens before the block", "loss (nats per token)", _about(scores))
     _draw_curves(ax, scores.cells, scores.labels, places, 0)
     for panel in rest:
         title = f"Difference to {shortened(scores.labels[0])}"
-        subtitle = "above 0: worse than it; 95% intervals"
+        subtitle = "above 0: worse; 95% intervals"
         style(panel, title, "tokens before the block", "difference in loss (nats per token)", subtitle)
         panel.axhline(0, color=INK, linewidth=0.8)
         _draw_curves(panel, scores.differences, scores.labels[1:], places, 1)
@@ -64,13 +66,13 @@ def draw_contexts(scores: Scores, picture: Path) -> Path:
 
 
 def draw_lengths(scores: Scores, picture: Path) -> Path:
-    """Draw the mean score against the length."""
+    """Draw the mean score over the length."""
     figure, (ax,) = panels(1)
     means = {row: int(row[0]) for row in scores.cells if row[1] == MEAN}
     tasks = list(dict.fromkeys(row[1] for row in scores.cells if row[1] != MEAN))
     samples = sorted({cells[label].samples for row, cells in scores.cells.items() if row[1] != MEAN for label in cells})
     what = f"the mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
-    subtitle = f"{what}, {'/'.join(map(str, samples))} samples of each, {scores.about}, 95% intervals"
+    subtitle = f"{what}, {'/'.join(map(str, samples))} samples per task, {scores.about}, 95% intervals"
     style(ax, "RULER", "length (tokens)", "score (of 100)", subtitle)
     _draw_curves(ax, scores.cells, scores.labels, means, 0)
     ax.set_ylim(-3, 103)
@@ -79,19 +81,19 @@ def draw_lengths(scores: Scores, picture: Path) -> Path:
 
 
 def draw_tasks(scores: Scores, picture: Path) -> Path:
-    """Draw a heat map of the score of each task at each length, a panel for each model."""
+    """Draw a heat map of the scores, task by length, with one panel per model."""
     tasks = list(dict.fromkeys(row[1] for row in scores.cells))
     return _draw_maps(scores, tasks, "task", "RULER by task", picture)
 
 
 def draw_depths(scores: Scores, picture: Path) -> Path:
-    """Draw the heat map of a needle: depth by length, a panel for each model."""
+    """Draw a heat map of the needle scores, depth by length, with one panel per model."""
     depths = sorted({row[1] for row in scores.cells if row[1] != MEAN}, key=float)
     return _draw_maps(scores, [*depths, MEAN], "depth of the needle (%)", "A needle in a haystack", picture)
 
 
 def _about(scores: Scores) -> str:
-    """Return of what, and of how many, a picture is."""
+    """Return the subtitle of a figure: number and source of its samples."""
     counts = {interval.samples for cells in scores.cells.values() for interval in cells.values()}
     few = "/".join(map(str, sorted(counts))) if len(counts) < 4 else f"{min(counts)} to {max(counts)}"
     intervals = ", 95% intervals" if len(scores.labels) == 1 else ""
@@ -99,7 +101,7 @@ def _about(scores: Scores) -> str:
 
 
 def _legend(ax) -> None:
-    """Draw a legend that covers nothing: below the panel."""
+    """Draw the legend below the panel, where it covers no data."""
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, fontsize=9)
 
 
@@ -113,7 +115,7 @@ def _draw_steps(ax, ranges: dict, cells: dict[tuple, Interval], number: int, lab
 
 
 def _draw_curves(ax, rows: dict, labels: list[str], places: dict, first: int) -> None:
-    """Draw a curve for each model; each a little beside the others, so that equal ones are seen."""
+    """Draw one curve per model, slightly shifted horizontally so that equal curves stay visible."""
     for number, label in enumerate(labels, first):
         cells = {row: rows[row][label] for row in places if label in rows[row]}
         shift = 1 + 0.015 * (number - first - (len(labels) - 1) / 2)
@@ -149,7 +151,7 @@ def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture
         ax.set_xticks(range(len(lengths)), [short(int(length)) for length in lengths])
         ax.set_yticks(range(len(rows)), rows)
         ax.set_xlabel("length (tokens)", color=INK)
-        # white lines between cells, and a wider one above the mean
+        # white lines between cells, and a wider line above the mean
         ax.set_xticks([x - 0.5 for x in range(1, len(lengths))], minor=True)
         ax.set_yticks([y - 0.5 for y in range(1, len(rows))], minor=True)
         ax.grid(which="minor", color="white", linewidth=1.5)
@@ -162,22 +164,22 @@ def _draw_maps(scores: Scores, rows: list[str], ylabel: str, title: str, picture
     samples = "/".join(map(str, sorted(counts)))
     word = "sample" if samples == "1" else "samples"
     figure.colorbar(image, ax=list(axs[0]), label="score (of 100)", fraction=0.05, pad=0.02)
-    figure.suptitle(f"{title}\n{samples} {word} a cell, {scores.about}", x=0.01, ha="left", fontsize=10, color=INK)
+    figure.suptitle(f"{title}\n{samples} {word} per cell, {scores.about}", x=0.01, ha="left", fontsize=10, color=INK)
     save(figure, picture, tight=False)
     return picture
 
 
 def _folded(label: str) -> str:
-    """Return a label in lines that fit over a panel."""
+    """Return a label with a line break before its mode, to fit above a panel."""
     return label.replace(" (", "\n(")
 
 
 def shortened(label: str) -> str:
-    """Return a label that fits into a picture: of a long name the beginning and the end, and the mode."""
+    """Return a label that fits in a figure: a long name is shortened in the middle, the mode is kept."""
     name, mode = (label, "") if " (" not in label else (label[: label.rindex(" (")], label[label.rindex(" (") :])
     return label if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}{mode}"
 
 
 def short(tokens: int) -> str:
-    """Return 4k for 4096, 1000 for 1000."""
+    """Return a token count in short form: 4k for 4096, 1000 for 1000."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

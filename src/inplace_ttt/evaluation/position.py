@@ -1,4 +1,4 @@
-"""Loss by position: how well tokens are predicted that have so many tokens of their document before them."""
+"""Loss by position: losses of tokens, summed over ranges of their position in the document."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EQUAL_RANGES = 8  # where no edges are named
+EQUAL_RANGES = 8  # number of ranges if no edges are given
 
 
 @dataclass(frozen=True)
 class PositionRanges:
-    """Ranges [edges[i], edges[i + 1]) of positions in the document, counted from 0."""
+    """Hold the ranges [edges[i], edges[i + 1]) of token positions in a document, counted from 0."""
 
     edges: tuple[int, ...]
 
     @classmethod
     def equal(cls, length: int) -> "PositionRanges":
-        """Return ranges of equal size, as far as a length allows, from 0 to it."""
+        """Return ``EQUAL_RANGES`` ranges from 0 to ``length``, of equal size up to rounding; fewer if it is shorter."""
         count = min(EQUAL_RANGES, length)
         return cls(tuple(length * number // count for number in range(count + 1)))
 
@@ -28,7 +28,7 @@ class PositionRanges:
         """Return (ranges, 2) fp64: the summed loss and the number of tokens in each range.
 
         Args:
-            positions, losses, counts: of one shape; tokens where ``counts`` is False are left out.
+            positions, losses, counts: tensors of the same shape; tokens with ``counts`` False are left out.
         """
         edges = torch.tensor(self.edges, device=positions.device)
         place = torch.bucketize(positions[counts], edges, right=True)  # 0: before the first edge
@@ -37,7 +37,7 @@ class PositionRanges:
         return sums.index_add_(0, place, values)[1:-1]
 
     def records(self, sums: list[list[float]]) -> list[dict]:
-        """Return for each range that holds tokens: its edges, the number of tokens, their mean loss."""
+        """Return edges, number of tokens and mean loss of each range that contains tokens."""
         return [
             {"from": start, "to": stop, "tokens": int(tokens), "loss": loss / tokens}
             for (start, stop), (loss, tokens) in zip(itertools.pairwise(self.edges), sums, strict=True)

@@ -1,18 +1,24 @@
-"""Tables of losses by position and of final blocks, out of samples as results keep them."""
+"""Tables of loss by position and loss on the final block, from sample records."""
 
 from inplace_ttt.evaluation.scores import Row, Scores
 from inplace_ttt.evaluation.statistics import Interval, ratio_interval
 
 
 def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
-    """Return the scores of samples, as results keep them; those of all models in the same order."""
+    """Return the losses in nats per token, per position range or per context length.
+
+    Args:
+        task: ``position`` or ``final-block``.
+        by_model: sample records by model label, in the same order for all models. Rows that a model lacks are left out.
+        source: description of the documents for the title.
+    """
     name, rows = ("position", {}) if task == "position" else ("context", {})
     for label, samples in by_model.items():
         for sample in samples:
             for one in sample["ranges"]:
                 row = (f"{one['from']}-{one['to']}" if task == "position" else str(sample["context"]),)
                 rows.setdefault(row, {}).setdefault(label, {})[sample["sample"]] = (one["loss"], one["tokens"])
-    # a text of one context is another sample than the same block's after a longer one: both are of the same document
+    # each context length of a final block is a separate sample, even of the same document
 
     def interval(row: Row, label: str) -> Interval:
         found = rows[row][label].values()
@@ -26,7 +32,7 @@ def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
         return ratio_interval([(b[key][0] - a[key][0]) * a[key][1] for key in both], [a[key][1] for key in both])
 
     title = "Loss by position" if task == "position" else "Loss on the final block"
-    unit = "nats per token, less is better"
+    unit = "nats per token, lower is better"
     complete = sorted(
         (row for row in rows if len(rows[row]) == len(by_model)), key=lambda row: int(row[0].partition("-")[0])
     )

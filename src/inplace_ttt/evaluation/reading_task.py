@@ -1,4 +1,4 @@
-"""Loss by position, and loss on a final block as its context grows: what models predict of real documents."""
+"""Loss tasks: loss by position, and loss on a final block as its context grows, on real documents."""
 
 import contextlib
 import hashlib
@@ -26,14 +26,18 @@ from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.evaluation.work_queue import ProgressMeter, WorkQueue, interrupted, say_done, say_speed
 from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
 
-NO_COMPARISON = "their losses per token cannot be compared; evaluate them one at a time"
+NO_COMPARISON = "their losses per token are not comparable; evaluate them one at a time"
 
 
 class ReadingTask:
-    """``position`` and ``final-block``: the same documents read by each model."""
+    """Run ``position`` or ``final-block``: measure the loss of each model on the same documents."""
 
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
-        """Choose the documents. Raises UserError."""
+        """Check the options and choose the documents.
+
+        Raises UserError if the options do not fit the models, the models have different tokenizers, or no document is
+        long enough.
+        """
         self.arguments, self.asked, self.task, self.notes = arguments, asked, arguments.task, []
         paths = {one.model.path for one in asked if one.model.checkpoint}
         self.configs = {path: evaluation_config(path, arguments.overrides, world.size) for path in paths}
@@ -50,12 +54,14 @@ class ReadingTask:
     def _positions(self, options, trained: int) -> tuple[list[ScoredDocument], list[int], dict]:
         length = options.length or trained
         if not length:
-            raise UserError(f"'{self.asked[0].model.path}' does not say its length: name one with --length")
+            raise UserError(f"the training length of '{self.asked[0].model.path}' is unknown: set --length")
         edges = options.ranges or self.arguments.overrides.get("train.eval_positions")
         if edges is not None and (len(edges) < 2 or edges[0] >= length):
-            raise UserError(f"--ranges {','.join(map(str, edges))}: name two edges or more, the first below --length")
+            raise UserError(
+                f"--ranges {','.join(map(str, edges))}: use at least two edges, the first below --length {length}"
+            )
         ranges = PositionRanges.equal(length)
-        if edges:  # as far as documents are read
+        if edges:  # cut at the length that is read
             ranges = PositionRanges((*(edge for edge in edges if edge < length), min(edges[-1], length)))
         chosen = self._documents(Selection(length, options.min_length or length, options.samples, options.seed))
         settings = self._settings(chosen, length) | dict(ranges=list(ranges.edges))
@@ -78,10 +84,10 @@ class ReadingTask:
         seed = self.arguments.options.seed
         trained = max((one.model.longest() for one in self.asked), default=0)
         if trained and length > trained:
-            self.notes.append(f"{length} tokens are more than the {trained} that the model was trained to read")
+            self.notes.append(f"{length} tokens exceed the model's training length of {trained}")
         asked_for = self.arguments.options.samples
         if len(chosen.documents) < asked_for:
-            self.notes.append(f"{len(chosen.documents)} documents are long enough, of --samples {asked_for}")
+            self.notes.append(f"only {len(chosen.documents)} documents of --samples {asked_for} are long enough")
         return dict(documents=chosen.source, count=len(chosen.documents), length=length, seed=seed)
 
     def _documents(self, selection: Selection) -> Chosen:
@@ -90,17 +96,17 @@ class ReadingTask:
         self.notes += chosen.notes
         unique = {one.digest: one for one in chosen.documents}
         if len(unique) < len(chosen.documents):
-            self.notes.append(f"{len(chosen.documents) - len(unique)} documents are there twice, and read once")
+            self.notes.append(f"{len(chosen.documents) - len(unique)} duplicate documents are read once")
         return replace(chosen, documents=list(unique.values()))
 
     def prepare(self, job: Job) -> None:
-        """Say what a reader must know of the documents, which are there."""
+        """Print the notes about the documents, on rank 0. The documents were chosen at construction."""
         if job.world.rank == 0:
             for note in self.notes:
                 print(f"note: {note}", flush=True)
 
     def run(self, results: Results, job: Job, device: torch.device, dtype: torch.dtype) -> None:
-        """Measure what is not known yet. Every rank calls it."""
+        """Measure the samples that ``results`` does not have yet. All ranks must call it."""
         reader, read = None, None
         for number, one in enumerate(self.asked):
             left = [
@@ -126,7 +132,7 @@ class ReadingTask:
 
     def _read_folder(self, one: EvaluatedModel, name: str, left: list[int], results: Results, job: Job,
                      device: torch.device, dtype: torch.dtype, number: int) -> None:  # fmt: skip
-        """Read with one copy of the model on each rank."""
+        """Measure documents with one model replica per rank; the ranks share the documents."""
         costs = [float(len(self.readings[i].document.tokens)) for i in left]
         model, done = None, len(self.readings) - len(left)
         for piece in WorkQueue(job, name, costs, [1] * len(left), done, key=str(number)):
@@ -137,7 +143,7 @@ class ReadingTask:
 
     def _read_checkpoint(self, one: EvaluatedModel, name: str, left: list[int], results: Results, job: Job,
                          reader: CheckpointReader) -> None:  # fmt: skip
-        """Read with all ranks together, as many documents at a time as the layout has room for."""
+        """Measure documents with one model over all ranks, ``reader.at_once`` documents per step."""
         total, done, spent = len(self.readings), len(self.readings) - len(left), 0
         costs = [len(self.readings[i].document.tokens) for i in left]
         asked_to_stop, started = torch.zeros(1, device=reader.device), time.monotonic()
@@ -165,10 +171,10 @@ class ReadingTask:
             say_speed(name, len(left), sum(costs), time.monotonic() - started)
 
     def _record(self, one: EvaluatedModel, i: int, sums: list[list[float]]) -> dict:
-        """Return a sample. Raises UserError where the model's losses are no numbers."""
+        """Return the record of a sample. Raises UserError if a loss is not finite."""
         if not all(math.isfinite(loss) for loss, _ in sums):
             raise UserError(
-                f"the losses of '{one.column.label}' are not finite: its weights may hold NaN; export it again"
+                f"the losses of '{one.column.label}' are not finite: its weights may contain NaN; export it again"
             )
         return dict(
             model=one.column.label,
@@ -181,7 +187,7 @@ class ReadingTask:
         )
 
     def scores(self, results: Results) -> list[Scores]:
-        """Return the table: the loss of each range, or after each context."""
+        """Return one table: the loss per position range, or per context length."""
         by_model = {
             one.column.label: [results.use((one.column.digest, self.task, digest)) for digest in self.digests]
             for one in self.asked
@@ -190,16 +196,23 @@ class ReadingTask:
 
 
 def _contexts(options, trained: int, asked: list[EvaluatedModel]) -> tuple[list[int], int]:
-    """Return the contexts and the block that were asked for, or others for the length of the model."""
+    """Return the context lengths and the block length, in tokens.
+
+    Defaults follow from the training length: a block of an eighth, contexts that double up to the rest. Raises
+    UserError if an option is invalid or the training length is not known.
+    """
     if options.contexts:
         if options.contexts[0] < 1:
             raise UserError("--contexts 0: the first token of a block needs a token before it; use 1 or more")
         return options.contexts, options.block or max(1, options.contexts[-1] // 8)
     if not trained:
-        raise UserError(f"'{asked[0].model.path}' does not say its length: name --contexts")
+        raise UserError(f"the training length of '{asked[0].model.path}' is unknown: set --contexts")
     block = options.block or max(1, trained // 8)
     if block >= trained:
-        raise UserError(f"--block {block} leaves no room for a context in {trained} tokens: name --contexts")
+        raise UserError(
+            f"--block {block} leaves no context within the training length of {trained} tokens: set --contexts, or a "
+            f"smaller --block"
+        )
     contexts = [trained - block]
     while contexts[0] >= 2 * block:
         contexts.insert(0, contexts[0] // 2)
@@ -210,18 +223,18 @@ def _find_documents(options, asked: list[EvaluatedModel], selection: Selection) 
     if options.documents is None:
         run = next((one.model.checkpoint for one in asked if one.model.checkpoint and one.model.checkpoint.run), None)
         if run is None:
-            raise UserError("no run is among the models, whose held-out documents could be read: name --documents")
+            raise UserError("no model is a run with held-out documents: set --documents, or name a run")
         return documents.held_out(run.config, run.run, selection)
     prepared = [name for name in options.documents if documents.is_corpus(name)]
     if not prepared:
         return documents.of_files(options.documents, selection, asked[0].model.tokenizer(), options.text_key)
     if len(options.documents) > 1:
-        raise UserError(f"--documents {','.join(options.documents)}: name one prepared corpus, or files of text")
+        raise UserError(f"--documents {','.join(options.documents)}: use one prepared corpus, or text files only")
     return documents.of_corpus(prepared[0], selection)
 
 
 def _check_vocabulary(chosen: Chosen, asked: list[EvaluatedModel]) -> None:
-    """Raise UserError where documents are of another tokenizer than a model's."""
+    """Raise UserError if the documents were tokenized with a different tokenizer than a model's."""
     largest = max(int(one.tokens.max()) for one in chosen.documents)
     for model in {one.model.path: one.model for one in asked}.values():
         size = model.vocabulary()
@@ -233,15 +246,16 @@ def _check_vocabulary(chosen: Chosen, asked: list[EvaluatedModel]) -> None:
         ):
             other = "were made with another tokenizer than"
         if largest >= size:
-            other = f"hold the token {largest}, which is none of the {size} of"
+            other = f"contain token ID {largest}, which is outside the vocabulary of {size} tokens of"
         if other:
             raise UserError(
-                f"the {chosen.source} {other} '{model.path}': name --documents of its own, or files of text"
+                f"the {chosen.source} {other} '{model.path}': set --documents to a corpus of the model's tokenizer, or "
+                f"to text files"
             )
 
 
 def _digest(reading: ScoredDocument) -> str:
-    """Return a hash of what is read and asked."""
+    """Return a hash of the tokens, the position ranges and the scored positions."""
     counts = reading.document.counts
     facts = [reading.document.digest, list(reading.ranges.edges), None if counts is None else counts.tolist()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

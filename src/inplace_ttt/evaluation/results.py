@@ -1,9 +1,9 @@
-"""Results of an evaluation: one line for each sample, written as it comes, and what they say together.
+"""Results of an evaluation: one record per sample, written as soon as it is measured, and the scores of all samples.
 
-A folder holds ``samples.jsonl`` (one JSON object a sample), ``results.json`` (what was asked, and the scores) and
-pictures. While an evaluation runs ``asked.json`` says what was asked, and each rank appends to
-``samples.rank_N.jsonl``; a second start of the same command finds there what is done. Samples of the folder that the
-last command did not ask for are marked ``left_out``.
+An output folder contains ``samples.jsonl`` (one JSON object per sample), ``results.json`` (command, settings and
+scores) and figures. While an evaluation runs, ``asked.json`` contains its settings and each rank appends to
+``samples.rank_N.jsonl``; rerunning the command resumes from these files. Samples in the folder that the last command
+did not request are marked ``left_out``.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.files import read_json, read_json_lines, write_json, write_text
 
 SAMPLES, RESULTS, ASKED = "samples.jsonl", "results.json", "asked.json"
-# Settings whose other values make another evaluation; others, such as more samples or lengths, extend one
+# Settings that identify an evaluation; changes of other settings, such as more samples or lengths, extend it
 FIXED = ("documents", "length", "block", "ranges", "seed", "template", "num_fewshot", "limit")
 Key = tuple[str, str, str]  # (the model's digest, task, the sample's digest)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A model in one of its modes, as results and tables name it."""
+    """Describe one model in one fast-weight mode, as results and tables label it."""
 
     label: str
     path: str
-    fast_weights: str  # on, off, clip=NUMBER; "none" where the model has none
-    digest: str  # of the model's files, the mode and the dtype
+    fast_weights: str  # on, off or clip=NUMBER; "none" for a model without fast weights
+    digest: str  # digest of the model's files, the mode and the dtype
 
 
 def key_of(record: dict) -> Key:
@@ -39,24 +39,31 @@ def key_of(record: dict) -> Key:
 
 
 class Results:
-    """The samples of one folder, for one rank. ``open`` first; ``close`` and ``finish`` end it."""
+    """Hold the samples of one output folder, on one rank. Call ``open`` first, then ``close`` and ``finish``."""
 
     def __init__(self, folder: Path, rank: int, task: str | None = None):
-        """``task``: of the evaluation; records that lack what its table needs are no samples. None: any."""
+        """Name the files; nothing is read or written yet.
+
+        Args:
+            task: the evaluation's task; records without the fields that its table needs are ignored. None: accept all.
+        """
         self.folder, self.path, self.task = folder, folder / f"samples.rank_{rank}.jsonl", task
         self.known: dict[Key, dict] = {}
         self.used: set[Key] = set()
         self._file, self.made = None, False
 
     def claim(self, task: str, settings: dict, columns: list[Column]) -> None:
-        """Make the folder, and mark it as ours. Raise UserError where it holds something that is no evaluation, or
-        the results of another one, which these would replace."""
+        """Create the folder and write the settings of this evaluation into it.
+
+        Raises UserError if the folder contains something other than an evaluation, or a different evaluation, or
+        cannot be created.
+        """
         folder = self.folder
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {folder} is a file: name a folder")
+            raise UserError(f"--output {folder} is a file: use a folder")
         ours = any((folder / name).is_file() for name in (RESULTS, ASKED)) or any(folder.glob("samples*.jsonl"))
         if folder.is_dir() and not ours and any(folder.iterdir()):
-            raise UserError(f"--output {folder} holds something else than an evaluation: name another folder")
+            raise UserError(f"--output {folder} contains files that are not from an evaluation: use another folder")
         for name in (RESULTS, ASKED):
             if (folder / name).is_file():
                 _check_same(folder, name, task, settings, columns)
@@ -65,11 +72,11 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         except OSError as error:
-            raise UserError(f"--output {folder} cannot be made ({error.strerror}): name another folder") from error
+            raise UserError(f"--output {folder} cannot be created ({error.strerror}): use another folder") from error
         write_json(folder / ASKED, dict(task=task, settings=settings, columns=[asdict(one) for one in columns]))
 
     def unclaim(self) -> None:
-        """Take back what ``claim`` has made, where nothing was measured."""
+        """Remove the files and the folder that ``claim`` created, if no sample was measured."""
         if self.path.is_file() and not self.path.stat().st_size:
             self.path.unlink()
         if not any(self.folder.glob("samples*.jsonl")):
@@ -79,22 +86,22 @@ class Results:
                 self.folder.rmdir()
 
     def open(self) -> None:
-        """Read what is done. Every rank reads the same, before any writes."""
+        """Read the samples in the folder. All ranks must do this before any rank writes, so that all read the same."""
         for record in read_samples(self.folder, self.task):
             record.pop("left_out", None)
             self.known[key_of(record)] = record
 
     def use(self, key: Key) -> dict:
-        """Return a sample that is known, as one that the evaluation's scores are of."""
+        """Return a known sample and mark it as used in the scores."""
         self.used.add(key)
         return self.known[key]
 
     def add(self, record: dict) -> None:
-        """Keep a sample: it survives the process from here on."""
+        """Append a sample to this rank's file and flush it, so that it survives the process."""
         if self._file is None:
             content = self.path.read_bytes() if self.path.is_file() else b""
             self._file = self.path.open("a")
-            if content and not content.endswith(b"\n"):  # a line that was cut off
+            if content and not content.endswith(b"\n"):  # last line is incomplete
                 self._file.write("\n")
         self.known[key_of(record)] = record
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -106,7 +113,7 @@ class Results:
             self._file = None
 
     def finish(self, results: dict) -> None:
-        """Join the ranks' files, and write what the samples say together. On one rank, when all have closed."""
+        """Merge the files of all ranks and write ``results``. Call it on one rank after all ranks have closed."""
         self.open()
         lines = sorted(self.known.values(), key=lambda one: (one["model"], one["task"], one.get("index", 0)))
         marked = [line | ({"left_out": True} if self.used and key_of(line) not in self.used else {}) for line in lines]
@@ -118,47 +125,50 @@ class Results:
 
 
 def _check_same(folder: Path, name: str, task: str, settings: dict, columns: list[Column]) -> None:
-    """Raise UserError where a folder's file says that it has results that are none of this evaluation's."""
-    before = _read_asked(folder / name, f"remove '{folder / name}', and the samples are read again")
+    """Raise UserError if the file ``name`` in the folder describes a different evaluation."""
+    before = _read_asked(folder / name, f"remove '{folder / name}' and rerun the command")
     there = before["settings"] if isinstance(before.get("settings"), dict) else {}
     named = [(one.path, one.fast_weights) for one in columns]
     gone = [one.label for one in before["columns"] if (one.path, one.fast_weights) not in named]
-    why = f"is of the task {before['task']}" if before["task"] != task else None
+    why = f"contains results of the task {before['task']}" if before["task"] != task else None
     if gone:
         why = why or f"has results of {', '.join(gone)}, which this command does not name"
     for key in FIXED:
         if key in settings and there.get(key) != settings[key]:
-            why = why or f"was made with {key}={there.get(key)}, and not {settings[key]}"
+            why = why or f"was made with {key}={there.get(key)}, not {settings[key]}"
     if why:
-        raise UserError(f"--output {folder} {why}: name another folder, or remove this one")
+        raise UserError(f"--output {folder} {why}: use another folder, or remove this one")
 
 
 def read_samples(folder: Path, task: str | None = None) -> Iterable[dict]:
-    """Yield the samples of a folder; lines that are none, cut off or damaged, or lack what a task's table needs, are
-    left out."""
+    """Yield the samples of a folder.
+
+    Lines that are incomplete, damaged, or without the fields that the task's table needs are skipped. Raises UserError
+    if a file is a symbolic link.
+    """
     names = [SAMPLES, *sorted(path.name for path in folder.glob("samples.rank_*.jsonl"))]
     for name in names:
         path = folder / name
         if path.is_symlink():
-            raise UserError(f"'{path}' is a link: put the file itself there")
+            raise UserError(f"'{path}' is a symbolic link: replace it with the file itself")
         for record in read_json_lines(path)[0]:
             named = all(isinstance(record.get(key), str) for key in ("model", "model_digest", "task", "sample"))
             if named and type(record.get("index", 0)) is int and (task is None or is_whole(record, task)):
                 yield record
 
 
-NUMBERS = {  # keys that a sample of each task has, and their kinds
+NUMBERS = {  # required keys of a sample of each task, and their types
     "position": dict(context=int),
     "final-block": dict(context=int),
     "ruler": dict(length=int, kind=str, score=float),
     "needle": dict(length=int, kind=str, score=float),
     "harness": dict(metric=str, kind=str, score=float),
 }
-END = "end"  # the sample of harness that says that a task's questions are all there
+END = "end"  # sample ID of the record that marks a harness task as complete
 
 
 def is_whole(sample: dict, task: str) -> bool:
-    """Tell whether a sample has what the task's table needs: a folder may be a stranger's."""
+    """Return True if a sample has valid values for all fields that the task's table needs. The file is not trusted."""
     if task == "harness" and sample["sample"] == END:
         return True
     for key, kind in NUMBERS[task].items():
@@ -177,7 +187,7 @@ def is_whole(sample: dict, task: str) -> bool:
 
 
 def _are_ranges(ranges) -> bool:
-    """Tell whether something is what ``PositionRanges.records`` returns."""
+    """Return True if ``ranges`` has the form that ``PositionRanges.records`` returns."""
     if not isinstance(ranges, list):
         return False
     for one in ranges:
@@ -193,27 +203,29 @@ def _is_number(value) -> bool:
 
 
 def read_results(folder: Path) -> dict:
-    """Return results.json. Raise UserError where there is none, or it is of something else."""
+    """Return the content of results.json. Raises UserError if it does not exist or is not from an evaluation."""
     if not (folder / RESULTS).is_file():
         started = any(folder.glob("samples.rank_*.jsonl"))
-        why = "its evaluation has not ended" if started else f"it has no {RESULTS}"
-        raise UserError(f"'{folder}' holds no results ({why}): name a folder that launch/evaluate.py has written")
+        why = "its evaluation is not finished" if started else f"it has no {RESULTS}"
+        raise UserError(f"'{folder}' contains no results ({why}): name an output folder of launch/evaluate.py")
     return _read_asked(folder / RESULTS, "run launch/evaluate.py again")
 
 
 def _read_asked(path: Path, remedy: str) -> dict:
-    """Return what a file says of an evaluation. Raise UserError, ending in ``remedy``, where it is damaged."""
+    """Return the content of asked.json or results.json. Raises UserError, ending with ``remedy``, if it is damaged."""
     results = read_json(path, remedy)
     columns = results.get("columns")
     whole = isinstance(results.get("task"), str) and isinstance(columns, list)
     if not whole or not all(isinstance(one, dict) and set(one) == {*Column.__annotations__} for one in columns):
-        raise UserError(f"'{path}' is damaged (it does not say the models): {remedy}")
+        raise UserError(f"'{path}' is damaged (it does not list the models): {remedy}")
     return results | {"columns": [Column(**{key: str(value) for key, value in one.items()}) for one in columns]}
 
 
 def label_columns(asked: list[tuple[Path, str]]) -> list[str]:
-    """Return a label for each (model's path, mode): the folder's name, as much of the path as tells them apart, and
-    the mode where it is none that goes without saying."""
+    """Return a label for each (model path, mode).
+
+    The label is the folder name, with as many parent folders as make it unique, and the mode if it is not the default.
+    """
     paths = list(dict.fromkeys(path.resolve() for path, _ in asked))
     names = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: a mean with its interval for each row and model, and the differences to the first model."""
+"""Table of scores: a mean with its interval for each row and model, and the differences to the first model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +14,15 @@ Row = tuple[str, ...]  # such as ("4096", "niah_single_1")
 
 @dataclass(frozen=True)
 class Scores:
-    """A table: of each row and model (by its label) an interval, of each further model the difference to the first."""
+    """Hold a table of scores: an interval per row and model label, and the difference of each model to the first."""
 
     title: str
-    about: str  # what was measured: the documents, the template
-    names: tuple[str, ...]  # of the parts of a row
-    unit: str  # of the numbers, and which direction is better
-    digits: int
-    cells: dict[Row, dict[str, Interval]]
-    differences: dict[Row, dict[str, Interval]]
+    about: str  # data of the measurement, such as documents or template
+    names: tuple[str, ...]  # column names of the parts of a row
+    unit: str  # unit of the scores, and which direction is better
+    digits: int  # decimal places
+    cells: dict[Row, dict[str, Interval]]  # by row and model label
+    differences: dict[Row, dict[str, Interval]]  # model minus first model, by row and label of the other models
 
     @classmethod
     def of(
@@ -40,8 +40,9 @@ class Scores:
         """Compute all cells.
 
         Args:
-            interval: of a row and a label.
-            difference: of a row and two labels, the second less the first; None where there is none to be had.
+            interval: returns the interval of a row and a label.
+            difference: returns the interval of second minus first model for a row and two labels; None if they have no
+                common samples.
         """
         cells = {row: {label: interval(row, label) for label in labels} for row in rows}
         others: dict[Row, dict[str, Interval]] = {row: {} for row in rows}
@@ -54,7 +55,7 @@ class Scores:
 
     @property
     def labels(self) -> list[str]:
-        """Return the models."""
+        """Return the labels of the models."""
         return list(next(iter(self.cells.values()), {}))
 
     def records(self) -> list[dict]:
@@ -74,8 +75,10 @@ class Scores:
         return found
 
     def show(self, console: Console) -> None:
-        """Print the table: 95% intervals in brackets, the number of samples beside. Where the models do not fit side by
-        side, each has lines of its own."""
+        """Print the table, with 95% intervals in brackets.
+
+        If the models do not fit in the console's width side by side, each model gets its own lines.
+        """
         wide = self._table(side_by_side=True)
         needed = console.measure(wide, options=console.options.update(max_width=10_000)).maximum
         if needed > console.width:
@@ -84,12 +87,12 @@ class Scores:
         notes = []
         every = [one for others in self.differences.values() for one in others.values()]
         if every:
-            notes.append("difference: second model less the first" if len(self.labels) == 2 else
-                         f"difference: less {self.labels[0]}")  # fmt: skip
+            notes.append("difference: second model minus first" if len(self.labels) == 2 else
+                         f"difference: model minus {self.labels[0]}")  # fmt: skip
         if any(one.excludes_zero(self.digits) for one in every):
-            notes.append("* its interval leaves out zero")
+            notes.append("* interval excludes zero")
         if any(not one.paired for one in every):
-            notes.append("~ the models answered different samples: not paired")
+            notes.append("~ not paired: the models answered different samples")
         if any(one.low is None for cells in self.cells.values() for one in cells.values()):
             notes.append(f"no intervals below {MIN_SAMPLES} samples")
         if notes:
@@ -135,7 +138,7 @@ class Scores:
 
 
 def shown(interval: Interval, digits: int, sign: bool = False) -> str:
-    """Return 77.1 [74.0, 80.2], or the mean alone where there is no interval."""
+    """Return an interval as text, such as 77.1 [74.0, 80.2]; only the mean if it has no bounds."""
     form = f"{'+' if sign else ''}.{digits}f"
     if interval.low is None or interval.high is None:
         return f"{interval.mean:{form}}"

@@ -1,4 +1,4 @@
-"""Scores with intervals: percentile bootstrap over samples, paired where two models answered the same ones."""
+"""Confidence intervals of scores: percentile bootstrap over samples, paired if two models have the same samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL, RESAMPLES, SEED = 0.95, 10_000, 0
-MIN_SAMPLES = 10  # samples of a group for which there is an interval: of fewer the bootstrap knows too little
+MIN_SAMPLES = 10  # samples per group; with fewer the bootstrap is unreliable, and no interval is given
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the bounds of its confidence interval."""
+    """Hold a mean and the bounds of its confidence interval."""
 
     mean: float
-    low: float | None  # None: too few samples for an interval (``LEAST``)
-    high: float | None
-    samples: int  # of all groups
-    paired: bool = True  # of a difference: each sample is one of both models
+    low: float | None  # lower bound; None: fewer than ``MIN_SAMPLES`` samples in a group
+    high: float | None  # upper bound; None like ``low``
+    samples: int  # number of samples of all groups
+    paired: bool = True  # for a difference: both models have the same samples
 
     def excludes_zero(self, digits: int) -> bool:
-        """Tell whether zero lies outside of the interval, also when rounded to so many digits."""
+        """Return True if zero is outside the interval, also after rounding the bounds to ``digits`` decimal places."""
         if self.low is None or self.high is None:
             return False
         return round(self.low, digits) > 0 or round(self.high, digits) < 0
@@ -35,14 +35,16 @@ def _interval(mean: float, resampled: np.ndarray, groups: Sequence[np.ndarray], 
 
 
 def mean_interval(groups: Sequence[Sequence[float]], level: float = LEVEL) -> Interval:
-    """Return the plain mean of the groups' means (of one group: its mean) with a bootstrap interval.
+    """Return the unweighted mean of the group means with a bootstrap interval.
 
-    Samples are drawn anew with replacement inside each group, so groups keep their weights: RULER's score is the mean
-    of its tasks, whatever their numbers of samples. Where samples are all alike the interval has no width, for the
-    bootstrap knows no other outcome.
+    Samples are resampled with replacement within each group, so all groups have the same weight: RULER's score is the
+    mean over its tasks, whatever their numbers of samples. If all samples are equal, the interval has zero width.
 
     Args:
-        groups: scores by task.
+        groups: scores of each task.
+        level: confidence level.
+
+    Raises ValueError if there is no group or a group is empty.
     """
     arrays = [np.asarray(group, dtype=np.float64) for group in groups]
     if not arrays or any(array.size == 0 for array in arrays):
@@ -60,19 +62,25 @@ def difference_interval(
     """Return the mean of second - first with a paired bootstrap interval.
 
     Args:
-        first, second: scores of two models by task; sample i of a group is the same for both.
+        first, second: scores of two models for each task; sample i of a group is the same for both.
+        level: confidence level.
+
+    Raises ValueError if the groups differ in size.
     """
     if [len(group) for group in first] != [len(group) for group in second]:
-        raise ValueError("two models are compared on the same samples of the same tasks")
+        raise ValueError("a paired difference needs the same samples of the same tasks for both models")
     return mean_interval([np.subtract(b, a) for a, b in zip(first, second, strict=True)], level)
 
 
 def ratio_interval(sums: Sequence[float], weights: Sequence[float], level: float = LEVEL) -> Interval:
-    """Return sum(sums) / sum(weights), such as the loss per token of documents, with a bootstrap interval over them.
+    """Return sum(sums) / sum(weights), such as the loss per token, with a bootstrap interval over documents.
 
     Args:
-        sums: of each document, such as its loss; of two models, the difference.
-        weights: of each document, such as its tokens.
+        sums: one value per document, such as its summed loss, or the difference of two models.
+        weights: one value per document, such as its tokens; documents of weight 0 are left out.
+        level: confidence level.
+
+    Raises ValueError if no document has a positive weight.
     """
     top, bottom = np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     keep = bottom > 0
@@ -87,7 +95,12 @@ def ratio_interval(sums: Sequence[float], weights: Sequence[float], level: float
 def unpaired_interval(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], level: float = LEVEL
 ) -> Interval:
-    """Return mean(second) - mean(first) of groups where the two models answered different samples."""
+    """Return mean(second) - mean(first) with a bootstrap interval, for models with different samples.
+
+    Args:
+        first, second: scores of two models for each task.
+        level: confidence level.
+    """
     generator, means, arrays = np.random.default_rng(SEED), [], []
     for groups in (first, second):
         total = np.zeros(RESAMPLES)

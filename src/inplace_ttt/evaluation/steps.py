@@ -1,7 +1,8 @@
-"""Greedy steps of a batch, one token of each row at a time: a CUDA graph that is recorded once and replayed.
+"""Greedy decode steps of a batch, one token per row and step, replayed from one CUDA graph.
 
-For a small model the host takes longer to launch a step than the GPU to do it. Keys, values and masks therefore lie in
-memory of their final size, and where the next token goes is a number on the device.
+For a small model, launching a step takes longer on the host than running it on the GPU. A graph needs fixed addresses
+and shapes, so KV cache and mask are allocated at their final size, and the position of the next token is a device
+tensor.
 """
 
 import torch
@@ -11,41 +12,44 @@ from transformers.cache_utils import DynamicLayer
 
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 
-ROUND = 64  # tokens; products with odd sizes are slow
+ROUND = 64  # the cache length is a multiple of this many tokens, because GEMMs with odd sizes are slow
 
 
 class SharedCache:
-    """Keys, values and fast weights of several prompts, each read alone, laid side by side with room for answers."""
+    """Hold KV caches and fast weights of separately prefilled prompts as one batch, with space for answers."""
 
     def __init__(self, like: DynamicCache, rows: int, width: int, room: int):
-        """Args:
-        like: the cache of one prompt, for shapes.
-        width: tokens of the longest prompt.
-        room: tokens of an answer.
+        """Allocate the caches.
+
+        Args:
+            like: cache of one prompt, for shapes, dtype and device.
+            rows: number of prompts.
+            width: tokens of the longest prompt.
+            room: maximum tokens of an answer.
         """
-        self.place = torch.tensor([width], device=like.layers[0].keys.device)  # of the next token
+        self.place = torch.tensor([width], device=like.layers[0].keys.device)  # index of the next token in the cache
         self.layers = [Layer(layer, rows, width, room, self.place) for layer in like.layers]
         self.fast_weights: list[exported.FastWeights] = []
 
     def put(self, number: int, cache: DynamicCache) -> None:
-        """Copy what a prompt has left. Prompts come in order."""
+        """Copy the cache of a prompt into row ``number``. Call it for all prompts in order."""
         for layer, own in zip(self.layers, cache.layers, strict=True):
             layer.put(number, own)
         if isinstance(cache, exported.FastWeightCache):
             self.fast_weights.append(cache.fast_weights)
 
     def finished(self, network: PreTrainedModel) -> DynamicCache:
-        """Return the cache for a forward of all rows."""
+        """Return the cache for a forward pass of all rows."""
         cache = empty_cache(network)
         cache.layers, cache.place = self.layers, self.place
         if self.fast_weights:
             cache.fast_weights = exported.FastWeights.join(self.fast_weights)
-            cache.fast_weights.static = True  # a graph must find everything where it was
+            cache.fast_weights.static = True  # a CUDA graph needs fixed addresses
         return cache
 
 
 class Layer(DynamicLayer):
-    """Keys and values of one layer, all of which are handed out: a mask leaves out what is not written yet."""
+    """Hold the KV cache of one layer at its final size; ``update`` returns all of it, a mask hides unused entries."""
 
     def __init__(self, like: DynamicLayer, rows: int, width: int, room: int, place: Tensor):
         super().__init__()
@@ -72,19 +76,22 @@ class Layer(DynamicLayer):
 
 
 def empty_cache(network: PreTrainedModel) -> DynamicCache:
-    """Return a cache of the kind that a model reads prompts with."""
+    """Return an empty cache of the type that the model needs: with fast weights if it has them."""
     fast = bool(getattr(network, "fast_mlps", None))
     return exported.FastWeightCache(config=network.config) if fast else DynamicCache(config=network.config)
 
 
 class GreedySteps:
-    """Write the answers of a batch, step by step, into ``written`` (rows, new tokens), of which ``count`` are there."""
+    """Decode the answers of a batch step by step into ``written`` (rows, new tokens); ``count`` tokens are done."""
 
     def __init__(self, network: PreTrainedModel, cache: DynamicCache, first: Tensor, lengths: Tensor, new_tokens: int):
-        """Args:
-        cache: of a SharedCache.
-        first: (rows,), the first token of each answer.
-        lengths: (rows,), tokens of each prompt.
+        """Allocate the buffers.
+
+        Args:
+            cache: from ``SharedCache.finished``.
+            first: (rows,) first token ID of each answer.
+            lengths: (rows,) tokens of each prompt.
+            new_tokens: maximum tokens of an answer.
         """
         self.network, self.cache, self.new_tokens, self.count = network, cache, new_tokens, 1
         self.written = first.new_zeros(len(first), new_tokens)
@@ -92,14 +99,14 @@ class GreedySteps:
         self.token, self.positions, self.next = first.clone(), lengths.clone(), torch.ones_like(cache.place)
         layer = cache.layers[0]
         place = torch.arange(layer.keys.shape[2], device=first.device)
-        # what each row attends to: its own prompt, on the right of the padding
+        # (rows, 1, 1, cache length) bool: each row attends to its own prompt, to the right of the padding
         self.mask = ((place >= (layer.width - lengths)[:, None]) & (place < layer.width))[:, None, None]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.records = first.is_cuda
 
     def take(self) -> None:
-        """Do one more step."""
-        if self.records and self.graph is None and self.count > 1:  # the first step makes what a graph needs
+        """Run one decode step."""
+        if self.records and self.graph is None and self.count > 1:  # the first step is the warm-up for the graph
             self._record()
         if self.graph is None:
             self._step()
@@ -116,7 +123,7 @@ class GreedySteps:
                 self._step()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # a model that looks at numbers on the way, as experts do
+        except RuntimeError:  # models that read values on the host, such as mixture of experts, cannot be captured
             self.records = False
         else:
             self.graph = graph

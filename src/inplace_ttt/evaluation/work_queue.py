@@ -1,4 +1,4 @@
-"""Share work between ranks piece by piece: who is done takes the next one. Progress with the time left."""
+"""Dynamic work queue over ranks, on the job's torch store, and progress output with the remaining time."""
 
 import sys
 import time
@@ -10,20 +10,25 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from inplace_ttt.job import EXIT_INTERRUPTED, RESUME_HINT, SLOW_PHASE_FACTOR, Job, JobStopped
 
-LINE = 30.0  # seconds between lines where there is no terminal
-POLL_INTERVAL = 0.1  # seconds between two looks at ranks that are still at work
+LINE = 30.0  # seconds between progress lines without a terminal
+POLL_INTERVAL = 0.1  # seconds between checks whether the other ranks have finished
 
 
 class WorkQueue:
-    """Deal out numbered pieces of work, whose costs are known, over the ranks of a job. Every rank makes it."""
+    """Distribute pieces of work over the ranks of a job: a rank that is done takes the next piece, in order.
+
+    All ranks must construct and iterate it.
+    """
 
     def __init__(self, job: Job, name: str, costs: list[float], samples: list[int], done: int = 0, key: str = ""):
-        """Args:
-        name: shown.
-        costs: of each piece, in tokens.
-        samples: in each piece.
-        done: samples that were done before.
-        key: tells pieces of work of the same name apart.
+        """Open the queue in the job's store; rank 0 starts the progress display.
+
+        Args:
+            name: name in messages.
+            costs: tokens per piece.
+            samples: samples per piece.
+            done: samples done by an earlier start of the command.
+            key: distinguishes queues of the same name.
         """
         self.job, self.name, self.costs, self.samples = job, name, costs, samples
         self.store = dist.PrefixStore(f"share/{name}/{key}", job.store)
@@ -32,12 +37,12 @@ class WorkQueue:
         self.started = time.monotonic()
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the numbers of this rank's pieces, and return when all ranks are done.
+        """Yield the indices of this rank's pieces; return when all ranks are done.
 
-        Raises JobStopped, on all ranks, where one was asked to stop and something is left to do.
+        Raises JobStopped, on all ranks, if a rank received a stop request and pieces are left.
         """
         try:
-            self.job.stop.answer = f"{self.name}: asked to stop, the batches at hand are finished"
+            self.job.stop.answer = f"{self.name}: stop requested, finishing the current batches"
             while not self.job.stop.received and (number := self.store.add("next", 1) - 1) < len(self.costs):
                 self.job.watchdog.set_phase(f"{self.name}, part {number + 1} of {len(self.costs)}", SLOW_PHASE_FACTOR)
                 yield number
@@ -55,7 +60,7 @@ class WorkQueue:
         while self.store.add("finished", 0) < self.job.world.size:
             time.sleep(POLL_INTERVAL)
             self._show()
-            if self.job.stop.received:  # perhaps because another rank is gone, which torchrun answers so
+            if self.job.stop.received:  # torchrun also sends a stop signal when another rank has died
                 lost = self.job.watchdog.explain_loss()
                 if lost is not None:
                     raise JobStopped(f"contact with another rank was lost: {lost}; {RESUME_HINT}", 4)
@@ -73,14 +78,15 @@ class WorkQueue:
 
 
 def interrupted(name: str, done: int, total: int) -> JobStopped:
-    """Return what ends a job that was asked to stop before all its samples were done."""
+    """Return the exception for a job that was stopped before all samples were done."""
     return JobStopped(
-        f"{name} was asked to stop: {done} of {total} samples are done, and the same command goes on", EXIT_INTERRUPTED
+        f"{name} stopped on request: {done} of {total} samples are done; rerun the same command to resume",
+        EXIT_INTERRUPTED,
     )
 
 
 class ProgressMeter:
-    """Show how far a piece of work is, and the time left: a bar in a terminal, else a line now and then."""
+    """Show progress and the remaining time: a bar in a terminal, otherwise a line every ``LINE`` seconds."""
 
     def __init__(self, name: str, samples: int, done: int = 0):
         self.name, self.samples, self.done = name, samples, done
@@ -88,7 +94,7 @@ class ProgressMeter:
         self.bar = None
         console = Console(stderr=True)
         if done:
-            print(f"{name}: {done} of {samples} samples were done before", file=sys.stderr, flush=True)
+            print(f"{name}: {done} of {samples} samples are already done", file=sys.stderr, flush=True)
         if console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}", style="bold", markup=False),
@@ -102,9 +108,11 @@ class ProgressMeter:
             self.bar.start()
 
     def show(self, done: int, share: float) -> None:
-        """Args:
-        done: samples.
-        share: of the work, from 0 to 1, since this meter began.
+        """Update the display.
+
+        Args:
+            done: number of samples done.
+            share: fraction of the work done since this meter was created, from 0 to 1.
         """
         now = time.monotonic()
         left = (now - self.started) * (1 - share) / share if share > 0 else None
@@ -116,7 +124,7 @@ class ProgressMeter:
             print(f"{self.name}: {done} of {self.samples} samples, {said}", file=sys.stderr, flush=True)
 
     def advance(self) -> None:
-        """Count one more of samples of equal cost."""
+        """Count one more sample; all samples have equal cost."""
         self.done += 1
         self.show(self.done, self.done / self.samples)
 
@@ -127,24 +135,27 @@ class ProgressMeter:
 
 
 def say_speed(name: str, samples: int, tokens: float, seconds: float) -> None:
-    """Print how fast samples were done."""
+    """Print the number of samples and the speed in tokens per second."""
     each = f"{tokens / 1e6:.2f} million tokens" if tokens >= 1e6 else f"{tokens:,.0f} tokens"
     speed = tokens / max(seconds, 1e-9)
-    print(f"{name}: {counted(samples, 'sample')} of {each} in {duration(seconds)}, {speed:,.0f} a second", flush=True)
+    print(
+        f"{name}: {counted(samples, 'sample')}, {each} in {duration(seconds)}, {speed:,.0f} tokens per second",
+        flush=True,
+    )
 
 
 def say_done(name: str, samples: int) -> None:
-    """Print that nothing is left to do."""
-    print(f"{name}: all {counted(samples, 'sample')} were done before", flush=True)
+    """Print that all samples were done by an earlier start of the command."""
+    print(f"{name}: all {counted(samples, 'sample')} are already done", flush=True)
 
 
 def counted(number: int, word: str) -> str:
-    """Return 1 sample or 2 samples."""
+    """Return a number with its noun: 1 sample, 2 samples."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """Return 45 s, 12 min or 3.5 h."""
+    """Return a duration as text: 45 s, 12 min or 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

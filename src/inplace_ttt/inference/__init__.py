@@ -1,1 +1,1 @@
-"""Use a trained model: read books, generate, chat."""
+"""Inference with trained models: save fast weights as books, generate text, chat."""

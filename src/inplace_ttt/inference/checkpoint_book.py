@@ -1,7 +1,7 @@
-"""Read a book with a training checkpoint over context-, tensor- and pipeline-parallel ranks.
+"""Creation of a book (saved fast weights) from a training checkpoint, over context, tensor and pipeline parallel ranks.
 
-What a document has written is a sum over its whole chunks, so each rank adds up those that it holds, and the ranks add
-up their sums. The inputs of the unfinished chunk are gathered from whoever has them.
+The update of a document is a sum over its complete chunks. Each rank sums its own chunks, then the sums are reduced
+over the ranks. The inputs of the incomplete last chunk are collected from the ranks that have them.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,15 @@ from inplace_ttt.megatron.tensors import TensorReader
 from inplace_ttt.training.step import unwrap
 from inplace_ttt.ttt.layout import take_local
 
-Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]  # by layer: sum (d, f); tails (t, d) of inputs, embeddings
+# by layer: sum of updates (d, f), inputs and embeddings of the incomplete chunk (t, d)
+Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]
 
 
 def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeightMode) -> FastWeights | None:
-    """Read a text; return its fast weights, on the first rank alone. All ranks call it."""
+    """Process a text with the model of ``reader``; return its fast weights on rank 0 and None on other ranks.
+
+    All ranks must call it.
+    """
     recorder = _Recorder(reader, len(reading.document.tokens) - 1)
     reader.read([reading], mode)
     written = recorder.finish()
@@ -49,7 +53,7 @@ def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeigh
 
 
 def fingerprint_of_checkpoint(info: CheckpointInfo) -> str:
-    """Return the fingerprint that the exported model has."""
+    """Return the fingerprint of the model that this checkpoint exports to."""
     model, reader = info.config.model, TensorReader(info.folder)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -62,12 +66,12 @@ def fingerprint_of_checkpoint(info: CheckpointInfo) -> str:
 
 
 class _Recorder:
-    """Looks at what enters the TTT layers of this rank while a text is read."""
+    """Record the updates of this rank's TTT layers during a forward pass, by forward pre-hooks."""
 
     def __init__(self, reader: CheckpointReader, length: int):
         self.groups, self.length = reader.groups, length
         self.chunk = reader.config.ttt.chunk_size
-        self.whole = length - length % self.chunk  # tokens of whole chunks
+        self.whole = length - length % self.chunk  # tokens in complete chunks
         self.written: Written = {}
         self.hooks = [
             module.register_forward_pre_hook(self._hook(layer), with_kwargs=True)
@@ -76,16 +80,16 @@ class _Recorder:
 
     def _hook(self, layer: int):
         def look(module: TTTMLP, args: tuple, kwargs: dict) -> None:
-            if layer not in self.written:  # on other ranks of the same text it may be read more than once
+            if layer not in self.written:  # idle ranks may process the same text again
                 self.written[layer] = self._look(module, *args)
 
         return look
 
     def _look(self, module: TTTMLP, hidden: Tensor, embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what the document writes to a layer, from this rank's inputs (s, 1, d)."""
+        """Return a layer's sum of updates and the inputs of the incomplete chunk, from this rank's inputs (s, 1, d)."""
         cp = self.groups.cp
         places = take_local(torch.arange(len(hidden) * cp.size()), cp.size(), cp.rank(), dim=0).to(hidden.device)
-        inside = (places < self.whole).nonzero().squeeze(1)  # slices begin on chunk boundaries: whole chunks
+        inside = (places < self.whole).nonzero().squeeze(1)  # slices start on chunk boundaries
         total = module.sum_of_updates(hidden, embeds, inside)
         dist.all_reduce(total, group=cp)
         parts = [torch.empty_like(total) for _ in range(self.groups.tp.size())]
@@ -95,7 +99,7 @@ class _Recorder:
         return torch.cat(parts, dim=1).cpu(), *tails
 
     def _tail(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """Return the unfinished chunk's (t, d) of tokens (s, 1, d) that lie on any rank."""
+        """Return the incomplete chunk (t, d), collected from the local tokens (s, 1, d) of all CP ranks."""
         tail = tokens.new_zeros(self.length - self.whole, tokens.shape[-1])
         own = (places >= self.whole) & (places < self.length)
         tail[places[own] - self.whole] = tokens[own, 0]
@@ -103,7 +107,7 @@ class _Recorder:
         return tail.cpu()
 
     def finish(self) -> Written | None:
-        """Return what all layers have written, on the first rank; None on others."""
+        """Remove the hooks; return the records of all layers on rank 0, and None on other ranks."""
         for hook in self.hooks:
             hook.remove()
         groups, found = self.groups, [self.written]

@@ -1,4 +1,4 @@
-"""``launch/generate.py``: a prompt, a file or a chat, answered in the terminal."""
+"""Implementation of ``launch/generate.py``: continue a prompt or a file, or chat, in the terminal."""
 
 import argparse
 import contextlib
@@ -27,8 +27,9 @@ from inplace_ttt.models import FAMILIES
 HELP = """\
 Generate text: launch/generate.py MODEL [--prompt TEXT] [--file FILE] [--chat] [options]
 
-MODEL is a run's folder (its last checkpoint), a checkpoint, or a folder in Hugging Face's format; code that lies in it
-never runs. The answer appears as it is written. A file is read before the prompt; without either, standard input is.
+MODEL is a run folder (its last checkpoint is used), a checkpoint, or a folder in Hugging Face format. Code in a model
+folder is never executed. The answer is printed as it is generated. The text of --file comes before the prompt. Without
+--prompt and --file the prompt is read from standard input.
 
   python launch/generate.py exported/ --prompt "Once upon a time"
   python launch/generate.py exported/ --file report.txt --prompt "In short:"
@@ -38,7 +39,7 @@ END = ("/exit", "/quit")
 
 
 def main(words: list[str]) -> int:
-    """Run the command line and return the exit code: 0, 2 the user must change something, 130 for Ctrl-C."""
+    """Run the command line and return the exit code: 0 finished, 2 user error, 130 interrupted by Ctrl-C."""
     if not words or {"-h", "--help"} & set(words):
         print(HELP)
         _parser().print_help()
@@ -51,7 +52,7 @@ def _run(words: list[str]) -> None:
     logging.set_verbosity_error()
     prompt = _prompt(options)
     if options.static and prompt is None:
-        raise UserError("--static is for one answer: leave it out of a conversation, or add --prompt")
+        raise UserError("--static supports one answer only: add --prompt, or leave --static out of a conversation")
     with _opened(options) as model:
         book = _book(options, model)
         if options.chat and prompt is None:
@@ -67,20 +68,22 @@ def _run(words: list[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="launch/generate.py", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("models", nargs="*", metavar="MODEL")
-    parser.add_argument("--prompt", metavar="TEXT", help="what the model goes on from, or with --chat is asked")
-    parser.add_argument("--file", metavar="FILE", help="text that is read before the prompt")
+    parser.add_argument("--prompt", metavar="TEXT", help="text to continue, or the question with --chat")
+    parser.add_argument("--file", metavar="FILE", help="file with text before the prompt")
     parser.add_argument(
-        "--chat", action="store_true", help="by the tokenizer's chat template; without a prompt: a conversation"
+        "--chat", action="store_true", help="use the tokenizer's chat template; without a prompt: a conversation"
     )
-    parser.add_argument("--system", metavar="TEXT", help="what a chat begins with")
-    parser.add_argument("--book", metavar="FILE", help="fast weights of what was read before (launch/read_book.py)")
+    parser.add_argument("--system", metavar="TEXT", help="system message of a chat")
+    parser.add_argument("--book", metavar="FILE", help="saved fast weights of a text (launch/read_book.py)")
     parser.add_argument("--fast-weights", default="on", metavar="MODE", help="on, off or clip=NUMBER (on)")
-    parser.add_argument("--max-new-tokens", type=count, default=256, help="length of an answer (256)")
-    parser.add_argument("--temperature", type=_number(0, 100), default=0.0, help="0: the likeliest token (0)")
-    parser.add_argument("--top-p", type=_number(0, 1), default=1.0, help="the likeliest tokens of that share (1)")
-    parser.add_argument("--seed", type=seed, default=0, help="of what is drawn (0)")
-    parser.add_argument("--static", action="store_true", help="static cache and CUDA graphs: fast, after a minute")
-    parser.add_argument("--part", type=tokens, default=8192, help="tokens of a prompt that are read at a time (8k)")
+    parser.add_argument("--max-new-tokens", type=count, default=256, help="maximum tokens of an answer (256)")
+    parser.add_argument("--temperature", type=_number(0, 100), default=0.0, help="sampling temperature; 0: greedy (0)")
+    parser.add_argument("--top-p", type=_number(0, 1), default=1.0, help="nucleus sampling: cumulative probability (1)")
+    parser.add_argument("--seed", type=seed, default=0, help="random seed for sampling (0)")
+    parser.add_argument(
+        "--static", action="store_true", help="static cache and CUDA graphs: fast decode after a minute of compilation"
+    )
+    parser.add_argument("--part", type=tokens, default=8192, help="tokens per prefill step (8k)")
     parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on a GPU")
     return parser
 
@@ -89,18 +92,18 @@ def _parse(words: list[str]) -> argparse.Namespace:
     options, rest = _parser().parse_mixed(words)
     options.models += rest
     if len(options.models) != 1:
-        raise UserError(f"name one model, not {len(options.models)}: launch/generate.py --help shows what there is")
+        raise UserError(f"name one model, not {len(options.models)}: launch/generate.py --help shows the usage")
     options.model, options.mode = user_path(options.models[0]), FastWeightMode.parse(options.fast_weights)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise UserError("launch/generate.py is one process: start it with python, not with torchrun")
+        raise UserError("launch/generate.py runs in one process: start it with python, not with torchrun")
     if options.system is not None and not options.chat:
-        raise UserError("--system is what a chat begins with: add --chat")
+        raise UserError("--system needs --chat: add --chat, or leave --system out")
     if 0 < options.temperature < 1e-4:
-        raise UserError(f"--temperature {options.temperature} is next to nothing: use 0, or 0.0001 and more")
+        raise UserError(f"--temperature {options.temperature} is too small: use 0 (greedy), or 0.0001 or more")
     if options.top_p == 0:
-        raise UserError("--top-p 0 leaves no token to draw: use a number above 0")
+        raise UserError("--top-p 0 leaves no token to sample: use a number above 0")
     if options.book is not None and not options.mode.on:
-        raise UserError("--book is kept in fast weights, which --fast-weights off leaves out")
+        raise UserError("--book cannot be used with --fast-weights off: use --fast-weights on, or leave --book out")
     return options
 
 
@@ -111,14 +114,14 @@ def _number(least: float, most: float):
         except ValueError:
             value = float("nan")
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"'{word}' is no number from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"'{word}' is not a number from {least} to {most}")
         return value
 
     return read
 
 
 def _prompt(options: argparse.Namespace) -> str | None:
-    """Return the text to go on from; None: a conversation."""
+    """Return the text to continue or the question; None for a conversation. Raises UserError if there is no text."""
     parts = []
     if options.file == "":
         raise UserError("--file is empty: name a file")
@@ -140,10 +143,10 @@ def _prompt(options: argparse.Namespace) -> str | None:
     if not parts:
         if options.chat and sys.stdin is not None:
             return None
-        raise UserError("there is nothing to go on from: give --prompt, --file or --chat")
+        raise UserError("there is no prompt: use --prompt, --file or --chat")
     text = "\n".join(part.rstrip("\n") if number < len(parts) - 1 else part for number, part in enumerate(parts))
     if not text:
-        raise UserError("the prompt is empty: give some text to go on from")
+        raise UserError("the prompt is empty: give some text to continue")
     for what, words in (("the prompt", text), ("--system", options.system or "")):
         if not is_text(words):
             raise UserError(f"{what} is not UTF-8 text")
@@ -151,7 +154,7 @@ def _prompt(options: argparse.Namespace) -> str | None:
 
 
 def is_text(words: str) -> bool:
-    """Tell whether a string is text: Python makes halves of characters of bytes that are none."""
+    """Return True if a string is valid Unicode: Python decodes invalid bytes of arguments to lone surrogates."""
     try:
         words.encode()
     except UnicodeEncodeError:
@@ -161,12 +164,12 @@ def is_text(words: str) -> bool:
 
 @contextlib.contextmanager
 def _opened(options: argparse.Namespace) -> Iterator[LoadedModel]:
-    """Open the model; a checkpoint is exported for it, into a folder that lasts as long."""
+    """Load the model; a checkpoint is exported to a temporary folder that exists while the context is open."""
     named = ModelSource.find(options.model)
     if options.book is not None and not named.has_fast_weights:
-        raise UserError(f"'{options.model}' has no fast weights, which --book is for")
+        raise UserError(f"'{options.model}' has no fast weights: leave --book out, or name a model that has them")
     if options.mode.clip is not None and not named.has_fast_weights:
-        raise UserError(f"--fast-weights {options.mode}: '{options.model}' has no fast weights to clip")
+        raise UserError(f"--fast-weights {options.mode}: '{options.model}' has no fast weights to clip; use on or off")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = chosen_dtype(options.dtype)
     with tempfile.TemporaryDirectory(prefix="generate_") as work:
@@ -178,17 +181,17 @@ def _book(options: argparse.Namespace, model: LoadedModel) -> FastWeights | None
         return None
     path = user_path(options.book)
     if not path.is_file():
-        raise UserError(f"--book '{path}' is no file")
+        raise UserError(f"--book '{path}' is not a file: name a file that launch/read_book.py has written")
     try:
         book = model.network.load_fast_weights(str(path), tokenizer=model.tokenizer)
     except ValueError as error:
         raise UserError(f"--book: {error}") from error
     if book.rows != 1:
-        raise UserError(f"--book '{path}' holds {book.rows} texts, and one is asked")
+        raise UserError(f"--book '{path}' contains the fast weights of {book.rows} texts: use a book of one text")
     texts = book.texts[0] if book.texts else []
     read = ", ".join(f"{text.get('name') or 'a text'} ({text.get('tokens', '?')} tokens)" for text in texts)
-    read = "".join(letter if letter.isprintable() else "?" for letter in read)  # names are whoever's
-    print(f"the book holds {read}" if read else "the book does not say what it holds", file=sys.stderr)
+    read = "".join(letter if letter.isprintable() else "?" for letter in read)  # names in the file are not trusted
+    print(f"the book contains {read}" if read else "the book does not list its texts", file=sys.stderr)
     return book
 
 
@@ -198,24 +201,24 @@ def _messages(system: str | None, question: str) -> list[dict]:
 
 
 def chat_tokens(model: LoadedModel, messages: list[dict]) -> list[int]:
-    """Return the tokens of a conversation. Raises UserError where the tokenizer's chat template cannot say them."""
+    """Return the token IDs of a conversation. Raises UserError if the tokenizer's chat template is missing or fails."""
     tokenizer = model.tokenizer
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of '{model.name}' has no chat template: leave --chat out")
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template raises anything
+    except Exception as error:  # a template raises any type
         raise UserError(f"the chat template of '{model.name}' fails ({one_line(error)}): leave --chat out") from error
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class _Streamer(TextStreamer):
-    """Prints an answer as it comes, and notes when it began and how long it is."""
+    """Print an answer while it is generated; record the time of its first token and the number of tokens."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.first: float | None = None
-        self.count = -1  # the prompt comes first
+        self.first: float | None = None  # time.perf_counter() at the first token
+        self.count = -1  # the first call passes the prompt
 
     def put(self, value) -> None:
         self.count += 1
@@ -226,17 +229,24 @@ class _Streamer(TextStreamer):
 
 @dataclass
 class Answered:
-    """Hold what a generation has left."""
+    """Hold the result of a generation."""
 
-    tokens: list[int]  # of the prompt and the answer
-    text: str  # of the answer
+    tokens: list[int]  # token IDs of prompt and answer
+    text: str  # text of the answer
 
 
 def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **more) -> Answered:
-    """Print the continuation of tokens as it is written. Raises UserError for a prompt that cannot be."""
+    """Print the continuation of a prompt while it is generated; return the prompt's and the answer's tokens.
+
+    Args:
+        ids: token IDs of the prompt; with ``past_key_values``, of the whole conversation.
+        more: keyword arguments for ``generate``, such as past_key_values; None values are dropped.
+
+    Raises UserError if the prompt is empty, has token IDs outside the vocabulary, or does not fit in memory.
+    """
     network, tokenizer = model.network, model.tokenizer
     if not ids:
-        raise UserError("the prompt has no tokens: give some text to go on from")
+        raise UserError("the prompt has no tokens: give some text to continue")
     check_tokens(max(ids), network.config.vocab_size, model.name)
     ends = network.generation_config.eos_token_id
     ends = [one for one in (ends if isinstance(ends, list) else [ends]) if one is not None]
@@ -244,8 +254,8 @@ def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **mo
     if options.temperature > 0:
         sampling = dict(do_sample=True, temperature=options.temperature, top_p=options.top_p, top_k=0)
     prompt, cache = torch.tensor([ids], device=network.device), more.get("past_key_values")
-    in_parts = getattr(network.config, "model_type", None) in FAMILIES  # others may have caches of their own kind
-    settings = GenerationConfig(  # not the folder's own, which may ask for anything
+    in_parts = getattr(network.config, "model_type", None) in FAMILIES  # other models may have other cache types
+    settings = GenerationConfig(  # not the folder's config, which may set anything
         max_new_tokens=options.max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=min(ends, default=0),
@@ -258,7 +268,7 @@ def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **mo
     more = {key: value for key, value in more.items() if value is not None}
     try:
         known = 0 if cache is None else int(cache.get_seq_length())
-        if cache is not None and in_parts:  # all but what generate reads itself
+        if cache is not None and in_parts:  # generate itself processes the last part
             with torch.no_grad():
                 for start in range(known, len(ids) - options.part, options.part):
                     here = prompt[:, start : start + options.part]
@@ -267,16 +277,18 @@ def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **mo
             prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, streamer=streamer, **more
         )
     except torch.OutOfMemoryError as error:
-        raise UserError(f"'{model.name}' has no room for {len(ids)} tokens on one GPU: give it less to read") from error
-    except OSError:  # of the output
+        raise UserError(
+            f"{len(ids)} tokens do not fit in one GPU's memory with '{model.name}': use a shorter prompt"
+        ) from error
+    except OSError:  # writing the output failed
         raise
-    except Exception as error:  # a model's own code raises anything
+    except Exception as error:  # model code raises any type
         raise cannot_run(model, error) from error
     finished = time.perf_counter()
     written, first = out.shape[1] - len(ids), streamer.first or finished
-    pace = f", then {(written - 1) / (finished - first):.1f} a second" if written > 1 else ""
+    pace = f" at {(written - 1) / (finished - first):.1f} tokens per second" if written > 1 else ""
     print(
-        f"[{len(ids) - known} tokens read in {first - started:.1f} s, {written} written{pace}]",
+        f"[prefill: {len(ids) - known} tokens in {first - started:.1f} s; decode: {written} tokens{pace}]",
         file=sys.stderr,
         flush=True,
     )
@@ -285,17 +297,17 @@ def answer(model: LoadedModel, options: argparse.Namespace, ids: list[int], **mo
 
 
 class Chat:
-    """A conversation in the terminal. What was said stays in the cache; only what is new is read."""
+    """Run a conversation in the terminal. Earlier turns stay in the cache; only new tokens are processed."""
 
     def __init__(self, model: LoadedModel, options: argparse.Namespace, book: FastWeights | None):
         self.model, self.options, self.book = model, options, book
         self.messages = [] if options.system is None else [dict(role="system", content=options.system)]
-        self.cache, self.seen = None, []  # the tokens that the cache holds
+        self.cache, self.seen = None, []  # the cache and its token IDs
 
     def talk(self) -> None:
-        """Ask and answer until the end of the input, or /exit."""
-        chat_tokens(self.model, [*self.messages, dict(role="user", content="?")])  # fails before anyone has typed
-        print("Ask; /exit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
+        """Read questions and print answers until the end of the input, or /exit."""
+        chat_tokens(self.model, [*self.messages, dict(role="user", content="?")])  # fails before the first input
+        print("Type a question; /exit or Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
         while True:
             try:
                 question = input("> " if sys.stdin.isatty() else "").strip()
@@ -306,21 +318,21 @@ class Chat:
             if question in END:
                 return
             if not is_text(question):
-                print("[that is not UTF-8 text: ask again]", file=sys.stderr)
+                print("[the question is not UTF-8 text: ask again]", file=sys.stderr)
             elif question:
                 self.ask(question)
 
     def ask(self, question: str) -> None:
-        """Answer one question; one whose answer is stopped is forgotten."""
+        """Answer one question; if the answer is stopped, the question is dropped from the conversation."""
         messages = [*self.messages, dict(role="user", content=question)]
         ids = chat_tokens(self.model, messages)
         if self.cache is None or ids[: len(self.seen)] != self.seen or len(ids) <= len(self.seen):
-            self._begin()  # a template may change what was said, such as leave out thoughts
+            self._begin()  # a template may change earlier turns, such as remove thinking
         given = dict(past_key_values=self.cache)
         try:
             answered = answer(self.model, self.options, ids, **given)
         except KeyboardInterrupt:
-            print("\n[stopped: the question is forgotten]", file=sys.stderr)
+            print("\n[stopped: the question is dropped]", file=sys.stderr)
             self.cache = None
             return
         self.messages = [*messages, dict(role="assistant", content=answered.text)]

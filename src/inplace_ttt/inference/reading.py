@@ -1,4 +1,4 @@
-"""``launch/read_book.py``: read texts once, and keep what the fast weights have learnt from them in a file."""
+"""Implementation of ``launch/read_book.py``: process texts once and save the resulting fast weights in a file."""
 
 import argparse
 import contextlib
@@ -26,11 +26,11 @@ from inplace_ttt.job import Job, run_job
 from inplace_ttt.resilience.exits import fail
 
 HELP = """\
-Read texts once, and save what the fast weights have learnt: launch/read_book.py MODEL FILE [FILE ...] --output BOOK
+Process texts once and save the fast weights as a book: launch/read_book.py MODEL FILE [FILE ...] --output BOOK
 
-MODEL is a run's folder (its last checkpoint), a checkpoint, or a folder in Hugging Face's format. A training checkpoint
-is read by all ranks of torchrun together, which share the text (context parallelism), or in the layout of key=value.
-Files are text, .jsonl, .json or .parquet; their texts are read as one, in order.
+MODEL is a run folder (its last checkpoint is used), a checkpoint, or a folder in Hugging Face format. With a training
+checkpoint, all ranks of torchrun share the text (context parallelism), or use the layout given by key=value. Files are
+text, .jsonl, .json or .parquet; their texts are concatenated in order.
 
   python launch/read_book.py exported/ book.txt --output book.safetensors
   torchrun --nproc-per-node 8 launch/read_book.py runs/my_run book.txt --output book.safetensors
@@ -42,13 +42,13 @@ KEYS = (*SIZES, "parallel.timeout_minutes", "model.transformer_impl", "train.pre
 
 @dataclass(frozen=True)
 class Text:
-    """Hold a text by its tokens, and for each of its files the name and how many of them are its own."""
+    """Hold the token IDs of a text, and the files that it consists of."""
 
     tokens: list[int]
-    parts: list[tuple[str, int]]
+    parts: list[tuple[str, int]]  # (file name, number of tokens)
 
     def text_record(self) -> list[dict]:
-        """Return what a book says that it has read."""
+        """Return the list of texts to store in the book."""
         found, start = [], 0
         for name, size in self.parts:
             found.append(text_record(self.tokens[start : start + size], name))
@@ -57,7 +57,7 @@ class Text:
 
 
 def main(words: list[str]) -> int:
-    """Run the command line and return the exit code: 0, 2 the user must change something, 3 or 4 as in training."""
+    """Run the command line and return the exit code: 0 finished, 2 user error, 3 or 4 as in training."""
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0
@@ -77,32 +77,32 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, dict[str, object], Fas
     parser = Parser(prog="launch/read_book.py", usage=argparse.SUPPRESS, description=HELP, allow_abbrev=False)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--output", type=user_path, required=True, metavar="BOOK", help="file to write")
-    parser.add_argument("--text-key", default="text", help="field of .jsonl, .json and .parquet files (text)")
+    parser.add_argument("--text-key", default="text", help="text field of .jsonl, .json and .parquet files (text)")
     parser.add_argument("--fast-weights", default="on", metavar="MODE", help="on, or clip=NUMBER (on)")
-    parser.add_argument("--size", choices=["exact", "bf16"], default="exact", help="bf16: half the space (exact)")
-    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="of a folder's weights")
-    parser.add_argument("--part", type=tokens, help="tokens that a folder's model reads at a time (8 chunks, or 8k)")
+    parser.add_argument("--size", choices=["exact", "bf16"], default="exact", help="bf16: half the file size (exact)")
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="dtype of a folder's model")
+    parser.add_argument("--part", type=tokens, help="tokens per prefill step of a folder's model (8 chunks, or 8k)")
     options, rest = parser.parse_mixed(words)
     named = [*options.names, *rest]
     overrides = dict(read_key(word, KEYS) for word in named if is_key(word))
     named = [word for word in named if not is_key(word)]
     if len(named) < 2:
-        raise UserError("name a model, and the files to read: launch/read_book.py MODEL FILE --output BOOK")
+        raise UserError("name a model and the files to read: launch/read_book.py MODEL FILE --output BOOK")
     options.model, options.files = user_path(named[0]), named[1:]
     mode = FastWeightMode.parse(options.fast_weights)
     if not mode.on:
-        raise UserError("--fast-weights off: without them nothing is learnt; use on or clip=NUMBER")
+        raise UserError("--fast-weights off: a book needs fast weights; use on or clip=NUMBER")
     return options, overrides, mode
 
 
 def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, job: Job) -> int:
     named, world = ModelSource.find(options.model), job.world
     if not named.has_fast_weights:
-        raise UserError(f"'{options.model}' has no fast weights, which a book is kept in")
+        raise UserError(f"'{options.model}' has no fast weights to save: name a model with TTT layers")
     if os.path.lexists(options.output):
-        raise UserError(f"--output '{options.output}' is there already: remove it, or name another file")
+        raise UserError(f"--output '{options.output}' already exists: remove it, or use another file name")
     if not options.output.resolve().parent.is_dir():
-        raise UserError(f"--output '{options.output}': there is no folder '{options.output.parent}'")
+        raise UserError(f"--output '{options.output}': the folder '{options.output.parent}' does not exist: create it")
     if world.rank == 0:
         _try_to_write(options.output)
     tokenizer = named.tokenizer()
@@ -111,8 +111,8 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
         check_tokens(max(text.tokens), named.vocabulary(), options.model)
     if named.checkpoint is None and (world.size > 1 or overrides):
         raise UserError(
-            f"'{options.model}' is in Hugging Face's format, which one process reads, without keys: name the run that "
-            f"it was exported from, whose checkpoint {'all ranks' if world.size > 1 else 'any layout'} can read"
+            f"'{options.model}' is in Hugging Face format, which needs one process and no key=value: name the run that "
+            f"it was exported from, whose checkpoint supports {'several ranks' if world.size > 1 else 'any layout'}"
         )
     started = time.perf_counter()
     if named.checkpoint is None:
@@ -124,15 +124,15 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
     book.tokenizer, book.texts = fingerprint(tokenizer), [text.text_record()]
     try:
         book.save(str(options.output), torch.bfloat16 if options.size == "bf16" else None)
-    except Exception as error:  # of safetensors, which has no kinds
+    except Exception as error:  # safetensors raises any type
         raise UserError(f"--output '{options.output}' cannot be written: {error}") from error
     seconds, size = time.perf_counter() - started, options.output.stat().st_size / 2**20
-    print(f"'{options.output}' holds {len(text.tokens):,} tokens, read in {seconds:.0f} s, in {size:.0f} MiB")
+    print(f"'{options.output}' saved: {len(text.tokens):,} tokens in {seconds:.0f} s, {size:.0f} MiB")
     return 0
 
 
 def _try_to_write(path: Path) -> None:
-    """Raise UserError where a file cannot be made: before a long text is read."""
+    """Raise UserError if a file cannot be created, before a long text is processed."""
     try:
         path.touch(exist_ok=False)
         path.unlink()
@@ -141,7 +141,10 @@ def _try_to_write(path: Path) -> None:
 
 
 def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return the texts of files as one. Raises UserError where there is none, and for a file that holds none."""
+    """Return the concatenated texts of files, with a BOS token if the tokenizer adds one.
+
+    Raises UserError if a file does not exist, cannot be read, or contains no text.
+    """
     ids, parts = [], []
     for path in find_files(names):
         own = []
@@ -149,7 +152,7 @@ def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBas
             text = text if text.endswith("\n") else f"{text}\n"
             own += tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=True)["input_ids"]
         if not own:
-            raise UserError(f"'{path}' holds no text to read")
+            raise UserError(f"'{path}' contains no text")
         if not ids and adds_bos(tokenizer):
             own.insert(0, tokenizer.bos_token_id)
         ids += own
@@ -158,7 +161,7 @@ def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBas
 
 
 def _by_folder(options: argparse.Namespace, mode: FastWeightMode, text: Text, named: ModelSource) -> FastWeights:
-    """Read by the model of a folder in Hugging Face's format, in parts."""
+    """Process a text with a model in Hugging Face format, in prefill steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = open_model(named.path, options.model.name, mode, device, chosen_dtype(options.dtype)).network
     with _progress() as advance:
@@ -179,7 +182,7 @@ def _progress() -> Iterator:
 def _by_checkpoint(
     options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: ModelSource, job: Job
 ) -> FastWeights | None:
-    """Read by a training checkpoint, over all ranks; return the book on the first one."""
+    """Process a text with a training checkpoint on all ranks; return the book on rank 0 and None on other ranks."""
     from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound
     from inplace_ttt.evaluation.position import PositionRanges
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
@@ -190,7 +193,7 @@ def _by_checkpoint(
     job.start(config.parallel, 0)
     reader = CheckpointReader(named.path, config, job, len(text.tokens))
     job.watchdog.set_phase("reading")
-    # the last token has none after it, and is read as the others are: so there is one more to predict
+    # a document's last token is only a label: append one, so that all tokens of the text are inputs
     document = Document(np.array([*text.tokens, text.tokens[-1]], dtype=np.int64))
     reading = ScoredDocument(document, PositionRanges((0, len(text.tokens))))
     book = read_book(reader, reading, mode)
@@ -201,8 +204,11 @@ def _by_checkpoint(
 
 
 def layout(path: Path, overrides: dict[str, object], ranks: int):
-    """Return a checkpoint's configuration for reading one text by so many ranks: those that no key gives another task
-    share its tokens. Raises UserError."""
+    """Return a checkpoint's configuration for processing one text on ``ranks`` ranks.
+
+    Tensor and pipeline parallel sizes are 1 unless ``overrides`` sets them; context parallelism uses the other ranks.
+    Raises UserError if the layout is invalid.
+    """
     from inplace_ttt.evaluation.checkpoint_reader import evaluation_config
 
     tensor, pipeline, context = SIZES

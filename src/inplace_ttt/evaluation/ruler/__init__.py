@@ -27,10 +27,11 @@ TASKS = (
 
 
 def make_tasks(sources: Sources, count_tokens: Callable[[str], int], seed: int) -> dict[str, Task]:
-    """Return all tasks by name.
+    """Return all tasks by name, with the parameters of the paper.
 
     Args:
-        count_tokens: of a text, by the model's tokenizer.
+        count_tokens: returns the number of tokens of a text with the model's tokenizer.
+        seed: seed of the worked example in variable tracking.
     """
     found = [
         Needles("niah_single_1", sources, "noise"),

@@ -1,4 +1,4 @@
-"""Samples of a task that fit a length: the haystack is as large as prompt and answer together allow."""
+"""Samples of a task that fit a length: the largest haystack for which prompt plus answer fit."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -8,26 +8,27 @@ from random import Random
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.ruler.task import Draft, Task
 
-# A sample that is too long is made again with a haystack that is one step smaller. From FINE_FROM tokens on its size is
-# chosen anew until the sample fills FULL of the length: documents differ in length, and steps of some tasks are large.
+# A sample that is too long is generated again with a haystack that is one step smaller. From FINE_FROM tokens on the
+# size is adjusted until the sample fills at least the fraction FULL of the length, because documents differ in length
+# and some tasks have large steps.
 FINE_FROM, FULL = 16384, 0.975
-MIN_HAYSTACK_PARTS = 5  # parts of a haystack: needles lie between them
-DRAWS = 20
-GROWTH = 4  # words or lines of a haystack for which a tokenizer makes one token at the least
-NEAR = 200  # a share of the size by which a guess is made larger, to find a size that does not fit
+MIN_HAYSTACK_PARTS = 5  # minimum parts of a haystack; needles are inserted between parts
+DRAWS = 20  # maximum random draws of the haystack's parts to reach FULL
+GROWTH = 4  # maximum words or lines per token; a tokenizer with fewer tokens is rejected
+NEAR = 200  # an estimated size grows by 1 / NEAR of itself, to find a size that does not fit
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its answers."""
+    """Hold a prompt and its reference answers."""
 
     task: str
-    index: int
-    prompt: str  # rendered, with the answer's prefix at its end
+    index: int  # index of the sample in the task
+    prompt: str  # rendered prompt, ends with the answer prefix
     answers: tuple[str, ...]
-    tokens: int  # of the prompt
-    new_tokens: int
-    any_answer: bool
+    tokens: int  # number of prompt tokens
+    new_tokens: int  # tokens to generate
+    any_answer: bool  # one answer suffices
 
     @property
     def digest(self) -> str:
@@ -36,12 +37,15 @@ class Sample:
 
 
 class Fitter:
-    """Make samples of one task, length and tokenizer.
+    """Generate samples of one task, length and tokenizer.
 
     Args:
-        render: turns a draft into the prompt, by the chat template or without.
-        count_tokens: of a prompt.
-        size: of the haystack, as another fitter of the same kind has found it.
+        length: maximum tokens of prompt plus answer.
+        render: returns the prompt of a draft, with or without the chat template.
+        count_tokens: returns the number of tokens of a prompt.
+        size: haystack size found by another fitter with the same arguments; None: determine it.
+
+    Raises UserError if the smallest haystack does not fit, or the tokenizer is unusable.
     """
 
     def __init__(
@@ -59,8 +63,10 @@ class Fitter:
         self.size = self._largest_size() if size is None else size
 
     def _largest_size(self) -> int:
-        """Find the largest haystack whose first sample fits, as NVIDIA's generator does: by interpolation, which makes
-        fewer samples than bisection."""
+        """Return the largest haystack size whose first sample fits, as NVIDIA's generator does.
+
+        Uses interpolation, which needs fewer samples than bisection.
+        """
         low = self.task.step(self.length)
         tokens = self._make(0, low).tokens
         while tokens > self.room:
@@ -72,12 +78,12 @@ class Fitter:
             return low
         if GROWTH * tokens < low:
             raise UserError(
-                f"{self.task.name} at {self.length}: the tokenizer makes {tokens} tokens of {low} words or lines: use "
-                f"a model with a tokenizer of its own"
+                f"{self.task.name} at {self.length}: the tokenizer produces {tokens} tokens for {low} words or lines: "
+                f"use a model with a working tokenizer"
             )
-        high = None  # the smallest size that is known not to fit
+        high = None  # smallest size known not to fit
         while high is None or high - low > 1:
-            guess = int(low * self.room / tokens)  # the longer a sample, the nearer is this
+            guess = int(low * self.room / tokens)  # more accurate for longer samples
             if high is None:
                 guess = max(guess, low + 1) + low // NEAR
             elif not low < guess < high - (high - low) // 4:
@@ -100,16 +106,16 @@ class Fitter:
     def _too_short(self, index: int, size: int) -> UserError:
         needed = self._make(index, size).tokens + self.task.new_tokens
         return UserError(
-            f"--lengths {self.length} is too short for {self.task.name}, whose sample {index} needs {needed} tokens"
+            f"--lengths {self.length} is too short for {self.task.name}: its sample {index} needs {needed} tokens"
         )
 
     def _smaller(self, size: int) -> int:
-        """Return the next smaller size: by a step, and where there is no room for that by a tenth of one."""
+        """Return the next smaller size: one step less, or a tenth of a step near the minimum."""
         step = self.task.step(self.length)
         return size - step if size - step >= MIN_HAYSTACK_PARTS else max(MIN_HAYSTACK_PARTS, size - max(1, step // 10))
 
     def sample(self, index: int) -> Sample:
-        """Return sample ``index``, which does not depend on how many there are."""
+        """Return sample ``index``; it does not depend on the number of samples. Raises UserError if it cannot fit."""
         size, best = self.size, None
         if self.length < FINE_FROM:
             sample = self._make(index, size)
@@ -119,7 +125,7 @@ class Fitter:
                 size = self._smaller(size)
                 sample = self._make(index, size)
             return sample
-        for draw in range(DRAWS):  # of the haystack's parts
+        for draw in range(DRAWS):
             for sample in self._fuller_and_fuller(index, draw):
                 if sample.tokens <= self.room and (best is None or sample.tokens > best.tokens):
                     best = sample
@@ -130,7 +136,7 @@ class Fitter:
         return best
 
     def _fuller_and_fuller(self, index: int, draw: int) -> Iterator[Sample]:
-        """Yield a sample at sizes that come nearer to the length, until it fills it or there are no more."""
+        """Yield the sample at sizes that approach the length, until it fills the length or no size is left."""
         step, size, below, above = self.task.step(self.length), self.size, 0, None
         while True:
             sample = self._make(index, size, draw)
@@ -149,6 +155,6 @@ class Fitter:
             size = guess
 
     def samples(self, count: int) -> Iterator[Sample]:
-        """Yield the first samples."""
+        """Yield the first ``count`` samples."""
         for index in range(count):
             yield self.sample(index)

@@ -8,15 +8,15 @@ from inplace_ttt.evaluation.ruler.sources import Sources
 from inplace_ttt.evaluation.ruler.task import Draft
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-DEPTHS = [round(100 * place / 39) for place in range(40)]  # per cent of the haystack
-ESSAY_STEP, LINE_STEP, SHORT_STEP = 500, 25, 5  # words, lines, lines below 4096 tokens
-FINE_STEP = 50  # words, where the depth is chosen
-SHORT = 4096
+DEPTHS = [round(100 * place / 39) for place in range(40)]  # percent of the haystack before the needle
+ESSAY_STEP, LINE_STEP, SHORT_STEP = 500, 25, 5  # step in words, in lines, and in lines below SHORT tokens
+FINE_STEP = 50  # step in words for needles at a given depth
+SHORT = 4096  # lengths in tokens below this use smaller steps
 
 
 @dataclass(frozen=True)
 class Needles:
-    """A retrieval task; see ``Task``."""
+    """Describe a needle retrieval task; see ``Task``. The size is the number of words (essay) or lines."""
 
     name: str
     sources: Sources
@@ -24,21 +24,21 @@ class Needles:
     key_kind: str = "words"  # words or uuids
     value_kind: str = "numbers"  # numbers or uuids
     keys: int = 1
-    values: int = 1  # of each key
-    queries: int = 1
-    depth: float | None = None  # per cent of the haystack before the needle; None: anywhere
+    values: int = 1  # values per key
+    queries: int = 1  # keys in the question
+    depth: float | None = None  # percent of the haystack before the needle; None: random
 
     new_tokens = 128
     any_answer = False
 
     def step(self, length: int) -> int:
-        """See ``Task.step``: words of essays, or lines."""
+        """Return the step in words of essays, or in lines. See ``Task.step``."""
         if self.haystack == "essay":
             return ESSAY_STEP if self.depth is None else FINE_STEP
         return SHORT_STEP if length < SHORT else LINE_STEP
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """See ``Task.draft``."""
+        """Build a sample. See ``Task.draft``."""
         keys = [self._random(self.key_kind, rng) for _ in range(self.keys)]
         values = [[self._random(self.value_kind, rng) for _ in range(self.values)] for _ in keys]
         needles = [self._needle(key, value) for key, own in zip(keys, values, strict=True) for value in own]
@@ -50,7 +50,7 @@ class Needles:
         answers = tuple(value for number in asked for value in values[number])
         kind = self.value_kind
         if self.queries * self.values == 1:
-            kind = kind[:-1]  # of one
+            kind = kind[:-1]  # singular
             some, are, are_all = "A", "is", "is"
         else:
             some, are, are_all = "Some", "are", "are all"
@@ -94,11 +94,11 @@ class Needles:
 
 
 def depth_task(haystack: str, depth: float) -> str:
-    """Return the name of the task with one needle at a depth."""
+    """Return the name of the task with one needle at a depth in percent."""
     return f"needle_{haystack}_{depth:g}"
 
 
 def needle_at_depth(name: str, sources: Sources) -> Needles:
-    """Return the task of a name that ``depth_task`` gave: one needle, and a number as its value."""
+    """Return the task for a name from ``depth_task``: one needle with a number as its value."""
     _, haystack, depth = name.split("_")
     return Needles(name, sources, haystack, depth=float(depth))

@@ -1,7 +1,7 @@
-"""RULER's samples for a tokenizer: made once, by several processes, and kept in files.
+"""Samples of RULER for a tokenizer, generated once by several processes and cached in files.
 
-A file ``TASK_LENGTH_SEED_TEMPLATE.jsonl`` lies in a folder named by the tokenizer and by what the samples are made of.
-Sample i does not depend on how many there are: a file with more than are asked for is read as far as needed.
+A file ``TASK_LENGTH_SEED_TEMPLATE.jsonl`` is in a folder named by a hash of the tokenizer and the source data. Sample i
+does not depend on the number of samples, so a file with more samples than requested is reused.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from inplace_ttt.evaluation.ruler.task import Draft
 from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.resilience.signals import end_with_parent
 
-VERSION = 2  # of the generators: samples of others are made anew
-BLOCK = 10  # samples that a process makes at a time
-RENDER_TIMEOUT = 20.0  # seconds in which a chat template renders a short question
-MIN_TOKENS_PER_WORKER = 3_000_000  # tokens of samples for which another process is started, which takes some seconds
+VERSION = 2  # version of the generators; cached samples of other versions are not used
+BLOCK = 10  # samples that a process generates per task
+RENDER_TIMEOUT = 20.0  # time limit in seconds for checking a chat template
+MIN_TOKENS_PER_WORKER = 3_000_000  # sample tokens per additional process, whose start takes some seconds
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Ask for samples of one task at one length."""
+    """Describe requested samples of one task at one length."""
 
     task: str
     length: int
@@ -48,16 +48,19 @@ class SampleRequest:
 
 
 class Rendering:
-    """Turn drafts into prompts of a tokenizer, by its chat template or without.
+    """Render drafts as prompts for a tokenizer, with or without its chat template.
 
-    The chat template, if any, wraps the question; the beginning of the answer follows it, as RULER has it.
+    The chat template wraps only the question; the answer prefix follows it, as in RULER.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, longest: int | None = None):
-        """Raises UserError where the tokenizer has no chat template and one is asked for, or one that is of no use.
+        """Check the chat template, if one is requested.
+
+        Raises UserError if the tokenizer has no chat template, or an unusable one.
 
         Args:
-            longest: tokens of the longest prompt; None: the template is known to be of use.
+            template: ``base`` (no template) or ``chat``.
+            longest: tokens of the longest prompt; None: the template was checked before.
         """
         self.tokenizer, self.template = tokenizer, template
         if template == "chat" and not tokenizer.chat_template:
@@ -66,8 +69,11 @@ class Rendering:
             self._check_template(longest)
 
     def _check_template(self, longest: int) -> None:
-        """Raise UserError where the chat template, which is a program of its maker's, fails, runs on, or leaves out
-        what is asked; with a short question, and with one that is about as long as prompts are."""
+        """Raise UserError if the chat template fails, exceeds the time limit, or drops the question.
+
+        A chat template is an untrusted program. It is checked with a short question and with one of about the length
+        of the longest prompt.
+        """
         failed: list[UserError] = []
 
         def run() -> bool:
@@ -76,7 +82,9 @@ class Rendering:
                     question = " ".join(["question"] * words)
                     prompt = self.render(Draft(question, "", ()))
                     if question not in prompt:
-                        raise UserError("--template chat: the tokenizer's chat template leaves out the question")
+                        raise UserError(
+                            "--template chat: the tokenizer's chat template drops the question; use --template base"
+                        )
                     if words == 1:
                         self.encode(prompt)
             except UserError as error:
@@ -85,14 +93,14 @@ class Rendering:
 
         if run_with_timeout(RENDER_TIMEOUT, run) is None:
             raise UserError(
-                f"--template chat: the tokenizer's chat template makes no prompt in {RENDER_TIMEOUT:.0f} s; use "
+                f"--template chat: the tokenizer's chat template returns no prompt within {RENDER_TIMEOUT:.0f} s; use "
                 f"--template base"
             )
         if failed:
             raise failed[0]
 
     def render(self, draft: Draft) -> str:
-        """Return the prompt of a draft."""
+        """Return the prompt of a draft. Raises UserError if the chat template fails."""
         if self.template == "base":
             return draft.prompt + draft.answer_prefix
         try:
@@ -102,27 +110,34 @@ class Rendering:
                 add_generation_prompt=True,
                 enable_thinking=False,
             )
-        except Exception as error:  # a template raises anything
-            raise UserError(f"--template chat: the tokenizer's chat template fails ({one_line(error)})") from error
+        except Exception as error:  # a template raises any type
+            raise UserError(
+                f"--template chat: the tokenizer's chat template fails ({one_line(error)}); use --template base"
+            ) from error
         return asked + draft.answer_prefix
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the tokens of a prompt, as the model reads it. A chat template names the special tokens itself."""
+        """Return the token IDs of a prompt. With a chat template no special tokens are added: the template has them."""
         try:
             return self.tokenizer(prompt, add_special_tokens=self.template == "base", verbose=False)["input_ids"]
-        except (TypeError, UnicodeError) as error:  # half a character, which only a chat template can make
-            raise UserError("--template chat: the tokenizer's chat template makes what is no text") from error
+        except (TypeError, UnicodeError) as error:  # a lone surrogate, which only a chat template can produce
+            raise UserError(
+                "--template chat: the tokenizer's chat template produces invalid Unicode; use --template base"
+            ) from error
 
 
 def samples_of(requests: list[SampleRequest], tokenizer_folder: Path, data: Path | None, kept: Path, workers: int,
                progress: Callable[[], None] = lambda: None) -> dict[SampleRequest, list[Sample]]:  # fmt: skip
-    """Return the samples of each order, and keep those that were not there.
+    """Return the samples of each request; generate and cache those that are missing.
 
     Args:
-        tokenizer_folder: where the tokenizer lies.
-        data: RULER's files; None: an installed package.
-        kept: the folder that keeps samples.
-        progress: called after each sample.
+        tokenizer_folder: folder of the tokenizer.
+        data: folder of RULER's source files; None: use the installed package.
+        kept: cache folder of samples.
+        workers: maximum number of processes.
+        progress: called after each generated sample.
+
+    Raises UserError if the cache folder cannot be created, or a length is too short for a task.
     """
     folder = kept / _source(load_tokenizer(str(tokenizer_folder)), data)
     found = {request: read_kept(folder / request.file, request.count) for request in requests}
@@ -131,7 +146,7 @@ def samples_of(requests: list[SampleRequest], tokenizer_folder: Path, data: Path
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--kept '{kept}' cannot hold samples ({error.strerror}): name another folder") from error
+            raise UserError(f"--kept '{kept}' cannot be written ({error.strerror}): use another folder") from error
         lacking.sort(key=lambda request: -request.length)
         made: dict[SampleRequest, dict[int, Sample]] = {request: {} for request in lacking}
         for request, samples in _made(lacking, partial(_start, str(tokenizer_folder), data), workers):
@@ -145,7 +160,7 @@ def samples_of(requests: list[SampleRequest], tokenizer_folder: Path, data: Path
 
 
 def read_kept(path: Path, count: int) -> list[Sample] | None:
-    """Return the first samples of a file; None where it does not hold as many."""
+    """Return the first ``count`` samples of a file; None if it is missing, damaged or has fewer."""
     records, bad = read_json_lines(path)
     try:
         samples = [Sample(**{**record, "answers": tuple(record["answers"])}) for record in records[:count]]
@@ -156,7 +171,7 @@ def read_kept(path: Path, count: int) -> list[Sample] | None:
 
 
 def _made(requests: list[SampleRequest], start: Callable, workers: int) -> Iterator[tuple[SampleRequest, list[Sample]]]:
-    """Yield samples as they are made: first how large the haystack of each order is, then blocks, in any order."""
+    """Yield samples as they are generated, in any order. The haystack sizes of all requests are determined first."""
     blocks = [(request, range(first, min(first + BLOCK, request.count)))
               for request in requests for first in range(0, request.count, BLOCK)]  # fmt: skip
     tokens = sum(request.count * request.length for request in requests)
@@ -166,14 +181,14 @@ def _made(requests: list[SampleRequest], start: Callable, workers: int) -> Itera
         sizes = _sizes(requests, map(_size, requests))
         yield from map(_make, [(sizes[request], request, indices) for request, indices in blocks])
         return
-    context = multiprocessing.get_context("forkserver")  # one process imports libraries, for all
+    context = multiprocessing.get_context("forkserver")  # libraries are imported once, in the server process
     context.set_forkserver_preload([__name__])
     with context.Pool(workers, _start_process, (start,)) as pool:
         sizes = _sizes(requests, pool.imap(_size, requests))
         yield from pool.imap_unordered(_make, [(sizes[request], request, indices) for request, indices in blocks])
 
 
-_process: dict = {}  # what a process that makes samples keeps between blocks
+_process: dict = {}  # tokenizer and sources of a worker process
 
 
 def _start_process(start: Callable) -> None:
@@ -187,7 +202,7 @@ def _start(tokenizer_folder: str, data: Path | None) -> None:
 
 
 def _size(request: SampleRequest) -> int | str:
-    """Return the size of an order's haystack, or why there is none."""
+    """Return the haystack size of a request, or the error message if no size fits."""
     try:
         return _fitter(request).size
     except UserError as error:
@@ -195,7 +210,7 @@ def _size(request: SampleRequest) -> int | str:
 
 
 def _sizes(requests: list[SampleRequest], found: Iterable[int | str]) -> dict[SampleRequest, int]:
-    """Return the sizes by order. Raises UserError with all reasons why there are not some."""
+    """Return the haystack sizes by request. Raises UserError with the messages of all requests without one."""
     sizes = dict(zip(requests, found, strict=True))
     reasons = list(dict.fromkeys(size for size in sizes.values() if isinstance(size, str)))
     if reasons:
@@ -224,7 +239,7 @@ def _fitter(request: SampleRequest, size: int | None = None) -> Fitter:
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, data: Path | None) -> str:
-    """Return a name for what samples are made of: the tokenizer, how it begins texts, its chat template, the data."""
+    """Return a hash of all inputs of the samples: generator version, tokenizer, its special tokens, template, data."""
     facts = [VERSION, fingerprint(tokenizer), tokenizer("a")["input_ids"], tokenizer.chat_template]
     facts.append([[str(path), os.path.getsize(path)] for path in sorted(data.glob("*.json"))] if data else None)
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Question answering over documents, of which most have nothing to do with the question."""
+"""Question answering over documents, most of which are unrelated to the question."""
 
 from dataclasses import dataclass
 from random import Random
@@ -12,7 +12,10 @@ ONLY = "Only give me the answer and do not output any other words."
 
 @dataclass(frozen=True)
 class QuestionAnswering:
-    """See ``Task``; the size is the number of documents. Sample i asks question i of the data set."""
+    """Describe a question answering task; see ``Task``. The size is the number of documents.
+
+    Sample i uses question i of the data set.
+    """
 
     name: str
     sources: Sources
@@ -22,14 +25,14 @@ class QuestionAnswering:
     any_answer = True
 
     def step(self, length: int) -> int:
-        """See ``Task.step``."""
+        """Return the step in documents. See ``Task.step``."""
         return 10
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """See ``Task.draft``."""
+        """Build a sample. See ``Task.draft``. Raises UserError if the data set has no question ``index``."""
         questions, documents = getattr(self.sources, self.data)
         if index >= len(questions):
-            raise UserError(f"{self.name} has {len(questions)} questions, not {index + 1}: ask for fewer samples")
+            raise UserError(f"{self.name} has {len(questions)} questions, but {index + 1} are needed: lower --samples")
         question = questions[index]
         chosen = list(question.documents)
         missing = size - len(chosen)
@@ -41,7 +44,7 @@ class QuestionAnswering:
             others = [number for number in range(len(documents)) if number not in own]
             chosen += rng.sample(others, min(size - len(chosen), len(others)))
         texts = [documents[number] for number in chosen]
-        while len(texts) < size:  # all there are, once more
+        while len(texts) < size:  # repeat documents if the data set is too small
             texts += documents[: size - len(texts)]
         rng.shuffle(texts)
         context = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(texts, 1))

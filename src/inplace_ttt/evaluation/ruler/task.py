@@ -1,4 +1,4 @@
-"""A task of RULER: how its samples are made at a given size."""
+"""Interface of RULER's tasks: a task builds samples of a given haystack size."""
 
 from dataclasses import dataclass
 from random import Random
@@ -7,29 +7,33 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample before its length is known."""
+    """Hold a sample before it is rendered and its tokens are counted."""
 
-    prompt: str  # what a user would ask
-    answer_prefix: str  # the beginning of the answer, which the model continues
-    answers: tuple[str, ...]
+    prompt: str  # question with its haystack
+    answer_prefix: str  # beginning of the answer, which the model continues
+    answers: tuple[str, ...]  # reference answers
 
 
 class Task(Protocol):
-    """One of the thirteen tasks (Hsieh et al., arXiv 2404.06654). A size is the number of its haystack's parts."""
+    """Define a task of RULER (Hsieh et al., arXiv 2404.06654). The size of a haystack is its number of parts."""
 
     name: str
-    new_tokens: int  # to generate
-    any_answer: bool  # one answer suffices; otherwise the score is the share of answers that are found
+    new_tokens: int  # tokens to generate
+    any_answer: bool  # True: one answer suffices; False: the score is the fraction of answers found
 
     def step(self, length: int) -> int:
-        """Return the smallest size, which is also by how much a sample that is too long is made smaller."""
-
-    def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """Make a sample.
+        """Return the smallest usual haystack size, which is also the step by which a size is reduced.
 
         Args:
-            rng: of this sample alone.
-            size: of the haystack.
-            index: of the sample in the task.
-            length: tokens of prompt and answer together, which some tasks' vocabularies depend on.
+            length: tokens of prompt plus answer.
+        """
+
+    def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
+        """Build a sample.
+
+        Args:
+            rng: random generator of this sample only.
+            size: haystack size.
+            index: index of the sample in the task.
+            length: tokens of prompt plus answer; some tasks choose their vocabulary size by it.
         """

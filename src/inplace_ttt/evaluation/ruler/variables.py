@@ -1,4 +1,4 @@
-"""Variable tracking: a chain of assignments hidden in noise; which variables have the first one's value?"""
+"""Variable tracking: find all variables of a chain of assignments that is hidden in noise."""
 
 import itertools
 import string
@@ -10,16 +10,16 @@ from random import Random
 from inplace_ttt.evaluation.ruler.needles import NOISE, SHORT
 from inplace_ttt.evaluation.ruler.task import Draft
 
-HOPS = 4
-EXAMPLE_TOKENS = 500  # the worked example in front has at most so many
-EXAMPLE_STEP = 5
+HOPS = 4  # assignments after the first
+EXAMPLE_TOKENS = 500  # maximum tokens of the worked example before the question
+EXAMPLE_STEP = 5  # minimum noise lines of the worked example
 
 
 @dataclass(frozen=True)
 class VariableTracking:
-    """See ``Task``; the size is the number of lines of noise."""
+    """Describe the variable tracking task; see ``Task``. The size is the number of noise lines."""
 
-    count_tokens: Callable[[str], int]  # of the tokenizer: the example has as much noise as fits
+    count_tokens: Callable[[str], int]  # returns the number of tokens of a text, to fit the worked example
     seed: int
     name: str = "vt"
 
@@ -27,11 +27,11 @@ class VariableTracking:
     any_answer = False
 
     def step(self, length: int) -> int:
-        """See ``Task.step``."""
+        """Return the step in lines. See ``Task.step``."""
         return 5 if length < SHORT else 10
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """See ``Task.draft``."""
+        """Build a sample. See ``Task.draft``."""
         example = _problem(rng, self._example_size, letters=3, places=Random(f"{self.seed} example"))
         solved = example.prompt + example.answer_prefix + " " + " ".join(example.answers)
         problem = _problem(rng, size, letters=5, places=rng)
@@ -39,7 +39,7 @@ class VariableTracking:
 
     @cached_property
     def _example_size(self) -> int:
-        """Return the largest number of noise lines whose problem fits in ``EXAMPLE_TOKENS``."""
+        """Return the largest number of noise lines for which the worked example fits in ``EXAMPLE_TOKENS``."""
         size = EXAMPLE_STEP
         while True:
             draft = _problem(Random(self.seed), size + 1, letters=3, places=Random(f"{self.seed} example"))

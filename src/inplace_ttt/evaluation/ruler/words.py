@@ -1,4 +1,4 @@
-"""Aggregation: which words of a list appear most often."""
+"""Aggregation tasks: find the most frequent words of a list."""
 
 import math
 import string
@@ -9,12 +9,12 @@ from inplace_ttt.evaluation.ruler.needles import SHORT
 from inplace_ttt.evaluation.ruler.sources import Sources
 from inplace_ttt.evaluation.ruler.task import Draft
 
-COMMON = 10  # words that are asked for
+COMMON = 10  # number of words to find
 
 
 @dataclass(frozen=True)
 class CommonWords:
-    """A numbered list in which ten words appear often; see ``Task``. The size is the number of different words."""
+    """Describe the task of a numbered list with ten frequent words; see ``Task``. The size counts distinct words."""
 
     sources: Sources
     name: str = "cwe"
@@ -23,12 +23,12 @@ class CommonWords:
     any_answer = False
 
     def step(self, length: int) -> int:
-        """See ``Task.step``."""
+        """Return the step in words. See ``Task.step``."""
         return 10
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """See ``Task.draft``."""
-        # (words, times a common one appears, times another does) of the worked example, then of the question
+        """Build a sample. See ``Task.draft``."""
+        # worked example: (distinct words, repeats of a frequent word, repeats of other words); question: the repeats
         example, often, seldom = ((20, 3, 1), 6, 1) if length < SHORT else ((40, 10, 3), 30, 3)
         solved_context, solved = self._list(rng, *example)
         context, answers = self._list(rng, size, often, seldom)
@@ -55,7 +55,7 @@ class CommonWords:
 
 @dataclass(frozen=True)
 class FrequentWords:
-    """Coded words whose frequencies follow a zeta distribution; see ``Task``. The size is the number of words."""
+    """Describe the task of coded words with zeta-distributed frequencies; see ``Task``. The size counts words."""
 
     name: str = "fwe"
 
@@ -64,11 +64,11 @@ class FrequentWords:
     letters = 6
 
     def step(self, length: int) -> int:
-        """See ``Task.step``."""
+        """Return the step in words. See ``Task.step``."""
         return max(1, (length - self.new_tokens) // 32)
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:
-        """See ``Task.draft``; the vocabulary has a word for every 50 tokens."""
+        """Build a sample; the vocabulary has one word per 50 tokens of length. See ``Task.draft``."""
         vocabulary: list[str] = []
         known: set[str] = set()
         while len(vocabulary) < max(4, (length - self.new_tokens) // 50):
@@ -76,7 +76,7 @@ class FrequentWords:
             if word not in known:
                 known.add(word)
                 vocabulary.append(word)
-        vocabulary[0] = "..."  # the most frequent one is noise
+        vocabulary[0] = "..."  # the most frequent word is noise
         drawn = []
         for rank, word in enumerate(vocabulary, 1):
             drawn += [word] * int(size * rank**-2.0 / (math.pi**2 / 6))
