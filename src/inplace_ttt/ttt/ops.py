@@ -128,7 +128,9 @@ def fast_weight_linear(
             f"{plan.chunk_size}; this call has {s} tokens on rank {cp_rank} of {cp_size} and chunk_size={chunk_size}"
         )
     elif plan.bounds != bounds:
-        raise ValueError(f"plan is for documents that end at {plan.bounds[1:]}, but cu_seqlens has {bounds[1:]}")
+        raise ValueError(
+            f"plan is for documents that end at {plan.bounds[1:]}, but those of cu_seqlens end at {bounds[1:]}"
+        )
     first_is_empty, last_is_empty = False, False
     if documents is not None:
         first_is_empty, last_is_empty = documents[1] == 0, documents[-2] == documents[-1]
@@ -289,9 +291,7 @@ def _run(
     if hands_out_state:
         first = z.shape[0] - unfinished
         pending_v = v[first:] if unfinished else z.new_empty(0, z.shape[1], weight.shape[0])
-        state = FastWeightState(
-            updates, z[first:].clone(), pending_v.clone()
-        )  # clone: a view would keep all of z alive
+        state = FastWeightState(updates, z[first:].clone(), pending_v.clone())  # a view keeps all of z
     return _Result(out, state, norms, ratios)
 
 
