@@ -30,9 +30,7 @@ def sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
 
 def weight_norm(weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
     """Return the Frobenius norm of a weight (d, f), as a scalar tensor; ``tp_group`` may split its columns."""
-    norm = torch.linalg.vector_norm(
-        weight.detach(), dtype=torch.float64
-    )  # fp64: the square of a small norm underflows in fp32
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)  # squares of small fp32 norms underflow
     return sum_over(tp_group, norm.square()).sqrt().to(state_dtype(weight.dtype))
 
 
