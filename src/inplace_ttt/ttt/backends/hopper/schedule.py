@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inplace_ttt.ttt.plan import Segment, Span
 
-# Columns of a chunk's row: number of whole steps to add to the state, remaining tokens for one more step, 1 if the chunk
+# Columns of a chunk's row: number of whole steps to add to the state, remaining tokens (one more step), 1 if the chunk
 # uses a weight, and the index of the document that ends with the chunk
 WHOLE, LEFT, READS, ENDS, COLUMNS = range(5)
 # Instead of a document index: the document continues with the next chunk; the state leaves the stage as a carry
