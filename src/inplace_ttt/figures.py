@@ -85,16 +85,16 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
     "ruler": [
         ("samples", "samples", _count),
         ("length", "length", _count),
-        ("seconds in all", "seconds", _count),
-        ("prompts, tokens a second", "read", _count),
-        ("a forward alone", "own", _count),
-        ("answers, tokens a second", "written", _count),
+        ("total seconds", "seconds", _count),
+        ("prompts, tokens per second", "read", _count),
+        ("forward only", "own", _count),
+        ("answers, tokens per second", "written", _count),
     ],
     "position": [
         ("GPUs", "gpus", _count),
         ("length", "length", _count),
-        ("tokens a second", "tokens_per_second", _count),
-        ("speed / a forward alone", "ratio", _three),
+        ("tokens per second", "tokens_per_second", _count),
+        ("speed / forward only", "ratio", _three),
     ],
 }
 
