@@ -151,7 +151,7 @@ def _rounded(length: int) -> int:
 
 
 def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
-    """Return records of the prefill of a prompt: without fast weights, with this package, with only the exported file."""
+    """Return records of prefill: without fast weights, with this package, and with only the exported file."""
     records = []
     for length in lengths:
         ids = torch.randint(1, models.base.config.vocab_size, (1, length), device=models.base.device)
