@@ -26,11 +26,14 @@ FRAGMENTATION = 0.05
 
 @dataclass(frozen=True)
 class Gpu:
+    """Describe a GPU model."""
+
     name: str
     memory: float  # bytes available to a process
 
     @property
     def peak(self) -> float:
+        """Return the dense bf16 peak in FLOP/s."""
         return peak_flops(self.name)
 
 
@@ -71,10 +74,12 @@ class RankShard:
         return self.config.train.global_batch_size // (self.dp * self.config.train.micro_batch_size)
 
     def layers(self, stage: int) -> range:
+        """Return the layer indices of a pipeline stage."""
         count = self.config.model.num_layers // self.pp
         return range(stage * count, (stage + 1) * count)
 
     def fast_layers(self, stage: int) -> int:
+        """Return the number of layers with fast weights in a pipeline stage."""
         chosen = ttt_layers(self.config.ttt, self.config.model.num_layers)
         return sum(layer in self.layers(stage) for layer in chosen)
 
@@ -106,7 +111,7 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """Return what torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
+        """Return the peak bytes that torch reports (``peak_memory_gib`` of metrics.jsonl, there in GiB)."""
         return sum(self.persistent.values()) + max(self.transient.values())
 
     @property

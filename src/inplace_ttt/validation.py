@@ -54,6 +54,7 @@ def _warmup(config: Config) -> None:
 
 
 def transformer_engine_available() -> bool:
+    """Return True if CUDA and Transformer Engine can be used."""
     return torch.cuda.is_available() and te.unavailable_reason() is None
 
 

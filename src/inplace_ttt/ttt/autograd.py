@@ -57,10 +57,12 @@ class OpContext:
 
     @property
     def prefix_step(self) -> ScanStep:
+        """Return the step of the prefix scan."""
         return ScanStep(self.rule, self.eta, suffix=False)
 
     @property
     def suffix_step(self) -> ScanStep:
+        """Return the step of the suffix scan."""
         return ScanStep(self.rule, 1.0, suffix=True)
 
     def inner_windows(
@@ -75,7 +77,7 @@ class OpContext:
         total: Tensor | None = None,
         max_window_bytes: int | None = None,
     ) -> Iterator[tuple[int, Window]]:
-        """Yield (batch row, window) of the documents that lie inside one stage."""
+        """Yield (batch row, window) of the documents inside one stage."""
         segments = self.plan.inner_reversed if step.suffix else self.plan.inner
         if not segments:
             return

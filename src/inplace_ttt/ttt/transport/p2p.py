@@ -34,7 +34,7 @@ class P2PTransport:
 
     def flush(self) -> None:
         """See ``Transport.flush``."""
-        # NCCL kernels need SMs: behind a product that starts first they would wait until it ends
+        # NCCL kernels need SMs: if a large product starts first, they wait until it ends
         if dist.get_backend(self.group) == "nccl":
             self.wait_sends()
 
