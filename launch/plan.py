@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def usable(config) -> int:
-    """Return the largest number of GPUs up to 8 that the run can use, or 8 if there is none (``validate`` then fails)."""
+    """Return the largest number of GPUs up to 8 that the run can use, or 8 if there is none."""
     from inplace_ttt.config import UserError
     from inplace_ttt.validation import validate
 
