@@ -68,10 +68,10 @@ class RopeScaling:
 class Model:
     """Configure the transformer."""
 
-    family: Annotated[str, IDENTITY] = "qwen3"  # qwen3, qwen2 (also Qwen2.5) or llama; see models/
+    family: Annotated[str, IDENTITY] = "qwen3"  # model family: qwen3, qwen2 (also Qwen2.5) or llama
     num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING  # number of transformer layers
-    hidden_size: Annotated[Width, IDENTITY] = MISSING  # hidden size d
-    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # inner size f of the gated MLP
+    hidden_size: Annotated[Width, IDENTITY] = MISSING  # hidden size (d)
+    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # inner size of the gated MLP (f)
     num_attention_heads: Annotated[Width, IDENTITY] = MISSING  # number of query heads
     num_query_groups: Annotated[Width, IDENTITY] = MISSING  # number of key-value heads
     kv_channels: Annotated[int, Ge(2), Le(2**16), IDENTITY] = MISSING  # size of an attention head
@@ -159,7 +159,7 @@ class Data:
     sources: Annotated[list[Source], IDENTITY] = field(default_factory=list)  # training data
     # tokenizer folder or Hugging Face name; null: the tokenizer of the first source
     tokenizer: Annotated[str, Path(), LAYOUT] | None = None
-    seq_length: Annotated[Size, IDENTITY] = MISSING  # tokens per sample
+    seq_length: Annotated[Size, IDENTITY] = MISSING  # tokens per sample (s)
     # true: reset attention, positions and fast weights at each document start
     reset_at_documents: Annotated[bool, IDENTITY] = True
     # fraction of each source's documents that is held out; ignored if data.validation is set
@@ -194,7 +194,7 @@ class Train:
     """Configure the training loop and evaluation during training."""
 
     steps: Size = MISSING  # optimizer steps of the whole run
-    global_batch_size: Annotated[int, Ge(1), Le(10**7), IDENTITY] = MISSING  # samples per step
+    global_batch_size: Annotated[int, Ge(1), Le(10**7), IDENTITY] = MISSING  # samples per optimizer step
     micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1  # samples per micro batch on a data-parallel rank
     seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234  # seed of initial weights and sample order
     precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # bf16 or fp32; auto: bf16 with CUDA, else fp32
