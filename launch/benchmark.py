@@ -1,15 +1,15 @@
-"""Measure what the fast weights cost on this machine, side by side in one run.
+"""Measure the cost of fast weights on this machine; all variants run in turns.
 
-python launch/benchmark.py layer                                   # one MLP layer: plain, formula, chunk loop, ours
-torchrun --nproc-per-node 2 launch/benchmark.py prefix             # chunk states between context-parallel ranks
-python launch/benchmark.py model model.num_layers=12 ...           # a step at Qwen3-4B's shapes, on against off
-torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # over packed documents
-python launch/benchmark.py decode --after 512 4096 32768 131072     # the exported model, token by token, on against off
+python launch/benchmark.py layer                                   # one MLP layer: plain, materialised, loop, kernels
+torchrun --nproc-per-node 2 launch/benchmark.py prefix             # exchange of carries between context-parallel ranks
+python launch/benchmark.py model model.num_layers=12 ...           # a training step at Qwen3-4B's shapes
+torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # packed documents
+python launch/benchmark.py decode --after 512 4096 32768 131072     # decode with the exported model
 python launch/benchmark.py decode --after 2048 --rows 8 32 --tokens 2048
-python launch/benchmark.py prefill                                 # the exported model reads a prompt
-python launch/benchmark.py book                                    # the first token after a loaded book
+python launch/benchmark.py prefill                                 # prefill with the exported model
+python launch/benchmark.py book                                    # time to the first token after loading a book
 
-Prints a table, and writes the numbers (JSON) and a picture to --output.
+It prints a table, and writes the results (JSON) and a plot to --output.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The model step's configuration where no recipe is named
+# Configuration of commands that build a model, if no recipe is given
 DEFAULT_MODEL = [
     "model=qwen3_4b",
     "run.name=benchmark",
@@ -36,65 +36,76 @@ DEFAULT_MODEL = [
 
 def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not a number of 1 or more")
+        raise argparse.ArgumentTypeError(f"{word} is not an integer of 1 or more")
     return int(word)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="folder (runs/benchmark)")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="output folder (runs/benchmark)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("layer", "prefix"):
         command = commands.add_parser(name)
         command.add_argument(
-            "--tokens", type=_positive, default=32768, help="of one sequence; prefix: on each rank (32768)"
+            "--tokens", type=_positive, default=32768, help="tokens per sequence; prefix: per rank (32768)"
         )
-        command.add_argument("--hidden", type=_positive, default=2560, help="d (2560, Qwen3-4B's)")
-        command.add_argument("--ffn", type=_positive, default=9728, help="f (9728)")
+        command.add_argument("--hidden", type=_positive, default=2560, help="hidden size d (2560, as Qwen3-4B)")
+        command.add_argument("--ffn", type=_positive, default=9728, help="feed-forward size f (9728, as Qwen3-4B)")
         command.add_argument("--chunks", type=_positive, nargs="+", default=[512, 1024, 4096], help="chunk sizes")
         command.add_argument("--rounds", type=_positive, default={"layer": 7, "prefix": 15}[name])
         command.add_argument(
-            "--documents", type=_positive, default=1, help="of equal length in the sequence; prefix: of all ranks (1)"
+            "--documents",
+            type=_positive,
+            default=1,
+            help="documents of equal length per sequence; prefix: over all ranks (1)",
         )
     layer, prefix = commands.choices["layer"], commands.choices["prefix"]
-    layer.add_argument("--update-norms", action="store_true", help="note the norms of updates, as training does")
+    layer.add_argument("--update-norms", action="store_true", help="compute update norms, as training does")
     layer.add_argument(
         "--variants",
         nargs="+",
         default=["materialised", "chunk loop", "kept", "recomputed"],
         choices=["materialised", "chunk loop", "kept", "recomputed", "clipped", "counted"],
-        help="clipped: kept, with all updates rescaled; counted: kept, with a histogram of updates",
+        help="kept, recomputed: chunk weights; clipped: kept, all updates rescaled; counted: kept, with a histogram",
     )
     prefix.add_argument("--keep", action="store_true", help="keep chunk weights for the backward")
-    prefix.add_argument("--prefix", choices=["ring", "ring_messages"], default="ring", help="as ttt.prefix")
+    prefix.add_argument("--prefix", choices=["ring", "ring_messages"], default="ring", help="as ttt.prefix (ring)")
     prefix.add_argument("--comm-dtype", choices=["fp32", "bf16"], default="fp32")
     model = commands.add_parser("model")
-    overrides_help = "a recipe, or keys of the configuration, such as model.num_layers=12"
+    overrides_help = "recipe=NAME and configuration keys, such as model.num_layers=12"
     model.add_argument("overrides", nargs="*", help=overrides_help)
     model.add_argument("--rounds", type=_positive, default=2)
-    model.add_argument("--steps", type=_positive, default=3, help="timed in a round")
+    model.add_argument("--steps", type=_positive, default=3, help="timed steps per round (3)")
     attention = commands.add_parser("attention")
     attention.add_argument("overrides", nargs="*", help=overrides_help)
     attention.add_argument(
-        "--documents", type=_positive, nargs="+", default=[1, 8, 64], help="of equal length (1 8 64)"
+        "--documents",
+        type=_positive,
+        nargs="+",
+        default=[1, 8, 64],
+        help="documents per sequence, of equal length (1 8 64)",
     )
     attention.add_argument("--rounds", type=_positive, default=7)
     decode = commands.add_parser("decode")
     decode.add_argument("overrides", nargs="*", help=overrides_help)
-    decode.add_argument("--after", type=_positive, nargs="+", default=[512], help="tokens read before (512)")
-    decode.add_argument("--rows", type=_positive, nargs="+", default=[1], help="texts of a batch (1)")
-    decode.add_argument("--tokens", type=_positive, default=128, help="to decode with each (128)")
+    decode.add_argument(
+        "--after", type=_positive, nargs="+", default=[512], help="tokens in the cache at the start (512)"
+    )
+    decode.add_argument("--rows", type=_positive, nargs="+", default=[1], help="batch sizes (1)")
+    decode.add_argument("--tokens", type=_positive, default=128, help="tokens to decode per text (128)")
     decode.add_argument(
         "--caches", nargs="+", choices=["dynamic", "static"], default=["dynamic", "static"],
-        help="of transformers: static ones are compiled for a minute (both)",
+        help="caches of transformers; static caches compile for about a minute (both)",
     )  # fmt: skip
     prefill = commands.add_parser("prefill")
     prefill.add_argument("overrides", nargs="*", help=overrides_help)
-    prefill.add_argument("--lengths", type=_positive, nargs="+", default=[4096, 32768], help="of prompts (4096 32768)")
+    prefill.add_argument(
+        "--lengths", type=_positive, nargs="+", default=[4096, 32768], help="prompt lengths (4096 32768)"
+    )
     prefill.add_argument("--rounds", type=_positive, default=3)
     book = commands.add_parser("book")
     book.add_argument("overrides", nargs="*", help=overrides_help)
-    book.add_argument("--prompt", type=_positive, default=64, help="tokens that are asked after the book (64)")
+    book.add_argument("--prompt", type=_positive, default=64, help="prompt tokens after the book (64)")
     book.add_argument("--rounds", type=_positive, default=7)
     return parser.parse_args()
 
@@ -109,7 +120,7 @@ def main() -> int:
 
     try:
         if not torch.cuda.is_available():
-            raise UserError("benchmarks need a CUDA GPU, and torch sees none: run them on a GPU node")
+            raise UserError("benchmarks need a CUDA GPU, but torch finds none: run them on a GPU node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         records, errors = COMMANDS[arguments.command](arguments)
     except (UserError, LayoutError) as error:
@@ -121,7 +132,7 @@ def main() -> int:
 
 @contextlib.contextmanager
 def fits(asked: str, smaller: str):
-    """Around what may need more memory than there is."""
+    """Raise UserError if the block runs out of device memory; ``smaller`` names what to reduce."""
     import torch
 
     from inplace_ttt.config import UserError
@@ -145,7 +156,7 @@ def run_layer(arguments):
     with shape_fits(arguments):
         records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds, arguments.update_norms)
         errors = {}
-        for size in arguments.chunks:  # of fewer tokens, for float64, but two chunks at least, so that one is learned
+        for size in arguments.chunks:  # fewer tokens for float64, but two chunks or more, so that an update is used
             tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
             small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
             errors[size] = layer.errors(small, size, arguments.variants)
@@ -162,11 +173,11 @@ def run_prefix(arguments):
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world < 2:
-        raise UserError("prefix passes states between ranks: start it with torchrun --nproc-per-node 2 or more")
+        raise UserError("prefix exchanges carries between ranks: start it with torchrun --nproc-per-node 2 or more")
     shape = layer.Shape(arguments.tokens * world, arguments.hidden, arguments.ffn, arguments.documents)
-    for size in arguments.chunks:  # before anyone waits for anyone
+    for size in arguments.chunks:  # raises LayoutError before a rank waits for another
         make_plan(shape.tokens, size, shape.bounds, world, 0)
-    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as Megatron's context-parallel group has it in training
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as for Megatron's context-parallel group in training
     dist.init_process_group("nccl")
     comm_dtype = {"fp32": None, "bf16": torch.bfloat16}[arguments.comm_dtype]
     options = dict(keep_chunk_weights=arguments.keep, comm_dtype=comm_dtype, prefix=arguments.prefix)
@@ -193,7 +204,7 @@ def run_attention(arguments):
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    with fits(f"data.seq_length={config.data.seq_length}", "a shorter one"):
+    with fits(f"data.seq_length={config.data.seq_length}", "a shorter sequence"):
         return attention.measure(config, arguments.documents, arguments.rounds), {}
 
 
@@ -220,7 +231,7 @@ def run_book(arguments):
 
 @contextlib.contextmanager
 def exported_models(arguments):
-    """The models of benchmarks of the exported model, on the GPU."""
+    """Yield the exported models, with and without fast weights, on the GPU."""
     import torch
 
     from inplace_ttt.benchmarks.decode import Models
@@ -231,7 +242,10 @@ def exported_models(arguments):
 
 
 def configuration(overrides: list[str]):
-    """Return the configuration of the command line, at Qwen3-4B's shapes where it names no recipe."""
+    """Return the configuration of the command line; without a recipe it has Qwen3-4B's shapes.
+
+    Raises UserError if the vocabulary size is not known.
+    """
     from inplace_ttt.config import UserError
     from inplace_ttt.training.compose import compose_config, to_config
 
@@ -240,7 +254,9 @@ def configuration(overrides: list[str]):
     config = to_config(compose_config(overrides, ROOT / "recipes"))
     config.checkpoint.load = None
     if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is not set, and no data are read to take it from: add model.vocab_size=32768")
+        raise UserError(
+            "model.vocab_size is not set, and benchmarks read no data that set it: add model.vocab_size=32768"
+        )
     return config
 
 
@@ -270,7 +286,7 @@ def report(arguments, records: list[dict], errors: dict) -> None:
         table.add_row(*(_shown(value) for value in record.values()))
     console.print(table)
     if errors:
-        table = Table(title="RMS error against float64, over the RMS of the value", title_justify="left")
+        table = Table(title="RMS error relative to the RMS of the float64 value", title_justify="left")
         for key in ("chunk size", "variant", "out", "dz", "dv", "dW"):
             table.add_column(key, justify="right")
         for size, variants in errors.items():
@@ -300,16 +316,16 @@ def _shown(value) -> str:
 
 
 def draw(command: str, machine: str, records: list[dict], picture: Path) -> None:
-    """Bars: what each variant takes for what the reference takes."""
+    """Draw the records of a command as a bar chart."""
     from inplace_ttt.training.plots import COLORS, axes, save
 
     groups, series, key, title, label = {
         "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),
-        "prefix": ("chunk_size", "ranks", "exposed_share", "Passing chunk states between ranks", "share of layer time"),
+        "prefix": ("chunk_size", "ranks", "exposed_share", "Exchange of carries between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
         "attention": ("documents", "implementation", "ratio", "Attention, forward and backward", "time / torch's"),
-        "decode": ("texts", "variant", "ratio", "Decoding", "time a step / the faster one without fast weights"),
-        "prefill": ("tokens", "variant", "ratio", "Reading a prompt", "time / without fast weights"),
+        "decode": ("texts", "variant", "ratio", "Decode", "time per step / faster cache without fast weights"),
+        "prefill": ("tokens", "variant", "ratio", "Prefill", "time / without fast weights"),
         "book": ("prompt", "file", "load_ms", "Loading a book", "milliseconds"),
     }[command]
     ranks = series == "ranks"

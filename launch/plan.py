@@ -1,9 +1,9 @@
-"""Say what a run needs before a node is burnt: memory of each part, work of a step, time of the whole.
+"""Estimate the memory, FLOPs and time of a run before it is submitted.
 
 python launch/plan.py recipe=qwen3_4b_ttt_128k parallel=h100 --gpus 16
 python launch/plan.py recipe=qwen3_4b_ttt parallel.context_parallel_size=2 --gpus 32 --gpu H200
 
-Exits with 2, and says what would fit, where the run does not.
+If the run does not fit, it exits with code 2 and prints a parallel layout that fits.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from inplace_ttt.files import user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB, DAY = 2**30, 86400
-VOCABULARY = 32_768  # where nothing says it
+VOCABULARY = 32_768  # assumed if neither the configuration nor the data set the size
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and any keys")
-    parser.add_argument("--gpus", type=int, help="how many (as many of 8 as it can use)")
-    parser.add_argument("--config-dir", metavar="DIR", help="your own recipes, as DIR/recipe/NAME.yaml")
-    parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (that of parallel=h200, else H100)")
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe=NAME and configuration keys")
+    parser.add_argument("--gpus", type=int, help="number of GPUs (default: the largest usable number up to 8)")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder of your own recipes, DIR/recipe/NAME.yaml")
+    parser.add_argument("--gpu", type=str.upper, help="H100, H200 or A100 (default: that of parallel=..., else H100)")
     return parser.parse_intermixed_args()
 
 
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def usable(config) -> int:
-    """Return as many of 8 GPUs as the run can use; 8 where it can use none, which is then said."""
+    """Return the largest number of GPUs up to 8 that the run can use, or 8 if there is none."""
     from inplace_ttt.config import UserError
     from inplace_ttt.validation import validate
 
@@ -71,13 +71,15 @@ def usable(config) -> int:
 
 
 def assume(config) -> list[str]:
-    """Fill in what the data and the checkpoint would say, which need not be here; return what was assumed."""
+    """Fill in values that the data and the checkpoint provide, which may not exist here; return the assumptions."""
     from inplace_ttt.data.prepare import read_description
     from inplace_ttt.data.recall import recall_vocab_size
 
     assumed = []
     if config.checkpoint.load is not None and not user_path(config.checkpoint.load).is_dir():
-        assumed.append(f"checkpoint.load='{config.checkpoint.load}', which is not here, will be there")
+        assumed.append(
+            f"checkpoint.load='{config.checkpoint.load}' does not exist here and will exist when the run starts"
+        )
         config.checkpoint.load = None
     if config.model.vocab_size is None and config.data.kind == "recall":
         config.model.vocab_size = recall_vocab_size(config.data.recall_alphabet)
@@ -85,7 +87,9 @@ def assume(config) -> list[str]:
         described = [read_description(str(user_path(source.path))) for source in config.data.sources[:1]]
         config.model.vocab_size = described[0].vocab_size if described and described[0] else VOCABULARY
         if config.model.vocab_size == VOCABULARY:
-            assumed.append(f"a vocabulary of {VOCABULARY:,}: data.sources is not here, and model.vocab_size not set")
+            assumed.append(
+                f"a vocabulary of {VOCABULARY:,}: data.sources does not exist here, and model.vocab_size is not set"
+            )
     return assumed
 
 
@@ -96,7 +100,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     memory, share = estimate.memory(config, gpus, gpu), estimate.RankShard(config, gpus)
     console.print(
         f"{config.run.name}: {gpus} x {gpu.name}, TP {share.tp} PP {share.pp} CP {share.cp} DP {share.dp}, "
-        f"{share.tokens:,} tokens a GPU in a micro batch, micro batches a step: {share.micro_batches}",
+        f"{share.tokens:,} tokens per GPU and micro batch, micro batches per step: {share.micro_batches}",
         highlight=False,
     )
     table = Table(title="memory of the fullest GPU", title_justify="left")
@@ -105,24 +109,24 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     for name, size in memory.persistent.items():
         table.add_row(name, f"{size / GIB:.1f}")
     for name, size in memory.transient.items():
-        table.add_row(f"{name} (only the larger of these two counts)", f"{size / GIB:.1f}")
-    table.add_row("torch's peak", f"{memory.allocated / GIB:.1f}", style="bold")
-    table.add_row("with what it cannot use, and what is outside torch", f"{memory.needed / GIB:.1f}")
-    table.add_row(f"{gpu.name} has", f"{gpu.memory / GIB:.1f}")
+        table.add_row(f"{name} (only the larger of the two counts)", f"{size / GIB:.1f}")
+    table.add_row("peak of torch's allocations", f"{memory.allocated / GIB:.1f}", style="bold")
+    table.add_row("with fragmentation and memory outside torch", f"{memory.needed / GIB:.1f}")
+    table.add_row(f"available on {gpu.name}", f"{gpu.memory / GIB:.1f}")
     console.print(table)
 
     tokens = config.train.global_batch_size * config.data.seq_length
     flops = config.train.global_batch_size * forward_flops(config).training
     seconds = estimate.step_seconds(config, gpus, gpu)
     table = Table(title="work", title_justify="left")
-    table.add_column("of")
+    table.add_column("quantity")
     table.add_column("", justify="right")
     for name, value in (
-        ("tokens a step", f"{tokens:,}"),
+        ("tokens per step", f"{tokens:,}"),
         ("tokens of the run", f"{tokens * config.train.steps / 1e9:.1f} billion"),
-        ("FLOPs a step, causal attention counted once, no recompute", f"{flops:.2e}"),
-        ("expected seconds a step", f"{seconds:.1f}"),
-        ("expected tokens a second", f"{tokens / seconds:,.0f}"),
+        ("FLOPs per step, causal attention, without recompute", f"{flops:.2e}"),
+        ("expected seconds per step", f"{seconds:.1f}"),
+        ("expected tokens per second", f"{tokens / seconds:,.0f}"),
         ("expected MFU", f"{flops / seconds / gpus / gpu.peak:.0%}"),
         (f"expected days for {config.train.steps:,} steps", f"{seconds * config.train.steps / DAY:.1f}"),
     ):
@@ -132,8 +136,10 @@ def report(console: Console, config, gpus: int, gpu) -> int:
         console.print("it fits")
         return 0
     settings = estimate.find_fitting_layout(config, gpus, gpu)
-    helps = f"it fits with {' '.join(settings)}" if settings else "no layout of so many helps: use more GPUs"
-    lack = f"needs {memory.needed / GIB:.0f} GiB a GPU, and {gpu.name} has {gpu.memory / GIB:.0f}"
+    helps = (
+        f"it fits with {' '.join(settings)}" if settings else "no parallel layout of this many GPUs fits: use more GPUs"
+    )
+    lack = f"needs {memory.needed / GIB:.0f} GiB per GPU, but {gpu.name} has {gpu.memory / GIB:.0f}"
     print(f"error: {config.run.name} {lack}; {helps}", file=sys.stderr)
     return 2
 

@@ -1,7 +1,7 @@
-"""Estimate what a run needs before it is started: memory of each part on the fullest GPU, FLOPs and time of a step.
+"""Estimate of the memory of a run's fullest GPU, and of the FLOPs and time of a step.
 
-Memory is counted tensor by tensor as the training code holds it; time is FLOPs over what such products and such
-attention were seen to reach (figures.json). Transformer Engine layers in bf16 are assumed.
+Memory is counted tensor by tensor, as the training code allocates it. Time is FLOPs divided by the measured throughput
+of matrix products and attention (figures.json). The estimate assumes Transformer Engine layers in bf16.
 """
 
 import itertools
@@ -16,21 +16,24 @@ from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTE
 from inplace_ttt.validation import validate
 
 GIB = 2**30
-# Bytes of a number: weights and activations bf16, gradients and the optimizer's three numbers fp32
+# Bytes per parameter: weights in bf16, gradients in fp32, three fp32 values of the optimizer
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-# Beside torch's own allocations: the CUDA context, kernels, NCCL's and cuBLAS's buffers
+# Memory outside torch's allocator: CUDA context, kernels, buffers of NCCL and cuBLAS
 NON_TORCH_BYTES = 4.0 * GIB
-# Share of torch's allocations that it holds and cannot use, for blocks do not fit
+# Fraction of torch's allocations that is reserved in addition, because of fragmentation
 FRAGMENTATION = 0.05
 
 
 @dataclass(frozen=True)
 class Gpu:
+    """Describe a GPU model."""
+
     name: str
-    memory: float  # bytes that a process can have
+    memory: float  # bytes available to a process
 
     @property
     def peak(self) -> float:
+        """Return the dense bf16 peak in FLOP/s."""
         return peak_flops(self.name)
 
 
@@ -39,7 +42,7 @@ GPUS = {gpu.name: gpu for gpu in (Gpu("H100", 78.5 * GIB), Gpu("H200", 139.0 * G
 
 @dataclass(frozen=True)
 class RankShard:
-    """Hold one GPU's share of the model and of a sample."""
+    """Describe one GPU's share of the model and of a micro batch, on ``world`` GPUs."""
 
     config: Config
     world: int
@@ -62,24 +65,26 @@ class RankShard:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of a micro batch on one rank."""
+        """Return the tokens per rank of a micro batch."""
         return self.config.data.seq_length * self.config.train.micro_batch_size // self.cp
 
     @property
     def micro_batches(self) -> int:
-        """Return the number of micro batches of a step."""
+        """Return the number of micro batches per step."""
         return self.config.train.global_batch_size // (self.dp * self.config.train.micro_batch_size)
 
     def layers(self, stage: int) -> range:
+        """Return the layer indices of a pipeline stage."""
         count = self.config.model.num_layers // self.pp
         return range(stage * count, (stage + 1) * count)
 
     def fast_layers(self, stage: int) -> int:
+        """Return the number of layers with fast weights in a pipeline stage."""
         chosen = ttt_layers(self.config.ttt, self.config.model.num_layers)
         return sum(layer in self.layers(stage) for layer in chosen)
 
     def parameters(self, stage: int) -> int:
-        """On one GPU of a pipeline stage."""
+        """Return the number of parameters on one GPU of a pipeline stage."""
         model, each = self.config.model, layer_parameters(self.config.model, self.config.ttt)
         ends = (stage == 0) + (stage == self.pp - 1)  # embedding and output
         if self.pp == 1 and model.tie_word_embeddings:
@@ -96,23 +101,27 @@ class RankShard:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. The logits are gone before the first layer's backward begins."""
+    """Hold the estimated bytes on one GPU, by part.
+
+    Of the transient parts only the largest counts: the logits are freed before the backward of the layers begins.
+    """
 
     persistent: dict[str, float]
     transient: dict[str, float]
 
     @property
     def allocated(self) -> float:
-        """Return what torch reports as its peak (``peak_memory_gib`` of metrics.jsonl, in GiB)."""
+        """Return the peak bytes that torch reports (``peak_memory_gib`` of metrics.jsonl, there in GiB)."""
         return sum(self.persistent.values()) + max(self.transient.values())
 
     @property
     def needed(self) -> float:
+        """Return the bytes that a GPU must have, with fragmentation and memory outside torch."""
         return self.allocated * (1 + FRAGMENTATION) + NON_TORCH_BYTES
 
 
 def memory(config: Config, world: int, gpu: Gpu) -> Memory:
-    """Return the memory of a GPU of the fullest pipeline stage."""
+    """Return the memory of one GPU of the fullest pipeline stage, on ``world`` GPUs."""
     shard = RankShard(config, world)
     return max((_stage_memory(shard, stage, gpu) for stage in range(shard.pp)), key=lambda stage: stage.needed)
 
@@ -127,7 +136,7 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
         "optimizer": OPTIMIZER * parameters / shards,
-        "states of the ring": _carry_bytes(shard, fast, in_flight),
+        "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
     activations = (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight
@@ -137,17 +146,17 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
         if sizes.fast_recomputed:
             if sizes.keeps(1, free - activations - at_work):
                 held = sizes.chunk_weights
-        elif sizes.keeps(fast * shard.pp, free):  # the first layer finds the memory without activations
+        elif sizes.keeps(fast * shard.pp, free):  # free memory as seen by the first layer, before activations
             activations += sizes.chunk_weights * fast * in_flight
-            held = 0.0  # the suffix sums take the memory of those of their layer
+            held = 0.0  # the suffix sums reuse the chunk weights' memory
         at_work += sizes.fast_at_work(held)
     persistent["activations"] = activations
     logits = _logits(shard) if stage == shard.pp - 1 else 0.0
-    return Memory(persistent, {"a layer at work": at_work, "logits": logits})
+    return Memory(persistent, {"working memory of one layer": at_work, "logits": logits})
 
 
 class _Activations:
-    """Bytes that a micro batch takes in a layer of one GPU."""
+    """Estimate the bytes of a micro batch in one layer on one GPU."""
 
     def __init__(self, shard: RankShard):
         config, t, tp = shard.config, shard.tokens, shard.tp
@@ -176,31 +185,34 @@ class _Activations:
 
     @property
     def chunk_weights(self) -> float:
-        """bf16, of all chunks of a micro batch."""
+        """Return the bytes of the bf16 weights of all chunks of a micro batch, in one layer."""
         config = self.shard.config
         chunks = math.ceil(self.shard.tokens / config.ttt.chunk_size)
         return 2 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp * chunks
 
     def keeps(self, layers: int, free: float) -> bool:
-        """Tell whether chunk weights are kept for the backward, where those of so many layers live at a time."""
+        """Return True if chunk weights are kept for the backward.
+
+        Those of ``layers`` layers are alive at once, and ``free`` bytes of device memory are free.
+        """
         setting = self.shard.config.ttt.keep_chunk_weights
         return layers * self.chunk_weights <= KEPT_SHARE * free if setting is None else setting
 
     @property
     def window(self) -> float:
-        """Chunk weights that there are at a time where they are not kept."""
+        """Return the bytes of chunk weights alive at once if they are not kept."""
         return min(self.chunk_weights, WINDOW_BYTES if self.shard.cp == 1 else EXCHANGE_WINDOW_BYTES)
 
     def fast_at_work(self, held: float) -> float:
-        """Return what a TTT layer's recompute and backward hold beyond a plain one's, ``held`` of it chunk weights."""
+        """Return the extra bytes of a TTT layer's recompute and backward, given ``held`` bytes of chunk weights."""
         config = self.shard.config
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp
-        # targets and their gradient; a sum on its way. The gradients of gate and up come after the chunk weights.
+        # Targets, their gradient, and one state. Chunk weights are freed before gradients of gate and up are allocated.
         return max(0.0, 2 * self.whole_hidden + state + held - 2 * self.z)
 
 
 def _carry_bytes(shard: RankShard, fast: int, in_flight: int) -> float:
-    """Mailboxes of both neighbours, the sums of one layer on their way, and those that a recompute will need."""
+    """Return the bytes of carries: receive buffers, carries of one layer in flight, and carries saved for recompute."""
     config = shard.config
     if shard.cp == 1 or not fast:
         return 0.0
@@ -210,15 +222,19 @@ def _carry_bytes(shard: RankShard, fast: int, in_flight: int) -> float:
 
 
 def _logits(shard: RankShard) -> float:
-    """Return the bytes of logits of one part of the tokens, the gradient of their weight, and hidden states."""
+    """Return the bytes of the logits of one block of tokens, of the output weight's gradient, and of hidden states."""
     model = shard.config.model
     vocabulary = padded_vocab_size(model.vocab_size or 0) / shard.tp
     return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * shard.tokens
 
 
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
-    """Return the expected time of a step, by what products and attention were seen to reach (``rates``: shares of the
-    peak; the time of all else beside that of products; what fast weights take beside their FLOPs at that rate)."""
+    """Return the expected seconds per step on ``world`` GPUs.
+
+    The ``rates`` of figures.json are measured. ``products``, ``attention`` and ``attention_forward``: fraction of the
+    GPU's peak. ``rest``: time of all other operations / time of products. ``fast_weights``: time of fast weights / time
+    of their FLOPs at the rate of products.
+    """
     shard, flops = RankShard(config, world), forward_flops(config)
     full = config.train.recompute == "full"
     rates = figures()["rates"]
@@ -232,7 +248,7 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
 
 
 def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | None:
-    """Settings with which a configuration fits, those first that cost least; None: none known for so many GPUs."""
+    """Return the cheapest overrides with which the configuration fits on ``world`` GPUs, or None if none fits."""
     sizes = [2**power for power in range(world.bit_length()) if world % 2**power == 0]
     layouts = sorted(itertools.product(sizes, sizes, sizes), key=lambda sizes: (math.prod(sizes), *sizes[::-1]))
     for cp, tp, pp in layouts:

@@ -1,9 +1,9 @@
-"""Keep what benchmarks have measured in ``figures.json``, from where plan.py and the documents take it.
+"""Store benchmark results in ``figures.json``, which plan.py and the documents read.
 
-python -m inplace_ttt.figures decode=runs/benchmark/decode.json   # keep a result, and renew the documents
-python -m inplace_ttt.figures                                     # renew the documents
+python -m inplace_ttt.figures decode=runs/benchmark/decode.json   # store a result, and update the documents
+python -m inplace_ttt.figures                                     # update the documents
 
-A document has ``<!-- figures: NAME -->`` and ``<!-- end -->`` around the table of a result.
+In a document, ``<!-- figures: NAME -->`` and ``<!-- end -->`` enclose the table of a result.
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("figures.json")
 DOCUMENTS = ("docs/numbers.md",)
-DIGITS = 4  # that are kept of a number
+DIGITS = 4  # significant digits of stored values
 
 
 def _fixed(value: float | list[float], digits: int, unit: str = "") -> str:
-    """Show a number, or the smallest and the largest one of several runs."""
+    """Format a value, or the smallest and the largest value of several runs."""
     several = value if isinstance(value, list) else [value]
     return "-".join(f"{one:,.{digits}f}" for one in several) + unit
 
@@ -35,7 +35,7 @@ def _yes(value: bool) -> str:
 
 _one, _two, _three = (partial(_fixed, digits=digits) for digits in (1, 2, 3))
 _count = partial(_fixed, digits=0)
-# Of each benchmark the columns that documents show: title, field of a record, how it is shown
+# Columns of each benchmark's table: title, field of a record, formatter
 COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
     "layer": [
         ("chunk", "chunk_size", _count),
@@ -52,17 +52,17 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
     ],
     "model": [
         ("fast weights", "ttt", str),
-        ("seconds a step", "seconds", _one),
-        ("tokens a second", "tokens_per_second", _count),
+        ("seconds per step", "seconds", _one),
+        ("tokens per second", "tokens_per_second", _count),
         ("MFU", "mfu", _share),
-        ("plan.py said, s", "planned_seconds", _one),
+        ("plan.py estimate, s", "planned_seconds", _one),
         ("peak GiB", "peak_gib", _one),
-        ("plan.py said, GiB", "planned_gib", _one),
+        ("plan.py estimate, GiB", "planned_gib", _one),
     ],
     "decode": [
         ("texts", "texts", str),
         ("fast weights, cache", "variant", str),
-        ("ms a step, median", "ms_per_step", _two),
+        ("ms per step, median", "ms_per_step", _two),
         ("mean", "mean_ms", _two),
         ("median / best without", "ratio", _two),
         ("mean / best without", "mean_ratio", _two),
@@ -85,34 +85,34 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
     "ruler": [
         ("samples", "samples", _count),
         ("length", "length", _count),
-        ("seconds in all", "seconds", _count),
-        ("prompts, tokens a second", "read", _count),
-        ("a forward alone", "own", _count),
-        ("answers, tokens a second", "written", _count),
+        ("total seconds", "seconds", _count),
+        ("prompts, tokens per second", "read", _count),
+        ("forward only", "own", _count),
+        ("answers, tokens per second", "written", _count),
     ],
     "position": [
         ("GPUs", "gpus", _count),
         ("length", "length", _count),
-        ("tokens a second", "tokens_per_second", _count),
-        ("speed / a forward alone", "ratio", _three),
+        ("tokens per second", "tokens_per_second", _count),
+        ("speed / forward only", "ratio", _three),
     ],
 }
 
 
 @cache
 def figures() -> dict[str, dict]:
-    """Return all results by name: ``command``, ``machine``, ``date``, ``records``; and the ``rates`` of plan.py."""
+    """Return all results by name (``command``, ``machine``, ``date``, ``records``), and ``rates`` for estimate.py."""
     return json.loads(FILE.read_text())
 
 
 def find(name: str, field: str, **wanted) -> float | list[float]:
-    """Return a field of the record of a result whose other fields have these values."""
+    """Return a field of the one record of a result whose other fields equal ``wanted``."""
     (record,) = (one for one in figures()[name]["records"] if all(one[key] == value for key, value in wanted.items()))
     return record[field]
 
 
 def keep(name: str, result: dict) -> None:
-    """Put a benchmark's result, as it has written it, in the place of the one with this name."""
+    """Store the JSON result of a benchmark under a name, replacing an earlier one."""
     found = dict(figures())
     kept = {key: result[key] for key in ("command", "machine", "date")}
     found[name] = kept | dict(
@@ -127,7 +127,7 @@ def _rounded(value):
 
 
 def table(name: str) -> str:
-    """Return a result in Markdown."""
+    """Return a result as a Markdown table with its command, machine and date."""
     result = figures()[name]
     kind = result["command"].partition("launch/")[2].split()[1]
     columns = [column for column in COLUMNS[kind] if any(column[1] in record for record in result["records"])]
@@ -139,7 +139,7 @@ def table(name: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """Return a document with the tables of the results that it names."""
+    """Return the text of a document with all its tables updated."""
     block = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return block.sub(lambda match: f"{match[1]}\n{table(match[2])}\n\n{match[3]}", text)
 
@@ -152,7 +152,7 @@ def main(words: list[str]) -> None:
         text = path.read_text(encoding="utf-8")
         if renewed(text) != text:
             path.write_text(renewed(text), encoding="utf-8")
-            print(f"renewed: {path}")
+            print(f"updated: {path}")
 
 
 if __name__ == "__main__":

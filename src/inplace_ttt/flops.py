@@ -1,10 +1,10 @@
-"""Floating-point operations of a model, as the field counts them: a multiply and an add are two."""
+"""Floating-point operations of a model; a multiply-add counts as two."""
 
 from dataclasses import dataclass
 
 from inplace_ttt.config import Config, Model, ttt_layers
 
-# Dense bf16, by what a name has in it; a name with more in it comes before one with less
+# Dense bf16 peak in FLOP/s, by a part of the device name; more specific names come first
 PEAKS = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -18,28 +18,32 @@ PEAKS = (
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of the forward of one sequence."""
+    """Hold the FLOPs of the forward of one sequence, by part."""
 
-    layers: float  # products with weights in the layers
-    attention: float  # causal, counted once
-    logits: float
-    fast: float  # what fast weights add: the updates and the projection of the targets
+    layers: float  # matrix products with the layers' weights
+    attention: float  # causal attention: half of the full score matrix
+    logits: float  # output layer
+    fast: float  # fast weights: updates and target projection
 
     @property
     def training(self) -> float:
-        """Count forward and backward, and no recompute. The backward is twice the forward everywhere: of fast weights
-        update and its gradients are three products of s d f, and the projection three of s d d."""
+        """Return the FLOPs of forward and backward, without recompute.
+
+        The backward is twice the forward for every part: an update and its gradients are three products of s d f, and
+        the target projection and its gradients three products of s d d.
+        """
         return 3 * (self.layers + self.attention + self.logits + self.fast)
 
 
 def full_attention_layers(model: Model) -> int:
-    """Return how many layers attend to all tokens."""
+    """Return the number of layers with full attention."""
     if model.sliding_window is None:
         return model.num_layers
     return 0 if model.window_attn_skip_freq is None else model.num_layers // model.window_attn_skip_freq
 
 
 def forward_flops(config: Config) -> Flops:
+    """Return the FLOPs of the forward of one sequence of data.seq_length tokens, on all GPUs together."""
     model, s = config.model, config.data.seq_length
     d, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
@@ -54,5 +58,5 @@ def forward_flops(config: Config) -> Flops:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 peak of a device by name, as its maker states it; None: not known here."""
+    """Return the vendor's dense bf16 peak of a device in FLOP/s, or None if the name is not known."""
     return next((peak for name, peak in PEAKS if name in device_name), None)

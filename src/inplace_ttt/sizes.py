@@ -1,4 +1,4 @@
-"""Count a model's parameters, and refuse what cannot fit before memory is asked for."""
+"""Count a model's parameters, and reject models that cannot fit before memory is allocated."""
 
 import os
 from dataclasses import replace
@@ -10,19 +10,19 @@ from inplace_ttt.config import Config, Parallel, UserError
 from inplace_ttt.environment import World
 from inplace_ttt.estimate import RankShard
 
-# Bytes of a parameter at the least: its weight and its gradient. What the optimizer keeps may be split over ranks.
+# Lower bound of bytes per parameter: weight and gradient. Optimizer states are left out: ranks may share them.
 MIN_BYTES_PER_PARAM = {"cuda": 2 + 4, "cpu": 4 + 4}
 
 
 def total_parameters(config: Config) -> int:
-    """Return the number of parameters of the whole model, embeddings of the padded vocabulary included."""
+    """Return the number of parameters of the whole model, including embedding rows of the padded vocabulary."""
     return RankShard(replace(config, parallel=Parallel()), 1).parameters(0)
 
 
 def check_memory(config: Config, world: World) -> None:
-    """Raise UserError where this rank's weights and gradients, or one layer's activations, are more than all memory.
+    """Raise UserError if this rank's weights and gradients, or one layer's activations, exceed the machine's memory.
 
-    ``launch/plan.py`` says what a run needs; this only keeps out what no machine like this one holds.
+    This is a lower bound, which rejects only impossible sizes. ``launch/plan.py`` estimates the memory of a run.
     """
     on_gpu = torch.cuda.is_available()
     kind = "cuda" if on_gpu else "cpu"
@@ -32,10 +32,10 @@ def check_memory(config: Config, world: World) -> None:
     where = torch.cuda.get_device_name(0) if on_gpu else "this machine"
     if parameters * MIN_BYTES_PER_PARAM[kind] * here > memory:
         raise UserError(
-            f"{parameters / 1e9:,.1f} billion parameters a rank (model.num_layers={config.model.num_layers}, "
+            f"{parameters / 1e9:,.1f} billion parameters per rank (model.num_layers={config.model.num_layers}, "
             f"model.hidden_size={config.model.hidden_size}, model.ffn_hidden_size={config.model.ffn_hidden_size}, "
             f"model.vocab_size={config.model.vocab_size}) need "
-            f"{parameters * MIN_BYTES_PER_PARAM[kind] * here / 2**30:,.0f} GiB at the least, and {where} has "
+            f"{parameters * MIN_BYTES_PER_PARAM[kind] * here / 2**30:,.0f} GiB or more, but {where} has "
             f"{memory / 2**30:,.0f}: use a smaller model, or more tensor or pipeline parallel ranks"
         )
     activations = (
@@ -47,6 +47,6 @@ def check_memory(config: Config, world: World) -> None:
     if activations * here > memory:
         raise UserError(
             f"data.seq_length={config.data.seq_length} x train.micro_batch_size={config.train.micro_batch_size} needs "
-            f"{activations * here / 2**30:,.0f} GiB for one layer's activations, and {where} has "
+            f"{activations * here / 2**30:,.0f} GiB for one layer's activations, but {where} has "
             f"{memory / 2**30:,.0f}: use shorter samples, smaller micro batches or more context-parallel ranks"
         )

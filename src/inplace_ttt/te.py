@@ -1,4 +1,4 @@
-"""Transformer Engine: whether it is here and loads. megatron-core imports it wherever it is installed."""
+"""Availability of Transformer Engine, which megatron-core imports if it is installed."""
 
 import functools
 import importlib.util
@@ -11,10 +11,10 @@ PACKAGE = "transformer-engine"
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Return what keeps Transformer Engine from being used, or None.
+    """Return the reason why Transformer Engine cannot be used, or None.
 
-    Raises UserError where megatron-core would fail too: it goes on without the package and without a module of it, but
-    not where a library below them is missing or does not fit.
+    Raises UserError if megatron-core cannot be imported either. It tolerates a missing package or module of Transformer
+    Engine, but not a missing or incompatible shared library.
     """
     if importlib.util.find_spec("transformer_engine") is None:
         return "not installed"
@@ -22,10 +22,10 @@ def unavailable_reason() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ModuleNotFoundError as error:
-        return f"{found} does not load: {first_line(error)[:120]}"
+        return f"{found} cannot be imported: {first_line(error)[:120]}"
     except Exception as error:
         raise UserError(
-            f"Transformer Engine {found} is installed and does not load ({first_line(error)[:200]}), so "
-            f"megatron-core does not load either: mend it, or take it away (pip uninstall transformer-engine)"
+            f"Transformer Engine {found} is installed but cannot be imported ({first_line(error)[:200]}), so "
+            f"megatron-core cannot be imported either: repair it, or uninstall it (pip uninstall transformer-engine)"
         ) from error
     return None

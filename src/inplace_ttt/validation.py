@@ -1,4 +1,4 @@
-"""Check that values of a configuration fit together, before any process group forms and any work is done.
+"""Checks of combinations of configuration values, before a process group is created.
 
 Each check raises UserError with one sentence: the key, its value, and what would work.
 """
@@ -12,7 +12,7 @@ from inplace_ttt import te
 from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, check_ranges, ttt_layers, warmup_steps
 from inplace_ttt.models import FAMILIES
 
-# The parameters of each kind of RoPE scaling: those it needs, those it may have besides
+# Parameters of each type of RoPE scaling: required, optional
 ROPE_SCALING = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -22,7 +22,7 @@ ROPE_SCALING = {
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Raise UserError for the first thing that cannot work on ``world_size`` processes."""
+    """Raise UserError for the first setting that cannot work on ``world_size`` processes."""
     check_ranges(config)
     check_model(config.model)
     _choices(config)
@@ -33,8 +33,8 @@ def validate(config: Config, world_size: int) -> None:
     _warmup(config)
     if config.checkpoint.load is not None and not os.path.isdir(os.path.expanduser(config.checkpoint.load)):
         raise UserError(
-            f"checkpoint.load='{config.checkpoint.load}' is not a folder: name a run, one of its checkpoints, or what "
-            "launch/import_hf.py made"
+            f"checkpoint.load='{config.checkpoint.load}' is not a folder: use the folder of a run, of one of its "
+            "checkpoints, or of a model that launch/import_hf.py wrote"
         )
 
 
@@ -42,23 +42,24 @@ def _warmup(config: Config) -> None:
     optim = config.optim
     if optim.warmup_steps is not None and optim.warmup_tokens is not None:
         raise UserError(
-            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_tokens={optim.warmup_tokens} both say the "
-            f"warm-up: set one of them to null"
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_tokens={optim.warmup_tokens} both set "
+            f"the warm-up: set one of them to null"
         )
     key = next((key for key in ("warmup_steps", "warmup_tokens") if getattr(optim, key) is not None), None)
     if key is not None and warmup_steps(config) > config.train.steps:
         raise UserError(
-            f"optim.{key}={getattr(optim, key)} are {warmup_steps(config)} steps, more than train.steps="
-            f"{config.train.steps}: the learning rate would not be reached"
+            f"optim.{key}={getattr(optim, key)} is {warmup_steps(config)} steps, more than train.steps="
+            f"{config.train.steps}: use a shorter warm-up, because optim.lr would not be reached"
         )
 
 
 def transformer_engine_available() -> bool:
+    """Return True if CUDA and Transformer Engine can be used."""
     return torch.cuda.is_available() and te.unavailable_reason() is None
 
 
 def transformer_impl(config: Config) -> str:
-    """``auto`` is Transformer Engine where CUDA and it are there."""
+    """Return model.transformer_impl; ``auto`` is transformer_engine if it and CUDA are available, else local."""
     chosen = config.model.transformer_impl
     if chosen == "auto":
         return "transformer_engine" if transformer_engine_available() else "local"
@@ -66,7 +67,7 @@ def transformer_impl(config: Config) -> str:
 
 
 def precision(config: Config) -> torch.dtype:
-    """``auto`` is bf16 with CUDA and fp32 without."""
+    """Return the dtype of train.precision; ``auto`` is bf16 with CUDA and fp32 without."""
     names = {"bf16": torch.bfloat16, "fp32": torch.float32}
     names["auto"] = names["bf16"] if torch.cuda.is_available() else names["fp32"]
     return names[config.train.precision]
@@ -79,25 +80,23 @@ def _divides(key: str, value: int, other: str, size: int) -> None:
 
 
 def check_model(model: Model) -> None:
-    """Raise UserError for the first thing that no model can be."""
+    """Raise UserError for the first setting of ``model.*`` that is invalid."""
     check_ranges(model, "model.")
     if model.family not in FAMILIES:
         raise UserError(f"model.family={model.family} is not known: use one of {', '.join(FAMILIES)}")
     _divides("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.window_attn_skip_freq is not None and model.sliding_window is None:
         raise UserError(
-            f"model.window_attn_skip_freq={model.window_attn_skip_freq} is about layers with a window, and "
-            f"model.sliding_window is null: set one of them"
+            f"model.window_attn_skip_freq={model.window_attn_skip_freq} needs model.sliding_window, which "
+            f"is null: set model.sliding_window, or set model.window_attn_skip_freq=null"
         )
     if (model.window_attn_skip_freq or 0) > model.num_layers:
         raise UserError(
             f"model.window_attn_skip_freq={model.window_attn_skip_freq} is more than model.num_layers="
-            f"{model.num_layers}: no layer attends to all tokens; use null for that"
+            f"{model.num_layers}: use a smaller number, or null if no layer should have full attention"
         )
     if model.kv_channels % 2:
-        raise UserError(
-            f"model.kv_channels={model.kv_channels} is odd: rotary embedding turns pairs, use an even number"
-        )
+        raise UserError(f"model.kv_channels={model.kv_channels} is odd: use an even number, because RoPE rotates pairs")
     _rope(model)
 
 
@@ -106,7 +105,7 @@ def _rope(model: Model) -> None:
     needed, allowed = ROPE_SCALING[scaling.rope_type]
     for name, value in vars(scaling).items():
         if value is None and name in needed:
-            raise UserError(f"{key}.rope_type={scaling.rope_type} needs {key}.{name}: it is null")
+            raise UserError(f"{key}.rope_type={scaling.rope_type} needs {key}.{name}, which is null: set it")
         if value is not None and name not in (*needed, *allowed, "rope_type"):
             users = [kind for kind, (must, may) in ROPE_SCALING.items() if name in must + may]
             raise UserError(
@@ -127,28 +126,29 @@ def _choices(config: Config) -> None:
     if config.model.transformer_impl == "transformer_engine" and not transformer_engine_available():
         raise UserError(
             "model.transformer_impl=transformer_engine needs CUDA and the package transformer-engine, which are not "
-            "here: use auto or local"
+            "available: use auto or local"
         )
     if config.train.recompute != "full" and not config.train.recompute_core_attn:
         raise UserError(
-            f"train.recompute_core_attn=false is about what train.recompute=full leaves out, but train.recompute="
-            f"{config.train.recompute}: set it to full"
+            f"train.recompute_core_attn=false needs train.recompute=full, but train.recompute="
+            f"{config.train.recompute}: set it to full, or set train.recompute_core_attn=true"
         )
     if config.train.recompute == "selective":
         if not config.train.recompute_modules:
             raise UserError(
-                "train.recompute=selective recomputes train.recompute_modules, which is empty: name core_attn, mlp or "
-                "both, or set train.recompute=none"
+                "train.recompute=selective needs train.recompute_modules, which is empty: use core_attn, mlp or both, "
+                "or set train.recompute=none"
             )
         if "layernorm" in config.train.recompute_modules and transformer_impl(config) == "local":
             raise UserError(
-                "train.recompute_modules=[layernorm] needs Transformer Engine, which is not here: "
+                "train.recompute_modules=[layernorm] needs Transformer Engine, which is not available: "
                 "use core_attn, mlp or both"
             )
     edges = config.train.eval_positions
     if edges is not None and (len(edges) < 2 or sorted(set(edges)) != edges):
         raise UserError(
-            f"train.eval_positions={edges} are not edges of ranges: use two or more that rise, such as [0,1024,4096]"
+            f"train.eval_positions={edges} are not edges of ranges: use two or more ascending positions, "
+            f"such as [0,1024,4096]"
         )
 
 
@@ -160,23 +160,25 @@ def _parallel(config: Config, world_size: int) -> None:
         raise UserError(
             f"parallel.tensor_model_parallel_size={tp} x pipeline_model_parallel_size={pp} x "
             f"context_parallel_size={cp} needs a multiple of {tp * pp * cp} processes, but there are {world_size}: "
-            f"start torchrun with "
-            f"--nproc-per-node {tp * pp * cp}, or choose smaller sizes"
+            f"start torchrun with --nproc-per-node {tp * pp * cp}, or use smaller sizes"
         )
     for key in ("num_query_groups", "ffn_hidden_size"):
         _divides("parallel.tensor_model_parallel_size", tp, f"model.{key}", getattr(model, key))
     if VOCAB_MULTIPLE % tp:
-        raise UserError(f"parallel.tensor_model_parallel_size={tp} does not divide the vocabulary: use a power of two")
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tp} does not divide the padded vocabulary: "
+            f"use a power of two up to {VOCAB_MULTIPLE}"
+        )
     _divides("parallel.pipeline_model_parallel_size", pp, "model.num_layers", model.num_layers)
     if parallel.sequence_parallel and tp == 1:
         raise UserError(
-            "parallel.sequence_parallel=true splits what tensor parallelism leaves whole: it needs "
-            "parallel.tensor_model_parallel_size above 1; set it to false"
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1, but it is 1: "
+            "increase it, or set parallel.sequence_parallel=false"
         )
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise UserError(
             "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true and "
-            "parallel.overlap_grad_reduce=true"
+            "parallel.overlap_grad_reduce=true: set both, or set parallel.overlap_param_gather=false"
         )
 
 
@@ -185,8 +187,8 @@ def _sequence(config: Config) -> None:
     s, cp = data.seq_length, parallel.context_parallel_size
     if config.ttt.enabled and config.ttt.chunk_size > s:
         raise UserError(
-            f"ttt.chunk_size={config.ttt.chunk_size} is larger than data.seq_length={s}: no chunk would be full, and "
-            f"no fast weight written; use {s} or less"
+            f"ttt.chunk_size={config.ttt.chunk_size} is larger than data.seq_length={s}: no chunk would be complete, "
+            f"so fast weights would never change; use {s} or less"
         )
     unit = 1 if cp == 1 else 2 * cp
     why = f"2 x parallel.context_parallel_size={cp} equal slices"
@@ -195,7 +197,7 @@ def _sequence(config: Config) -> None:
         why += f" of whole chunks (ttt.chunk_size={config.ttt.chunk_size})"
     if s % unit:
         raise UserError(
-            f"data.seq_length={s} cannot be cut into {why}, for slices must start on chunk boundaries: "
+            f"data.seq_length={s} cannot be cut into {why}: "
             f"use a multiple of {unit}, such as {math.ceil(s / unit) * unit}, or another chunk size"
         )
     tp = parallel.tensor_model_parallel_size

@@ -120,7 +120,7 @@ def test_bf16_sums_in_fp32():
 
 @pytest.mark.parametrize(
     ("documents", "message"),
-    [([0, 8], "end at the length"), ([1, 12], "start at 0"), ([0, 9, 4, 12], "falls from 9 to 4"), ([], "nothing")],
+    [([0, 8], "end at the length"), ([1, 12], "start at 0"), ([0, 9, 4, 12], "decreases from 9 to 4"), ([], "nothing")],
 )
 def test_impossible_documents_are_refused(documents, message):
     z, v, weight, _ = operands(7, 12, 1, 4, 4)

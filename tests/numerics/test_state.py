@@ -158,7 +158,7 @@ def test_states_that_do_not_fit_are_refused():
     assert state.unfinished == 3
     with pytest.raises(ValueError, match=r"updates is \(1, 4, 5\) torch.float64: these operands need \(2, 4, 5\)"):
         fast_weight_linear(z.repeat(1, 2, 1), v.repeat(1, 2, 1), weight, initial_state=state, **options)
-    with pytest.raises(ValueError, match="holds 3 tokens of an unfinished chunk, and chunk_size=3"):
+    with pytest.raises(ValueError, match="holds 3 tokens of an unfinished chunk, but chunk_size=3"):
         fast_weight_linear(z, v, weight, initial_state=state, eta=1.0, chunk_size=3)
     with pytest.raises(ValueError, match=r"clip=0\.0"):
         fast_weight_linear(z, v, weight, clip=0.0, **options)
@@ -335,7 +335,7 @@ def test_gradients_are_finite_where_clipping_leaves_nothing(tokens):
         (dict(initial_state=(1, 2, 3)), "initial_state is a tuple"),
         (dict(prefix=None), "prefix=None"),
         (dict(plan=make_plan(12, 3, (0, 5, 12))), "plan is for documents that end at"),
-        (dict(plan=make_plan(12, 3), cu_seqlens=torch.tensor([0, 5, 12])), "cu_seqlens says"),
+        (dict(plan=make_plan(12, 3), cu_seqlens=torch.tensor([0, 5, 12])), "of cu_seqlens end at"),
     ],
 )
 def test_arguments_that_cannot_be(change, said):

@@ -41,7 +41,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("optim.warmup_fraction=2", "from 0 to 1"),
         ("model.qk_layernorm=true", "there is no key 'model.qk_layernorm' any more: use model.family"),
         ("model.family=gpt2", "model.family=gpt2 is not known: use one of qwen3, qwen2, llama"),
-        ("model.window_attn_skip_freq=2", "model.sliding_window is null"),
+        ("model.window_attn_skip_freq=2", "needs model.sliding_window, which is null"),
         ("optim.warmup_steps=1000", "more than train.steps=64"),
         ("data.sources=3", "data.sources=3"),
         ("data.sources=[{path: a, wieght: 3}]", "wieght"),
@@ -92,8 +92,8 @@ def refusal(*overrides, world_size=2) -> str:
         ("model.init_method_std=1e300", "above 0 and 1,000"),
         ("model.rope_scaling.attention_factor=1e300", "or less"),
         ("parallel.timeout_minutes=1e-9", "0.1 or more"),
-        ("train.eval_positions=[5]", "two or more that rise"),
-        ("train.eval_positions=[0,8,8]", "two or more that rise"),
+        ("train.eval_positions=[5]", "two or more ascending positions"),
+        ("train.eval_positions=[0,8,8]", "two or more ascending positions"),
         ("train.eval_positions=[-1,8]", "0 or more"),
         ("parallel=null", "parallel=null does not exist"),
         ("ttt=null", "needs a value of its own"),
@@ -182,7 +182,7 @@ def test_sizes_that_no_machine_holds():
 
     config = to_config(compose_config(["recipe=tiny_ttt", "model.vocab_size=100000000"], RECIPES))
     config.model.hidden_size = 2**18
-    with pytest.raises(UserError, match=r"billion parameters a rank .* has"):
+    with pytest.raises(UserError, match=r"billion parameters per rank .* has"):
         check_memory(config, World(0, 2, 0))
     config = to_config(compose_config(["recipe=tiny_ttt", "data.seq_length=1000000000"], RECIPES))
     config.model.vocab_size = 2048

@@ -27,7 +27,7 @@ def test_the_web_toolkit_named_apex_is_not_nvidias(monkeypatch):
 
 
 def test_a_transformer_engine_that_does_not_load_is_broken(tmp_path):
-    """For megatron-core does not load either: every command that needs it says so."""
+    """megatron-core cannot be imported either: every command that needs it reports this."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('libcudnn.so.9: cannot open shared object file')")

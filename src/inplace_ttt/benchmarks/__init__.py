@@ -1,1 +1,1 @@
-"""Benchmarks: what fast weights cost, measured side by side in one run."""
+"""Benchmarks of the cost of fast weights; all variants run in turns in one process."""

@@ -1,4 +1,4 @@
-"""Attention over packed documents: Transformer Engine's kernels against torch's, each on what this rank holds."""
+"""Benchmark of attention over packed documents: Transformer Engine's kernels and torch's, under context parallelism."""
 
 import statistics
 from dataclasses import replace
@@ -18,9 +18,13 @@ from inplace_ttt.validation import transformer_impl
 
 
 def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
-    """Return a record for each number of documents of equal length, forward and backward; every rank calls it."""
+    """Return one record per number of documents and implementation, of forward and backward.
+
+    All ranks must call it. Raises UserError if Transformer Engine is not available, or if a number of documents does
+    not divide data.seq_length, because documents have equal length.
+    """
     if transformer_impl(config) != "transformer_engine":
-        raise UserError("attention compares with Transformer Engine, which is not here: pip install -e '.[gpu]'")
+        raise UserError("attention needs Transformer Engine, which is not available: use pip install -e '.[gpu]'")
     groups = runtime.start(config.parallel, config.train.seed)
     model = replace(config.model, num_layers=1, vocab_size=128)
     single = replace(config, model=model, ttt=replace(config.ttt, enabled=False))
@@ -33,7 +37,7 @@ def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
     records = []
     for count in documents:
         if s % count:
-            raise UserError(f"--documents {count} does not divide data.seq_length={s}: use one that does")
+            raise UserError(f"--documents {count} does not divide data.seq_length={s}: use a divisor of it")
         context = BatchContext(layout=SequenceLayout(tuple(range(0, s + 1, s // count))))
         ways = {
             "transformer engine": partial(module.attend, *inputs, context),

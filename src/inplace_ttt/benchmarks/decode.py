@@ -1,4 +1,4 @@
-"""The exported model in transformers: decoding, prefill and loaded books, beside the model without fast weights."""
+"""Benchmarks of the exported model in transformers, with and without fast weights: decode, prefill, loading a book."""
 
 import contextlib
 import statistics
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Models:
-    """Both models, with random weights, and a text that the one with fast weights has read: its state is not zero."""
+    """Hold models with and without fast weights, with random weights, and a book with a state that is not zero."""
 
     base: PreTrainedModel
     ours: PreTrainedModel
@@ -31,15 +31,15 @@ class Models:
 
     @classmethod
     def build(cls, config: Config, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> "Models":
-        """Make them on a device."""
-        # cuDNN's attention makes a plan for every new length of the keys, a millisecond each in every layer; which of
-        # the two models torch gives to it depends on their masks, so neither gets it
+        """Build both models on a device."""
+        # cuDNN's attention builds a plan for every new number of keys, 1 ms per layer. Whether torch selects cuDNN
+        # depends on the mask, which differs between the models, so it is disabled for both.
         torch.backends.cuda.enable_cudnn_sdp(False)
         configs = {BASE: replace(config, ttt=replace(config.ttt, enabled=False)), OURS: config}
         made = {}
         for name, variant in configs.items():
             keys = write_config(variant, str(dtype).removeprefix("torch."), base=None)
-            kind = getattr(exported, keys["architectures"][0])  # transformers' own class without fast weights
+            kind = getattr(exported, keys["architectures"][0])  # without fast weights: the class of transformers
             with torch.device(device):
                 torch.manual_seed(0)
                 made[name] = kind._from_config(kind.config_class.from_dict(keys), dtype=dtype).eval()
@@ -51,7 +51,7 @@ class Models:
 
 
 class _Clock:
-    """A streamer that notes when each token is there."""
+    """Record the time of each token, as a streamer of ``generate``."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -66,9 +66,13 @@ class _Clock:
 def decode(
     models: Models, after: list[int], rows: list[int], tokens: int, caches: Sequence[str] = CACHES
 ) -> list[dict]:
-    """Return what a step takes, with dynamic caches and with static ones in a compiled graph, after so many tokens.
+    """Return records of decode steps, with dynamic caches and with static caches in a compiled graph.
 
-    Keys and values of what came before are zeros, which takes as long. Chunks of a batch end at different steps.
+    Args:
+        after: numbers of tokens in the cache before the first step. Their keys and values are zeros, which does not
+            change the time.
+        rows: batch sizes. The texts of a batch complete their chunks at different steps.
+        tokens: decoded tokens per text.
     """
     records = []
     for number in rows:
@@ -80,9 +84,9 @@ def decode(
                     variant = f"{name}, {kind}"
                     place = dict(variant=variant, texts=f"{number} x {length}")
                     found.append(place | _decoded(models, model, book, number, length, tokens, kind == "static"))
-                    said = f"{found[-1]['ms_per_step']:.2f} ms a step, peak {found[-1]['peak_gib']:.1f} GiB"
+                    said = f"{found[-1]['ms_per_step']:.2f} ms per step, peak {found[-1]['peak_gib']:.1f} GiB"
                     print(f"{variant}, {number} x {length}: {said}", file=sys.stderr, flush=True)
-            # of whatever cache is the faster one without fast weights
+            # reference: the faster cache without fast weights
             best, best_mean = (min(one[key] for one in found[: len(caches)]) for key in ("ms_per_step", "mean_ms"))
             records += [
                 one | dict(ratio=one["ms_per_step"] / best, mean_ratio=one["mean_ms"] / best_mean) for one in found
@@ -94,7 +98,7 @@ def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int
     steps: list[float] = []
     started, recorded = time.perf_counter(), 0.0
     _reset_peak(model.device)
-    for count in (min(tokens, 8), tokens) if static else (tokens,):  # the first generation records the graph
+    for count in (min(tokens, 8), tokens) if static else (tokens,):  # the first generation captures the graph
         cache = filled_cache(model, book, rows, after, tokens + 2, static)
         ids = torch.randint(1, model.config.vocab_size, (rows, after + 1), device=model.device)
         clock = _Clock()
@@ -111,13 +115,13 @@ def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int
         ms_per_step=statistics.median(steps),
         mean_ms=statistics.fmean(steps),
         slowest_ms=max(steps),
-        first_s=recorded,  # the first generation, in which a graph is recorded
+        first_s=recorded,  # seconds of the first generation, which captures the graph
         peak_gib=_peak(model.device) - _weight_bytes(other) / GIB,
     )
 
 
 def filled_cache(model: PreTrainedModel, book, rows: int, after: int, room: int, static: bool):
-    """Return a cache that holds ``after`` tokens of zeros, and the fast weights of a book."""
+    """Return a cache with ``after`` tokens of zeros, space for ``room`` more, and a book's fast weights, if any."""
     config, device, dtype = model.config, model.device, model.dtype
     if book is not None:
         kind = exported.FastWeightStaticCache if static else exported.FastWeightCache
@@ -147,7 +151,7 @@ def _rounded(length: int) -> int:
 
 
 def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
-    """Return what reading a prompt takes: without fast weights, by the package, and by the exported file alone."""
+    """Return records of prefill: without fast weights, with this package, and with only the exported file."""
     records = []
     for length in lengths:
         ids = torch.randint(1, models.base.config.vocab_size, (1, length), device=models.base.device)
@@ -160,7 +164,7 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
                     _reset_peak(model.device)
                     started = _now(model.device)
                     model(ids, use_cache=True, logits_to_keep=1)
-                    if number:  # the first one does not count
+                    if number:  # the first round is a warm-up
                         times[name].append(_now(model.device) - started)
                         print(f"{name}, {length}: {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
                         peaks[name] = _peak(model.device) - _weight_bytes(other) / GIB
@@ -178,7 +182,7 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
 
 
 def book(models: Models, prompt: int, rounds: int) -> list[dict]:
-    """Return what a saved book adds to the time to the first token, its file being in the page cache."""
+    """Return records of the time to the first token with and without a book, whose file is in the page cache."""
     ids = torch.randint(1, models.ours.config.vocab_size, (1, prompt), device=models.ours.device)
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     records = []
@@ -213,7 +217,7 @@ def book(models: Models, prompt: int, rounds: int) -> list[dict]:
 
 @contextlib.contextmanager
 def _package(used: bool) -> Iterator[None]:
-    """Let the exported file compute chunks itself, as where the package is not installed."""
+    """Run the exported file with this package, or without it, as if the package were not installed."""
     before = exported.fast_weight_linear
     exported.fast_weight_linear = before if used else None
     try:

@@ -1,4 +1,4 @@
-"""One MLP layer, plain and with fast weights: time, memory, and error against float64."""
+"""Benchmark of one MLP layer, plain and with fast weights: time, memory, and error relative to float64."""
 
 import itertools
 import statistics
@@ -16,15 +16,17 @@ from inplace_ttt.ttt.plan import make_plan
 from inplace_ttt.ttt.target import chunk_ids
 
 ETA = 0.01
-CLIP = 1e-6  # small enough for every update to be rescaled
+CLIP = 1e-6  # small enough that every update is rescaled
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Describe the sizes of a layer and its input."""
+
     tokens: int
     hidden: int
     ffn: int
-    documents: int = 1  # of equal length
+    documents: int = 1  # documents of equal length in the sequence
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -36,10 +38,10 @@ class Shape:
         return 9 * 2.0 * self.tokens * self.hidden * self.ffn
 
     def ttt_flops(self, chunk_size: int) -> float:
-        """Return the same with fast weights, at 2 FLOPs a multiplication.
+        """Return the FLOPs of the MLP with fast weights, forward and backward; a multiply-add counts as two.
 
-        Each token adds 3 products of d x d, for the projection; a token whose update is read adds 3 of d x f, for the
-        update and its gradients.
+        Each token adds 3 products of d x d for the projection. Each token whose update is used adds 3 products of d x f
+        for the update and its gradients.
         """
         lengths = [stop - start for start, stop in itertools.pairwise(self.bounds)]
         learned_from = sum((length - 1) // chunk_size * chunk_size for length in lengths if length)
@@ -47,7 +49,7 @@ class Shape:
 
 
 def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size: int) -> Tensor:
-    """Compute the formula as it is written: all updates as matrices, their cumulative sum, one batched product."""
+    """Compute the fast-weight map literally: all updates as matrices, their cumulative sum, one batched product."""
     z_chunks, v_chunks = (t.squeeze(1).unflatten(0, (-1, chunk_size)) for t in (z, v))
     updates = eta * torch.einsum("ncd,ncf->ndf", v_chunks, z_chunks)
     weights = weight + updates.cumsum(0) - updates
@@ -55,7 +57,7 @@ def materialised(z: Tensor, v: Tensor, weight: Tensor, *, eta: float, chunk_size
 
 
 class Layer:
-    """Parameters and input of one layer in bf16, and its variants; of a sequence split over ranks what one holds."""
+    """Hold the bf16 parameters of one layer, one rank's input, and the variants of the layer."""
 
     def __init__(self, shape: Shape, update_norms: bool = False, ranks: int = 1, rank: int = 0):
         d, f = shape.hidden, shape.ffn
@@ -79,7 +81,7 @@ class Layer:
         return ChunkTargets(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
 
     def chunk_ids(self, chunk_size: int) -> Tensor:
-        """Return one copy for all runs, as all layers of a model share one."""
+        """Return the chunk IDs; all runs share one copy, as all layers of a model do."""
         if chunk_size not in self.ids:
             lengths = make_plan(self.shape.tokens, chunk_size, self.shape.bounds, *self.share).chunk_lengths
             self.ids[chunk_size] = chunk_ids(lengths).cuda()
@@ -89,7 +91,7 @@ class Layer:
         return F.linear(self.z(), self.fc2)
 
     def fast(self, operation: Callable, chunk_size: int) -> Tensor:
-        """Run the layer as the model does; an operation that knows no ``ChunkTargets`` is given a tensor."""
+        """Run the layer as the model does; ``materialised`` receives its targets as a tensor."""
         z, v = self.z(), self.targets(chunk_size)
         if operation is materialised:
             v = v.materialise()
@@ -128,11 +130,13 @@ def _counting_updates(*args, **kwargs) -> Tensor:
 def measure(
     shape: Shape, chunk_sizes: list[int], variants: list[str], rounds: int, update_norms: bool = False
 ) -> list[dict]:
-    """Return a record for the plain layer and for each variant at each chunk size; ``update_norms``: note them, as
-    training does in the forward that is not a recompute."""
+    """Return one record for the plain layer and each variant at each chunk size.
+
+    ``update_norms``: also compute update norms, as training does in each forward except a recompute.
+    """
     layer = Layer(shape, update_norms)
     records = []
-    layer.forward_backward(layer.plain)  # the libraries' workspaces are not the layer's
+    layer.forward_backward(layer.plain)  # allocate the libraries' workspaces, which do not belong to the layer
     plain_memory = peak_gib(lambda: layer.forward_backward(layer.plain))
     for chunk_size in chunk_sizes:
         wanted = [name for name in variants if name != "materialised" or _can_materialise(shape, chunk_size)]
@@ -165,7 +169,7 @@ def _can_materialise(shape: Shape, chunk_size: int) -> bool:
 
 
 def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict[str, float]]:
-    """Return the RMS errors of output and gradients over the RMS of the float64 value, for the same bf16 operands."""
+    """Return RMS errors of output and gradients / RMS of the float64 value, for the same bf16 operands, by variant."""
     layer = Layer(shape)
     with torch.no_grad():
         operands = [layer.z(), layer.targets(chunk_size).materialise(), layer.fc2]
@@ -190,6 +194,6 @@ def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict
 def _values(operation, operands, g, chunk_size, dtype) -> dict[str, Tensor]:
     inputs = [t.detach().to(dtype).requires_grad_() for t in operands]
     out = operation(*inputs, eta=ETA, chunk_size=chunk_size)
-    # The last chunk's update is used by nothing, so with one chunk v has no gradient in the definition's graph
+    # The last chunk's update is not used, so with one chunk v has no gradient in the definition's graph
     gradients = torch.autograd.grad(out, inputs, g.to(dtype), allow_unused=True, materialize_grads=True)
     return dict(zip(("out", "dz", "dv", "dW"), (t.double() for t in (out.detach(), *gradients)), strict=True))

@@ -1,4 +1,4 @@
-"""A training step of a whole model, fast weights on against off."""
+"""Benchmark of a training step of a whole model, with and without fast weights."""
 
 import gc
 import statistics
@@ -19,7 +19,7 @@ from inplace_ttt.validation import precision, transformer_impl
 
 
 class Step:
-    """A model with random weights and one step of random tokens."""
+    """Run training steps of a model with random weights on random tokens."""
 
     def __init__(self, config: Config, groups):
         self.config = config
@@ -43,19 +43,19 @@ class Step:
         self.batches = [MicroBatch.collate([sample], cp.size(), cp.rank(), chunk_size).to(device) for _ in range(count)]
 
     def run(self) -> float:
-        """Return the seconds of a step."""
+        """Run one step, and return its seconds."""
         torch.cuda.synchronize()
         started = time.perf_counter()
         totals = self.stepper.train(iter(self.batches), len(self.batches))
         self.optimizer.step()
         self.optimizer.zero_grad()
         torch.cuda.synchronize()
-        assert totals.loss == totals.loss, "the loss of the benchmark is not a number"
+        assert totals.loss == totals.loss, "the loss of the benchmark is nan"
         return time.perf_counter() - started
 
 
 def measure(config: Config, rounds: int, steps: int) -> list[dict]:
-    """Return a record with fast weights and one without; models are built in turns, as two do not fit in memory."""
+    """Return one record with fast weights and one without. Models are built in turns: two do not fit in memory."""
     groups = runtime.start(config.parallel, config.train.seed)
     configs = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
     times, peaks = {name: [] for name in configs}, {}

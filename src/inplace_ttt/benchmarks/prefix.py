@@ -1,5 +1,6 @@
-"""Measure what the exchange of states between context-parallel ranks costs: the layer over n ranks against the same
-arithmetic with nothing to wait for. Every rank holds the same number of tokens in both."""
+"""Benchmark of the exchange of carries between context-parallel ranks.
+
+It compares the layer over n ranks with the same arithmetic without an exchange, at equal tokens per rank."""
 
 import statistics
 from functools import cache, partial
@@ -17,9 +18,9 @@ AHEAD = 40_000_000  # clock cycles, about 20 ms
 
 
 def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) -> list[dict]:
-    """Return a record for each chunk size; ``shape`` is the whole sequence's, ``options`` are fast_weight_linear's.
+    """Return one record per chunk size. All ranks must call it.
 
-    Every rank calls it.
+    ``shape`` describes the whole sequence; ``options`` are passed to ``fast_weight_linear``.
     """
     ranks = dist.get_world_size()
     bounds = torch.tensor(shape.bounds, dtype=torch.int32)
@@ -50,14 +51,14 @@ def measure(shape: Shape, chunk_sizes: list[int], options: dict, rounds: int) ->
 
 
 class NoExchange(Exchange):
-    """Give every stage a carry at once, and send nothing; rows need no blocks."""
+    """Provide every stage with a carry of zeros at once, and send nothing. There is one row block."""
 
     def carries(self, stages, shape, like, initial) -> "_ConstantCarries":
         return _ConstantCarries(*shape)
 
 
 class _ConstantCarries:
-    """See ``Carries``."""
+    """Provide carries of zeros (see ``Carries``)."""
 
     def __init__(self, b: int, d: int, f: int):
         self.blocks, self.incoming, self.outgoing = [slice(0, d)], {}, {}
@@ -85,14 +86,16 @@ def _zeros(*shape: int) -> Tensor:
 
 
 def _together() -> None:
-    """Start all ranks at one time, their hosts some milliseconds ahead, as they are in training: the time to launch a
-    layer is not that of the exchange."""
+    """Start all ranks at the same time, with hosts some milliseconds ahead of their devices, as in training.
+
+    Otherwise the launch time of the layer would count as time of the exchange.
+    """
     torch.cuda._sleep(AHEAD)
     dist.all_reduce(torch.zeros(1, device="cuda"))
 
 
 def _slowest(times: list[float]) -> list[float]:
-    """Return for each round the time of the slowest rank."""
+    """Return the time of the slowest rank in each round."""
     slowest = torch.tensor(times, device="cuda")
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return slowest.tolist()

@@ -1,4 +1,4 @@
-"""Times and memory of several variants of one computation, taken in turns so that the machine's moods hit all alike."""
+"""Time and memory of several variants of one computation, which run in turns so that all see the same clock rates."""
 
 import statistics
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import torch
 def milliseconds(
     variants: dict[str, Callable[[], object]], rounds: int, together: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Return the device time of each variant in each round, after one round that does not count.
+    """Return the device time of each variant in each round, in milliseconds, after one warm-up round.
 
-    ``together`` is called before each run, with an idle device: a barrier, where ranks are to start at one time.
+    ``together`` is called before each run, when the device is idle; pass a barrier to start all ranks at the same time.
     """
     times = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -29,12 +29,12 @@ def milliseconds(
 
 
 def ratio(times: list[float], reference: list[float]) -> float:
-    """Return the median over rounds of a variant's time over the reference's in the same round."""
+    """Return the median over rounds of time / reference time in the same round."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))
 
 
 def peak_gib(run: Callable[[], object]) -> float:
-    """Return the device memory that a run needs beyond what was used before it, in GiB."""
+    """Return the peak device memory of a run in GiB, without memory allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Define the configuration of a run: keys (schema.py), ranges (ranges.py), and errors that a user can act on."""
+"""Configuration of a run: its keys (schema.py), their ranges (ranges.py), and the error shown to users (errors.py)."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.merge import REMOVED, config_from_values

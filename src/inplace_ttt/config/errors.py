@@ -1,15 +1,15 @@
-"""Define the error that a user can act on, and quote the errors of libraries in it."""
+"""Define UserError, and shorten the errors of libraries so that a message can quote them."""
 
 
 class UserError(Exception):
-    """Something the user gave cannot work; the message is one sentence that says what would."""
+    """Report input that cannot work. The message is one sentence that names the input and what would work."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type where it has none."""
+    """Return the first line of an error's message that is not empty, or the name of its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message as one line of at most 200 characters."""
+    """Return an error's message as one line of at most 200 characters, or the name of its type if it is empty."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Build a Config from the values of a file, also of one that an earlier version wrote."""
+"""Build a Config from the values of a file, which an earlier version may have written."""
 
 from dataclasses import fields, is_dataclass
 from typing import cast, get_type_hints
@@ -10,9 +10,9 @@ from inplace_ttt.config.errors import UserError, first_line
 from inplace_ttt.config.ranges import check_ranges
 from inplace_ttt.config.schema import Config
 
-# Keys that there are no more, and what has taken their place
+# Removed keys, and what to use instead
 REMOVED = {"model.qk_layernorm": "use model.family: qwen3 has norms of queries and keys, llama and qwen2 have none"}
-# What a file need not say: of an imported model there is no run
+# Values for required keys that a file may lack: an imported model has no run
 _FILLED = dict(
     run=dict(name="export"),
     train=dict(steps=1, global_batch_size=1),
@@ -22,16 +22,21 @@ _FILLED = dict(
 
 
 def config_from_values(values: dict, place: str) -> Config:
-    """Return the configuration that ``values`` of ``place`` make; keys that there are no more are left out.
+    """Return the configuration with these values; keys that this version does not know are ignored.
 
-    Raises UserError where a value is missing, of another type, or out of range.
+    Args:
+        values: sections by name, as read from a file.
+        place: name of the file, for error messages.
+
+    Raises:
+        UserError: a value is missing, has the wrong type, or is out of range.
     """
     values = _with_family(values)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), _FILLED, _known(values, Config))
         config = cast(Config, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{place} is not of this version: {first_line(error)}") from error
+        raise UserError(f"{place} cannot be read by this version: {first_line(error)}") from error
     try:
         check_ranges(config)
     except UserError as error:
@@ -40,7 +45,7 @@ def config_from_values(values: dict, place: str) -> Config:
 
 
 def _with_family(values: dict) -> dict:
-    """Return values with model.family. Earlier versions had only the norms of queries and keys to tell families by."""
+    """Return the values with model.family added, which files of earlier versions state as model.qk_layernorm."""
     model = values.get("model")
     if not isinstance(model, dict) or "family" in model or "qk_layernorm" not in model:
         return values

@@ -1,4 +1,4 @@
-"""Ranges of values: written in the type of a key (schema.py), checked by pydantic, answered in one sentence."""
+"""Check the ranges of values, which the types in schema.py state, and report a violation in one sentence."""
 
 import functools
 import re
@@ -12,12 +12,12 @@ from pydantic_core import PydanticCustomError
 
 from inplace_ttt.config.errors import UserError
 
-LARGE = 1000  # an upper bound beyond this only keeps out what no machine holds: it is named where it is exceeded
+LARGE = 1000  # larger upper bounds only exclude absurd values, so a message names them only if they are exceeded
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def OneOf(*choices: str) -> AfterValidator:
-    """Allow these strings."""
+    """Return a validator that accepts only these strings."""
 
     def check(value: str) -> str:
         if value not in choices:
@@ -28,46 +28,48 @@ def OneOf(*choices: str) -> AfterValidator:
 
 
 def Odd() -> AfterValidator:
-    """Allow odd numbers."""
+    """Return a validator that accepts odd numbers."""
 
     def check(value: int) -> int:
         if value % 2 == 0:
-            raise PydanticCustomError("range", "is even: use an odd number, as many taps before as after")
+            raise PydanticCustomError("range", "is even: use an odd number, so that the kernel is centred")
         return value
 
     return AfterValidator(check)
 
 
 def Path() -> AfterValidator:
-    """Allow what a file system takes as a path."""
+    """Return a validator that accepts strings that can be a path."""
 
     def check(value: str) -> str:
         if not value.strip():
             raise PydanticCustomError("range", "is empty: name a path")
         if _UNPRINTABLE.search(value) or len(value) > 4000:
-            raise PydanticCustomError("range", "is no path: use printable characters, at most 4000 of them")
+            raise PydanticCustomError("range", "is not a valid path: use at most 4000 printable characters")
         return value
 
     return AfterValidator(check)
 
 
 def Word() -> AfterValidator:
-    """Allow the name of a run or a project: part of a path, a word on a command line, a title."""
+    """Return a validator that accepts names of runs and projects, which occur in paths, commands and titles."""
 
     def check(value: str) -> str:
         if not value.strip():
             raise PydanticCustomError("range", "is empty: give a name")
         if _UNPRINTABLE.search(value) or "/" in value or value in (".", "..") or len(value.encode()) > 128:
-            raise PydanticCustomError("range", "is no name: use at most 128 printable characters, and no '/'")
+            raise PydanticCustomError("range", "is not a valid name: use at most 128 printable characters, and no '/'")
         return value
 
     return AfterValidator(check)
 
 
 def check_ranges(section, prefix: str = "") -> None:
-    """Raise UserError for the first value of a section (a dataclass of schema.py) that lies out of its range.
+    """Raise UserError for the first value of a section that is out of range.
 
-    ``prefix`` is put before the names of keys, such as ``model.``.
+    Args:
+        section: a dataclass of schema.py.
+        prefix: put before the names of keys in the message, such as ``model.``.
     """
     try:
         cls: Any = type(section)
@@ -78,7 +80,7 @@ def check_ranges(section, prefix: str = "") -> None:
 
 
 def check_key(name: str, value) -> None:
-    """Raise UserError where a key, such as ``parallel.timeout_minutes``, cannot have a value."""
+    """Raise UserError if ``value`` is not allowed for a key such as ``parallel.timeout_minutes``."""
     from inplace_ttt.config.schema import Config
 
     section, _, key = name.partition(".")
@@ -111,7 +113,7 @@ def _sentence(cls: type, prefix: str, error: dict) -> str:
 
 
 def _bounds(cls: type, place: tuple) -> tuple[dict[type, float], bool]:
-    """Return the bounds that the schema gives the key at ``place`` by their kinds, and whether it may be null."""
+    """Return the bounds of the key at ``place``, by type (Ge, Gt, Le, Lt), and whether the key may be null."""
     hint: Any = cls
     bounds: dict[type, float] = {}
     optional = False
@@ -138,7 +140,7 @@ def _bounds(cls: type, place: tuple) -> tuple[dict[type, float], bool]:
 def _describe(value, bounds: dict[type, float]) -> str:
     least, above = bounds.get(Ge), bounds.get(Gt)
     most, below = bounds.get(Le), bounds.get(Lt)
-    if least is not None and 0 < least < 1e-20:  # keeps out what fp32 does not hold
+    if least is not None and 0 < least < 1e-20:  # the smallest fp32 numbers
         if isinstance(value, int | float) and 0 < value < least:
             return f"{least} or more"
         least, above = None, 0

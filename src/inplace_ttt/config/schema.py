@@ -1,8 +1,8 @@
-"""Every key of a run: its type, its range, its default, its meaning, and what another value means on resume.
+"""Keys of a run: type, range, default, meaning, and the effect of a changed value on resume.
 
-Hydra fills these dataclasses from ``recipes/``. Keys are Megatron's own names and the paper's. A field whose default is
-MISSING must come from a recipe. A range is written in the field's type and checked by ``ranges.py``; what values fit
-together is checked in ``validation.py``.
+Hydra fills these dataclasses from ``recipes/``. Keys have the names that Megatron and the paper use. A field whose
+default is MISSING must be set by a recipe or on the command line. The field's type states its range, which
+``ranges.py`` checks. ``validation.py`` checks combinations of values.
 """
 
 import enum
@@ -18,198 +18,235 @@ from pydantic import AllowInfNan
 from inplace_ttt.config.errors import UserError
 from inplace_ttt.config.ranges import Odd, OneOf, Path, Word
 
-# Vocabularies are padded to a multiple of this at any tensor-parallel size, so that checkpoints fit every layout.
+# The vocabulary is padded to a multiple of this at every tensor-parallel size, so that a checkpoint can be loaded with
+# another parallel layout
 VOCAB_MULTIPLE = 128
 TARGETS = ("hidden_states", "input_embed")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class OnResume(enum.Enum):
-    """Say what it means to resume a run with another value of a key."""
+    """Name the effect of a changed value of a key when a run resumes."""
 
-    REFUSED = "it would be another run"
-    TAKES_EFFECT = "it takes effect from the step after the checkpoint on, and is announced"
-    LAYOUT = "how the run is carried out, not what it computes"
+    REFUSED = "refused: it would be another run"
+    TAKES_EFFECT = "applied from the next step, and logged"
+    LAYOUT = "applied without a notice: it changes how the run is executed, not what it computes"
 
 
 IDENTITY, LAYOUT = OnResume.REFUSED, OnResume.LAYOUT
 
 Count = Annotated[int, Ge(0), Le(10**9)]
 Size = Annotated[int, Ge(1), Le(10**9)]
-Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer
+Width = Annotated[int, Ge(1), Le(2**20)]  # sizes of a layer
 Ranks = Annotated[int, Ge(1), Le(2**20)]
-# Bounds keep out what fp32 does not hold, and so what would only show as NaN in the first step
+# The bounds exclude numbers that fp32 cannot represent, which would only show as NaN in the first step
 Real = Annotated[float, Ge(-1e6), Le(1e6), AllowInfNan(False)]
 Positive = Annotated[float, Ge(1e-30), Le(1e9), AllowInfNan(False)]
 NotNegative = Annotated[float, Ge(0), Le(1e6), AllowInfNan(False)]
-Deviation = Annotated[float, Ge(1e-30), Le(1e3), AllowInfNan(False)]  # of random weights
+Deviation = Annotated[float, Ge(1e-30), Le(1e3), AllowInfNan(False)]  # standard deviation of initial weights
 Fraction = Annotated[float, Ge(0), Le(1), AllowInfNan(False)]
 
 
 @dataclass
 class RopeScaling:
-    """RoPE scaling as in a Hugging Face config's ``rope_parameters``; keys that a type does not use stay null."""
+    """Describe the RoPE scaling, as ``rope_parameters`` in a Hugging Face config; unused keys are null."""
 
-    rope_type: Annotated[str, OneOf(*ROPE_TYPES)] = "default"
-    factor: Annotated[float, Ge(1), AllowInfNan(False)] | None = None
+    rope_type: Annotated[str, OneOf(*ROPE_TYPES)] = "default"  # default, linear, yarn or llama3; default: no scaling
+    factor: Annotated[float, Ge(1), AllowInfNan(False)] | None = None  # scaled context length / original context length
+    # yarn and llama3: context length before scaling, in tokens
     original_max_position_embeddings: Size | None = None
-    attention_factor: Positive | None = None  # yarn
-    beta_fast: Positive | None = None  # yarn
-    beta_slow: Positive | None = None  # yarn
-    low_freq_factor: Positive | None = None  # llama3
-    high_freq_factor: Positive | None = None  # llama3
+    attention_factor: Positive | None = None  # yarn: factor on cos and sin; null: derived from factor
+    beta_fast: Positive | None = None  # yarn: rotations above which a dimension is not interpolated; null: 32
+    beta_slow: Positive | None = None  # yarn: rotations below which a dimension is fully interpolated; null: 1
+    # llama3: original context / wavelength below which a dimension is fully interpolated
+    low_freq_factor: Positive | None = None
+    # llama3: original context / wavelength above which a dimension is not interpolated
+    high_freq_factor: Positive | None = None
 
 
 @dataclass
 class Model:
-    family: Annotated[str, IDENTITY] = "qwen3"  # qwen3, qwen2 (also Qwen2.5) or llama: what is particular, models/
-    num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING  # transformer layers
-    hidden_size: Annotated[Width, IDENTITY] = MISSING  # d
-    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # f, the inner size of the gated MLP
-    num_attention_heads: Annotated[Width, IDENTITY] = MISSING  # query heads
-    num_query_groups: Annotated[Width, IDENTITY] = MISSING  # key-value heads
-    kv_channels: Annotated[int, Ge(2), Le(2**16), IDENTITY] = MISSING  # size of a head
-    vocab_size: Annotated[int, Ge(1), Le(2**27), IDENTITY] | None = None  # null: the tokenizer's
-    layernorm_epsilon: Annotated[Positive, Lt(1), IDENTITY] = 1e-6  # of all RMSNorms
-    rotary_base: Annotated[float, Gt(1), AllowInfNan(False), IDENTITY] = 1_000_000.0  # theta of RoPE
+    """Configure the transformer."""
+
+    family: Annotated[str, IDENTITY] = "qwen3"  # model family: qwen3, qwen2 (also Qwen2.5) or llama
+    num_layers: Annotated[int, Ge(1), Le(10_000), IDENTITY] = MISSING  # number of transformer layers
+    hidden_size: Annotated[Width, IDENTITY] = MISSING  # hidden size (d)
+    ffn_hidden_size: Annotated[Width, IDENTITY] = MISSING  # inner size of the gated MLP (f)
+    num_attention_heads: Annotated[Width, IDENTITY] = MISSING  # number of query heads
+    num_query_groups: Annotated[Width, IDENTITY] = MISSING  # number of key-value heads
+    kv_channels: Annotated[int, Ge(2), Le(2**16), IDENTITY] = MISSING  # size of an attention head
+    # vocabulary size before padding; null: the tokenizer's
+    vocab_size: Annotated[int, Ge(1), Le(2**27), IDENTITY] | None = None
+    layernorm_epsilon: Annotated[Positive, Lt(1), IDENTITY] = 1e-6  # epsilon of all RMSNorms
+    rotary_base: Annotated[float, Gt(1), AllowInfNan(False), IDENTITY] = 1_000_000.0  # base (theta) of RoPE
+    # scaling of RoPE to longer contexts
     rope_scaling: Annotated[RopeScaling, IDENTITY] = field(default_factory=RopeScaling)
-    max_position_embeddings: Annotated[Size, IDENTITY] | None = None  # null: data.seq_length
-    tie_word_embeddings: Annotated[bool, IDENTITY] = True  # the output layer is the embedding
-    # tokens a query attends to, itself included; null: all before it
+    # context length of RoPE and of exported models, in tokens; null: data.seq_length
+    max_position_embeddings: Annotated[Size, IDENTITY] | None = None
+    tie_word_embeddings: Annotated[bool, IDENTITY] = True  # true: the output layer shares the embedding weight
+    # sliding attention window in tokens, the query's own included; null: full causal attention
     sliding_window: Annotated[Size, IDENTITY] | None = None
-    # every Nth layer attends to all tokens, the others to the window; null: all of them to the window
+    # N: every Nth layer uses full attention instead of the sliding window; null: all layers use the window
     window_attn_skip_freq: Annotated[int, Ge(2), Le(10_000), IDENTITY] | None = None
-    init_method_std: Annotated[Deviation, IDENTITY] = 0.02  # of new weights
-    embedding_init_method_std: Annotated[Deviation, IDENTITY] | None = None  # null: init_method_std
-    # auto: Transformer Engine where CUDA and the package are there, else plain torch
+    init_method_std: Annotated[Deviation, IDENTITY] = 0.02  # standard deviation of initial weights
+    # standard deviation of initial embeddings; null: model.init_method_std
+    embedding_init_method_std: Annotated[Deviation, IDENTITY] | None = None
+    # layer implementation: local (torch) or transformer_engine; auto: transformer_engine if CUDA and it are available
     transformer_impl: Annotated[str, OneOf("auto", "local", "transformer_engine"), LAYOUT] = "auto"
 
 
 @dataclass
 class TTT:
-    enabled: Annotated[bool, IDENTITY] = True  # false: plain MLPs
-    layers: Annotated[Any, IDENTITY] = "every 6th"  # "every Nth" from layer 0 on, "all", or a list of numbers from 0
-    chunk_size: Annotated[Size, IDENTITY] = 1024  # tokens
-    eta: Annotated[Real, IDENTITY] = 1.0  # learning rate of the updates
-    # what targets are made of: the MLP's input or the embedding output
+    """Configure the fast weights (arXiv 2604.06169)."""
+
+    enabled: Annotated[bool, IDENTITY] = True  # true: use fast weights; false: plain MLPs
+    # layers with fast weights: "every Nth" starting at layer 0, "all", or a list of layer indices
+    layers: Annotated[Any, IDENTITY] = "every 6th"
+    chunk_size: Annotated[Size, IDENTITY] = 1024  # tokens per chunk
+    eta: Annotated[Real, IDENTITY] = 1.0  # learning rate eta of the fast-weight updates
+    # input of the targets: hidden_states (the MLP's input) or input_embed (the embedding output)
     target: Annotated[str, OneOf(*TARGETS), IDENTITY] = "hidden_states"
-    conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the convolution that makes targets
-    project: Annotated[bool, IDENTITY] = True  # the projection P behind the convolution
-    proj_init_std: Deviation = 0.02  # of P's diagonal, when it is new
-    # how chunk states pass between context-parallel ranks; ring_messages: without mapped memory
+    conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the target convolution
+    project: Annotated[bool, IDENTITY] = True  # true: apply the projection P after the target convolution
+    proj_init_std: Deviation = 0.02  # standard deviation of the initial diagonal of P
+    # transport of carries between context-parallel ranks: ring (symmetric memory if available) or ring_messages (P2P)
     prefix: Annotated[str, OneOf("ring", "ring_messages"), LAYOUT] = "ring"
-    comm_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"  # of the chunk states between context-parallel ranks
-    # keep chunk weights for the backward rather than recompute them; null: where memory is free
+    comm_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"  # dtype of carries between context-parallel ranks
+    # true: keep chunk weights for the backward; false: recompute them; null: keep them if enough memory is free
     keep_chunk_weights: Annotated[bool, LAYOUT] | None = None
-    lr_multiplier: NotNegative = 1.0  # learning rate of the new parameters over optim.lr
-    clip_separately: bool = False  # clip the new parameters' gradients by their own norm
-    # largest norm of one chunk's update over that of W_down, here, in evaluation and in the export; null: no clipping
+    lr_multiplier: NotNegative = 1.0  # learning rate of the target convolution and projection, divided by optim.lr
+    # true: clip the gradients of the target convolution and projection by their own norm; false: by the global norm
+    clip_separately: bool = False
+    # largest norm of a chunk's update / norm of W_down, in training, evaluation and export; null: no clipping
     clip: Positive | None = None
-    # at steps divisible by it, a histogram of the norms of chunks' updates before clipping (update_histogram); 0: never
+    # steps between histograms of update norms before clipping (update_histogram in metrics.jsonl); 0: none
     histogram_interval: Count = 10
-    max_update_ratio: Positive | None = 1.0  # stop when |sum of updates| / |W_down| exceeds it; null: never
+    max_update_ratio: Positive | None = 1.0  # |sum of updates| / |W_down| above which the run stops; null: none
 
 
 @dataclass
 class Parallel:
-    tensor_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that split each layer
-    pipeline_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # stages of layers
-    context_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that split each sequence
-    sequence_parallel: Annotated[bool, LAYOUT] = False  # norms and dropout split over tensor-parallel ranks by tokens
-    use_distributed_optimizer: Annotated[bool, IDENTITY] = True  # its states are saved in a form of their own
-    overlap_grad_reduce: Annotated[bool, LAYOUT] = False  # reduce gradients while the backward runs
-    overlap_param_gather: Annotated[bool, LAYOUT] = False  # gather parameters while the forward runs
-    # a collective that takes longer ends the job
+    """Configure the parallel layout."""
+
+    tensor_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that share each layer (TP)
+    pipeline_model_parallel_size: Annotated[Ranks, LAYOUT] = 1  # pipeline stages (PP)
+    context_parallel_size: Annotated[Ranks, LAYOUT] = 1  # ranks that share each sequence (CP)
+    sequence_parallel: Annotated[bool, LAYOUT] = False  # true: tensor-parallel ranks split the norms by tokens
+    # true: shard the optimizer states over data- and context-parallel ranks; it changes their checkpoint format
+    use_distributed_optimizer: Annotated[bool, IDENTITY] = True
+    overlap_grad_reduce: Annotated[bool, LAYOUT] = False  # true: reduce gradients during the backward
+    overlap_param_gather: Annotated[bool, LAYOUT] = False  # true: gather parameters during the forward
+    # timeout of collectives in minutes; a collective that takes longer ends the job
     timeout_minutes: Annotated[float, Ge(0.1), Le(7 * 24 * 60), AllowInfNan(False), LAYOUT] = 10.0
 
 
 @dataclass
 class Source:
-    path: Annotated[str, Path(), LAYOUT] = MISSING  # prefix of a .bin and .idx pair, which are known by their content
-    weight: Annotated[Positive, IDENTITY] = 1.0
-    name: Annotated[str, Word(), LAYOUT] | None = None  # in records; null: the last part of path
+    """Describe one indexed data set."""
+
+    # path of a .bin and .idx pair without the suffix; on resume it may change if the content is the same
+    path: Annotated[str, Path(), LAYOUT] = MISSING
+    weight: Annotated[Positive, IDENTITY] = 1.0  # relative weight in the mixture
+    name: Annotated[str, Word(), LAYOUT] | None = None  # name in metrics; null: the last part of path
 
 
 @dataclass
 class Data:
-    # indexed: files made by prepare_data.py; recall: synthetic key-value recall
+    """Configure the training and held-out data."""
+
+    # kind of data: indexed (files written by prepare_data.py) or recall (synthetic key-value recall)
     kind: Annotated[str, OneOf("indexed", "recall"), IDENTITY] = "indexed"
-    sources: Annotated[list[Source], IDENTITY] = field(default_factory=list)
-    # folder or Hugging Face name; null: the one the first source was made with
+    sources: Annotated[list[Source], IDENTITY] = field(default_factory=list)  # training data
+    # tokenizer folder or Hugging Face name; null: the tokenizer of the first source
     tokenizer: Annotated[str, Path(), LAYOUT] | None = None
-    seq_length: Annotated[Size, IDENTITY] = MISSING
-    # attention, positions and fast weights start anew with each document
+    seq_length: Annotated[Size, IDENTITY] = MISSING  # tokens per sample (s)
+    # true: reset attention, positions and fast weights at each document start
     reset_at_documents: Annotated[bool, IDENTITY] = True
-    validation_fraction: Annotated[float, Ge(0), Lt(1), AllowInfNan(False), IDENTITY] = 0.02  # of the documents
-    # held-out data of one's own, like sources; empty: validation_fraction of each source, else nothing of them
+    # fraction of each source's documents that is held out; ignored if data.validation is set
+    validation_fraction: Annotated[float, Ge(0), Lt(1), AllowInfNan(False), IDENTITY] = 0.02
+    # separate held-out data, in the format of sources; empty: data.validation_fraction of each source is held out
     validation: Annotated[list[Source], IDENTITY] = field(default_factory=list)
-    num_workers: Annotated[int, Ge(0), Le(1024), LAYOUT] = 0  # processes that read ahead
-    recall_pairs: Annotated[Size, IDENTITY] = 16  # recall: key-value pairs in a sequence
-    recall_alphabet: Annotated[int, Ge(1), Le(2**26), IDENTITY] = 100  # recall: different keys, and different values
+    num_workers: Annotated[int, Ge(0), Le(1024), LAYOUT] = 0  # data loader processes per rank; 0: none
+    recall_pairs: Annotated[Size, IDENTITY] = 16  # recall: key-value pairs per sample
+    recall_alphabet: Annotated[int, Ge(1), Le(2**26), IDENTITY] = 100  # recall: number of keys, and of values
 
 
 @dataclass
 class Optim:
-    lr: NotNegative = MISSING  # largest learning rate, after the warm-up
-    min_lr_ratio: Fraction = 0.1  # of lr, at the end of the decay
-    warmup_fraction: Fraction = 0.02  # of train.steps
-    warmup_steps: Count | None = None  # in its place
-    warmup_tokens: Annotated[int, Ge(0), Le(10**15)] | None = None  # in its place
-    decay_fraction: Fraction = 1.0  # of train.steps after which min_lr is reached
-    weight_decay: NotNegative = 0.1  # of weight matrices
-    adam_beta1: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.9
-    adam_beta2: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.95
-    adam_eps: Positive = 1e-8
-    clip_grad: NotNegative = 1.0  # largest norm of all gradients; 0: no clipping
+    """Configure AdamW and the learning rate schedule."""
+
+    lr: NotNegative = MISSING  # peak learning rate, reached at the end of the warm-up
+    min_lr_ratio: Fraction = 0.1  # learning rate at the end of the decay, divided by optim.lr
+    warmup_fraction: Fraction = 0.02  # warm-up as a fraction of train.steps
+    warmup_steps: Count | None = None  # warm-up in steps; overrides optim.warmup_fraction
+    # warm-up in tokens; overrides optim.warmup_fraction
+    warmup_tokens: Annotated[int, Ge(0), Le(10**15)] | None = None
+    decay_fraction: Fraction = 1.0  # fraction of train.steps after which the decay ends
+    weight_decay: NotNegative = 0.1  # decoupled weight decay of weight matrices
+    adam_beta1: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.9  # beta1 of Adam
+    adam_beta2: Annotated[float, Ge(0), Lt(1), AllowInfNan(False)] = 0.95  # beta2 of Adam
+    adam_eps: Positive = 1e-8  # epsilon of Adam
+    clip_grad: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
 
 
 @dataclass
 class Train:
-    steps: Size = MISSING  # of the optimizer, in the whole run
-    global_batch_size: Annotated[int, Ge(1), Le(10**7), IDENTITY] = MISSING  # sequences of data.seq_length tokens
-    micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1  # sequences of one forward on a data-parallel rank
-    seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234  # of initial weights and of the order of samples
-    precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # auto: bf16 with CUDA, fp32 without
-    recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"  # activations in the backward
-    # of full; false: queries, keys, values and output are kept instead
+    """Configure the training loop and evaluation during training."""
+
+    steps: Size = MISSING  # optimizer steps of the whole run
+    global_batch_size: Annotated[int, Ge(1), Le(10**7), IDENTITY] = MISSING  # samples per optimizer step
+    micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1  # samples per micro batch on a data-parallel rank
+    seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234  # seed of initial weights and sample order
+    precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # bf16 or fp32; auto: bf16 with CUDA, else fp32
+    # activation recomputation: none, selective (train.recompute_modules) or full (whole layers)
+    recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"
+    # for train.recompute=full: true: also recompute core attention; false: keep its inputs and output instead
     recompute_core_attn: Annotated[bool, LAYOUT] = True
-    # of selective
+    # for train.recompute=selective: modules to recompute, of core_attn, mlp and layernorm
     recompute_modules: Annotated[list[Annotated[str, OneOf("core_attn", "mlp", "layernorm")]], LAYOUT] = field(
         default_factory=lambda: ["core_attn"]
     )
-    eval_interval: Count = 0  # steps; 0: only at the end
-    eval_samples: Annotated[int, Ge(0), Le(10**7)] = 8  # 0: no evaluation
-    # edges of the ranges of positions in the document for which the held-out loss is noted; null: eight equal ranges
+    eval_interval: Count = 0  # steps between evaluations; 0: only at the end
+    eval_samples: Annotated[int, Ge(0), Le(10**7)] = 8  # held-out samples per evaluation; 0: no evaluation
+    # edges of ranges of document positions, in tokens, for which held-out loss is recorded; null: eight equal ranges
     eval_positions: list[Count] | None = None
-    eval_without_fast_weights: bool = True  # evaluate a second time with fast weights switched off
+    eval_without_fast_weights: bool = True  # true: evaluate a second time without fast weights
 
 
 @dataclass
 class Checkpoint:
-    interval: Annotated[Count, LAYOUT] = 100  # steps; 0: only at the end and when told to stop
-    keep: Annotated[Size, LAYOUT] = 2
-    async_save: Annotated[bool, LAYOUT] = True
-    # a checkpoint to start a new run's weights from (resuming needs no key)
+    """Configure checkpoints."""
+
+    interval: Annotated[Count, LAYOUT] = 100  # steps between checkpoints; 0: only at the end and on a stop request
+    keep: Annotated[Size, LAYOUT] = 2  # number of latest checkpoints to keep
+    async_save: Annotated[bool, LAYOUT] = True  # true: write checkpoints in the background while training continues
+    # checkpoint from which a new run takes its initial weights; a run resumes from its own checkpoints without this key
     load: Annotated[str, Path(), LAYOUT] | None = None
 
 
 @dataclass
 class Log:
-    # auto: online where a key is there, else offline
+    """Configure the outputs of a run."""
+
+    # Weights & Biases: online, offline or disabled; auto: online if an API key is available, else offline
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled"), LAYOUT] = "auto"
-    wandb_project: Annotated[str, Word(), LAYOUT] = "inplace-ttt"
-    tensorboard: Annotated[bool, LAYOUT] = False  # the same numbers, in the run's folder tensorboard/
-    interval: Annotated[Size, LAYOUT] = 1  # steps between progress lines where there is no terminal
+    wandb_project: Annotated[str, Word(), LAYOUT] = "inplace-ttt"  # Weights & Biases project
+    tensorboard: Annotated[bool, LAYOUT] = False  # true: also write TensorBoard event files to RUN/tensorboard
+    interval: Annotated[Size, LAYOUT] = 1  # steps between progress lines when the output is not a terminal
 
 
 @dataclass
 class Run:
-    name: Annotated[str, Word(), LAYOUT] = MISSING
-    dir: Annotated[str, Path(), LAYOUT] = "runs/${run.name}"
+    """Name a run and its folder."""
+
+    name: Annotated[str, Word(), LAYOUT] = MISSING  # name of the run
+    dir: Annotated[str, Path(), LAYOUT] = "runs/${run.name}"  # folder of the run's outputs
 
 
 @dataclass
 class Config:
+    """Hold all sections of a run's configuration."""
+
     model: Model = field(default_factory=Model)
     ttt: TTT = field(default_factory=TTT)
     parallel: Parallel = field(default_factory=Parallel)
@@ -226,13 +263,13 @@ class Key:
     """Describe one key of the configuration."""
 
     name: str  # such as optim.lr
-    type: type  # without None and annotations; of a list, list
-    optional: bool  # may be null
+    type: type  # without None and annotations; list for a list
+    optional: bool  # true: the value may be null
     on_resume: OnResume
 
 
 def schema_keys(cls: type = Config, prefix: str = "", on_resume: OnResume = OnResume.TAKES_EFFECT) -> dict[str, Key]:
-    """Return every key of a section by its full name; sections and the keys of list elements included."""
+    """Return all keys of a section by full name, including sections and the keys of list elements."""
     hints, found = typing.get_type_hints(cls, include_extras=True), {}
     for one in fields(cls):
         hint, name = hints[one.name], prefix + one.name
@@ -248,7 +285,7 @@ def schema_keys(cls: type = Config, prefix: str = "", on_resume: OnResume = OnRe
 
 
 def _unwrap(hint) -> tuple[type, bool, OnResume | None]:
-    """Return (type, whether it may be None, its OnResume) of an annotation."""
+    """Return (type, true if it may be None, its OnResume or None) of an annotation."""
     optional, role = False, None
     while True:
         if typing.get_origin(hint) is Annotated:
@@ -261,17 +298,17 @@ def _unwrap(hint) -> tuple[type, bool, OnResume | None]:
             return hint, optional, role
 
 
-# keys whose value is a list of sources
+# Names of the keys whose value is a list of sources
 SOURCE_LISTS = tuple(name.removesuffix(".path") for name in schema_keys() if name.endswith(".path"))
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the rows of the embedding: ``vocab_size`` rounded up to VOCAB_MULTIPLE."""
+    """Return the number of embedding rows: ``vocab_size`` rounded up to a multiple of VOCAB_MULTIPLE."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def warmup_steps(config: Config) -> int:
-    """Return the steps of the learning rate's warm-up, whichever key says them."""
+    """Return the number of warm-up steps, from warmup_steps, warmup_tokens or warmup_fraction."""
     optim, train = config.optim, config.train
     if optim.warmup_steps is not None:
         return optim.warmup_steps
@@ -281,9 +318,10 @@ def warmup_steps(config: Config) -> int:
 
 
 def ttt_layers(ttt: TTT, num_layers: int) -> list[int]:
-    """Return the numbers (from 0) of the layers whose MLP has fast weights.
+    """Return the indices of the layers whose MLP has fast weights, in ascending order.
 
-    Raises UserError where ``ttt.layers`` is not a choice of layers.
+    Raises:
+        UserError: ``ttt.layers`` is not a valid choice of layers.
     """
     if not ttt.enabled:
         return []
@@ -306,10 +344,10 @@ def ttt_layers(ttt: TTT, num_layers: int) -> list[int]:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < num_layers:
             raise UserError(
                 f"ttt.layers names layer {layer}, but model.num_layers={num_layers}: "
-                f"use numbers from 0 to {num_layers - 1}"
+                f"use indices from 0 to {num_layers - 1}"
             )
     return sorted(set(chosen))
 
 
 def _not_layers(chosen) -> UserError:
-    return UserError(f"ttt.layers={chosen!r} is not understood: use 'every 6th', 'all' or a list such as [0,6,12]")
+    return UserError(f"ttt.layers={chosen!r} is not valid: use 'every 6th', 'all' or layer indices such as [0,6,12]")

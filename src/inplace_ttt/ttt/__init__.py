@@ -1,6 +1,6 @@
-"""The method: fast weights in the down-projection of a gated MLP (Feng et al., arXiv 2604.06169).
+"""In-Place Test-Time Training: fast weights in the down-projection of a gated MLP (Feng et al., arXiv 2604.06169).
 
-Everything here knows torch only: no Megatron, no files, no configuration.
+This package depends on torch only: it does not use Megatron, files or the configuration.
 """
 
 from inplace_ttt.ttt.autograd import CarryCache

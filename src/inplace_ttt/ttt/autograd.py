@@ -1,13 +1,13 @@
-"""The operation's forward and its hand-written backward.
+"""Forward of the operation and its hand-written backward.
 
 With g_t = dL/do_t, W_i the weight that chunk i uses and G_i the sum of g_t z_t^T over later chunks of the same document
 (out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):
 
     dL/dz_t = W_i^T g_t + eta * G_i^T v_t        dL/dv_t = eta * G_i z_t        dL/dW = sum_t g_t z_t^T
 
-The forward is a prefix scan that writes eta * v. The backward uses each W_i again, and makes a suffix scan that writes
-g. The W_i are kept from the forward or computed again: the same numbers, for memory or for one product more. An initial
-state is the first carry of the prefix scan, and the gradient of the final state that of the suffix scan.
+The forward runs a prefix scan that adds eta * v z^T. The backward needs each W_i again and runs a suffix scan that adds
+g z^T. The W_i are kept from the forward (memory) or recomputed (one more product), with identical values. The initial
+state is the first carry of the prefix scan, and the gradient of the final state is the first carry of the suffix scan.
 """
 
 import itertools
@@ -33,14 +33,14 @@ from inplace_ttt.ttt.window import Window, WindowPool
 
 @dataclass
 class CarryCache:
-    """The incoming carries of a forward; given to the same forward again, nothing is communicated."""
+    """Cache the incoming carries of a forward, so that its recompute does not communicate again."""
 
-    incoming: dict[int, Tensor] | None = None  # by scan stage; None: no forward has filled it
+    incoming: dict[int, Tensor] | None = None  # (b, d, f) by scan stage; None: not filled yet
 
 
 @dataclass(frozen=True)
 class OpContext:
-    """Everything that the operation depends on besides tensors."""
+    """Hold the non-tensor arguments of one call of the operation."""
 
     plan: Plan
     backend: Backend
@@ -49,7 +49,7 @@ class OpContext:
     eta: float
     clip: float | None
     tp_group: dist.ProcessGroup | None
-    keep: bool  # chunk weights, for the backward
+    keep: bool  # True: keep chunk weights for the backward
     needs_grad: bool
     carry_cache: CarryCache | None
     with_norms: bool
@@ -57,10 +57,12 @@ class OpContext:
 
     @property
     def prefix_step(self) -> ScanStep:
+        """Return the step of the prefix scan."""
         return ScanStep(self.rule, self.eta, suffix=False)
 
     @property
     def suffix_step(self) -> ScanStep:
+        """Return the step of the suffix scan."""
         return ScanStep(self.rule, 1.0, suffix=True)
 
     def inner_windows(
@@ -75,7 +77,7 @@ class OpContext:
         total: Tensor | None = None,
         max_window_bytes: int | None = None,
     ) -> Iterator[tuple[int, Window]]:
-        """Yield (batch row, window) of the documents that cross no edge of a stage."""
+        """Yield (batch row, window) of the documents inside one stage."""
         segments = self.plan.inner_reversed if step.suffix else self.plan.inner
         if not segments:
             return
@@ -95,13 +97,13 @@ class OpContext:
                 yield batch, window
 
     def single_chunk_windows(self, weight: Tensor, b: int) -> Iterator[tuple[int, Window]]:
-        """Yield (batch row, window) of documents of one chunk; neighbours share a product."""
+        """Yield (batch row, window) of single-chunk documents; adjacent documents share a window."""
         for batch, span in itertools.product(range(b), merge_adjacent(self.plan.single_chunk_documents)):
             yield batch, Window((span,), weight[None])
 
 
 class _Targets:
-    """The targets that the scan writes: computed stage by stage, and clipped."""
+    """Compute and clip the targets of a scan, stage by stage."""
 
     def __init__(self, call: OpContext, source: ChunkTargets | None, z: Tensor, weight: Tensor, v: Tensor):
         self.call, self.source, self.z, self.v = call, source, z, v
@@ -109,12 +111,12 @@ class _Targets:
         if call.clip is not None or call.with_ratios:
             self.weight_norm = weight_norm(weight, call.tp_group)
         if call.clip is not None:
-            if source is None:  # they are the caller's
+            if source is None:  # v belongs to the caller
                 self.v = v.clone(memory_format=torch.contiguous_format)
             self.clip = UpdateClip(call.clip * self.weight_norm, call.eta, call.tp_group, v.shape)
 
     def prepare(self, stage: ScanStage) -> None:
-        """Make the targets of a stage's tokens ready."""
+        """Compute and clip the targets of a stage's tokens."""
         if self.source is not None:
             self.source.write(self.v, slice(*stage.tokens))
         if self.clip is not None:
@@ -122,7 +124,7 @@ class _Targets:
             self.clip.clip(self.v, self.z, chunks, for_backward=self.call.needs_grad)
 
     def ratios(self) -> Tensor:
-        """Return (b, chunks that a later chunk reads): norms of unclipped updates over that of the weight."""
+        """Return norms of unclipped updates / norm of the weight, (b, chunks that a later chunk reads)."""
         plan = self.call.plan
         read = [number for number, is_read in enumerate(plan.read_chunks) if is_read]
         if self.clip is not None:
@@ -134,9 +136,11 @@ class _Targets:
 
 
 class FastWeightLinear(torch.autograd.Function):
-    """(call, source, z, weight, initial updates or None, v) -> (out, final updates or None, norms, ratios)
+    """Run the operation with a hand-written backward.
 
-    Where a source is given, v is what it has allocated, and the forward writes it stage by stage.
+    Inputs: call, source, z (s, b, f), weight (d, f), initial updates (b, d, f) or None, v (s, b, d). Outputs: out
+    (s, b, d), final updates (b, d, f) or None, norms, ratios. If ``source`` is given, v is its uninitialised output
+    buffer, which the forward fills stage by stage.
     """
 
     @staticmethod
@@ -192,7 +196,7 @@ class FastWeightLinear(torch.autograd.Function):
         ratios = targets.ratios() if call.with_ratios else norms.new_zeros(b, 0)
         ctx.save_for_backward(z, targets.v, weight, *carries.incoming.values())
         ctx.call, ctx.clip, ctx.stages = call, targets.clip, list(carries.incoming)
-        # not as saved tensors: the backward uses their memory again
+        # not as saved tensors: the backward reuses their memory
         ctx.kept, ctx.kept_inner = (kept, kept_inner) if call.keep else (None, None)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(norms, ratios)
@@ -218,17 +222,17 @@ class FastWeightLinear(torch.autograd.Function):
 def _gradients(
     call: OpContext,
     z: Tensor,
-    v: Tensor,  # that was written: clipped
+    v: Tensor,  # (s, b, d), after clipping
     weight: Tensor,
-    incoming: dict[int, Tensor],  # carries of the prefix scan, by stage
-    kept: list[list] | None,  # by stage: (batch row, rows, window); cleared. None: compute them again
-    kept_inner: list | None,  # (batch row, window); cleared
+    incoming: dict[int, Tensor],  # incoming carries of the prefix scan, by stage
+    kept: list[list] | None,  # by stage: (batch row, rows, window); cleared here. None: recompute
+    kept_inner: list | None,  # (batch row, window); cleared here
     g: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of z, v, weight (in the state's dtype) and the initial updates.
+    """Return the gradients of z, v, weight (in the state's dtype) and the initial updates (or None).
 
-    Chunk weights live no longer than this function.
+    All chunk weights are freed when this function returns.
     """
     plan, backend, rule = call.plan, call.backend, call.rule
     (_, b, f), d = z.shape, weight.shape[0]
@@ -239,7 +243,7 @@ def _gradients(
     prefix = Scan(plan.prefix, weight, v, z, call.prefix_step, SavedCarries(incoming, d), backend, pool)
 
     def add_through_weights(number: int) -> None:
-        """Set dz = W_i^T g in one stage, and leave the memory of kept chunk weights to the suffix scan."""
+        """Set dz = W_i^T g in one stage, and give the memory of kept chunk weights to the suffix scan."""
         for batch, rows, window in prefix.windows(number) if kept is None else kept[number]:
             window.apply(g[:, batch, rows], dz[:, batch], transpose=False, add=rows.start > 0)
             if kept is not None:
@@ -292,7 +296,9 @@ def _gradients(
         for batch in range(b):
             add_outer_sum(dweight, g[:, batch], z[:, batch])
     dinitial = carries.outgoing[stages - 1] if plan.suffix[-1].target == CALLER else None
-    if rule.suffix_is_weight_gradient:  # of documents between the caller's states: the sum that their own tokens wrote
+    if rule.suffix_is_weight_gradient:
+        # dweight holds the suffix scan's states at document starts. Add the one that went to the initial state, and
+        # subtract dfinal, which this sequence's tokens did not contribute.
         if dinitial is not None:
             dweight += dinitial.sum(0)
         if plan.suffix[0].source == CALLER:
@@ -301,5 +307,5 @@ def _gradients(
 
 
 def _weight_bytes(items) -> int:
-    """Return the bytes of the chunk weights in items that end with a window."""
+    """Return the bytes of chunk weights, given tuples whose last element is a window."""
     return sum(window.weights.nbytes for *_, window in items)

@@ -1,7 +1,7 @@
-"""Reading past the trained length: what a text has written is kept as small as it was there, or smaller.
+"""Bound on the sum of updates beyond the training length, for inference only.
 
-It is for inference alone. Each chunk's bound needs all that was written before it, so ranks of a context-parallel group
-would wait for one another: they refuse it.
+The bound of a chunk depends on all earlier chunks, so it cannot be computed in parallel over context-parallel ranks.
+This function therefore does not support context parallelism.
 """
 
 from typing import Any
@@ -27,10 +27,10 @@ def bounded_fast_weight_linear(
     clip: float | None = None,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # (s, b, d)
-    """Apply ``fast_weight_linear`` to texts of one document each, and bound the sum S of updates past a length.
+    """Apply ``fast_weight_linear`` to one document per row, and bound the sum S of updates beyond the training length.
 
-    Behind chunk n = ``trained_chunks`` S has the norm ``|S_n|``. There, and behind each later chunk, S is scaled down
-    to the norm ``bound * |S_n|`` where its own is larger.
+    ``|S_n|`` is the norm of S after chunk n = ``trained_chunks``. After chunk n and each later chunk, S is scaled down
+    to the norm ``bound * |S_n|`` if its norm is larger. Returns the outputs (s, b, d).
 
     Example::
 
@@ -42,9 +42,9 @@ def bounded_fast_weight_linear(
         (True, False)
 
     Args:
-        bound: above 0.
-        trained_chunks: 1 or more.
-        Others: as ``fast_weight_linear`` has them.
+        bound: largest norm of S, divided by ``|S_n|``; above 0.
+        trained_chunks: training length in chunks, 1 or more.
+        Other arguments: see ``fast_weight_linear``.
     """
     options: dict[str, Any] = dict(eta=eta, chunk_size=chunk_size, clip=clip, tp_group=tp_group)
     start, stop, length = 0, trained_chunks * chunk_size, len(z)
@@ -74,7 +74,7 @@ def _part(v: Tensor | ChunkTargets, here: slice) -> Tensor | ChunkTargets:
 
 
 def _norms(updates: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the norm (b,) of each text's sum, whose columns the group shares."""
+    """Return the Frobenius norms (b,) of updates (b, d, f), whose columns ``tp_group`` may split."""
     squares = updates.flatten(1).square().sum(1)
     if tp_group is not None and tp_group.size() > 1:
         dist.all_reduce(squares, group=tp_group)

@@ -1,13 +1,13 @@
-"""Clip updates: rescale a chunk's update where its norm exceeds a limit (arXiv 2604.06169, appendix C.2).
+"""Clip updates: rescale a chunk's update if its norm exceeds a limit (arXiv 2604.06169, appendix C.2).
 
-With ``S = sum_t v_t z_t^T`` over a chunk and ``n = eta |S|``, the update is ``c eta S``, ``c = min(1, limit / n)``. It
-is the unclipped update of targets ``c v_t``, so clipping rescales targets before the scan. Backward, with dv' the
-gradient of the rescaled targets and ``h = sum_t dv'_t . v_t``:
+With ``S = sum_t v_t z_t^T`` over a chunk and ``n = eta |S|``, the clipped update is ``c eta S``, ``c = min(1, limit /
+n)``. It equals the unclipped update of targets ``c v_t``, so clipping rescales the targets before the scan. Backward,
+where dv' is the gradient of the rescaled targets and ``h = sum_t dv'_t . v_t``:
 
-    dv_t = c dv'_t - (c h / |S|^2) S z_t        dz_t -= (c h / |S|^2) S^T v_t        for a chunk that was rescaled
+    dv_t = c dv'_t - (c h / |S|^2) S z_t        dz_t -= (c h / |S|^2) S^T v_t        for each rescaled chunk
 
-``S z_t = sum_u v_u (z_u . z_t)`` and ``S^T v_t = sum_u z_u (v_u . v_t)`` come from the chunk's Gram matrices, as does
-``|S|^2``, or from S itself where that is smaller.
+``S z_t = sum_u v_u (z_u . z_t)``, ``S^T v_t = sum_u z_u (v_u . v_t)`` and ``|S|^2`` are computed from the chunk's Gram
+matrices, or from S itself if S is smaller.
 """
 
 import sys
@@ -22,32 +22,32 @@ from inplace_ttt.ttt.products import gram, outer_sum, prefers_gram, squared_norm
 
 
 def sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
-    """Return the sum over a group's ranks, in place."""
+    """Sum values over the ranks of a group, in place, and return them."""
     if group is not None and group.size() > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
 def weight_norm(weight: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    """Return the Frobenius norm of a weight (d, f) whose columns may be split over a group, as a scalar tensor."""
-    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)  # its square in fp32 underflows early
+    """Return the Frobenius norm of a weight (d, f), as a scalar tensor; ``tp_group`` may split its columns."""
+    norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)  # squares of small fp32 norms underflow
     return sum_over(tp_group, norm.square()).sqrt().to(state_dtype(weight.dtype))
 
 
 def scale_rows(x: Tensor, factors: Tensor) -> None:
-    """Multiply each row of x (rows, width) with its factor (rows,), in place."""
+    """Multiply each row of x (rows, width) by its factor (rows,), in place."""
     x.mul_(factors[:, None].to(x.dtype))
 
 
 def dot_and_scale_rows(x: Tensor, y: Tensor, factors: Tensor) -> Tensor:
-    """Return the dot products of rows of x and y (rows, width), and multiply x with factors (rows,), in place."""
+    """Return the dot products (rows,) of rows of x and y (rows, width), and scale x by factors (rows,) in place."""
     dots = (x * y).sum(1, dtype=factors.dtype)
     scale_rows(x, factors)
     return dots
 
 
 def _rows(x: Tensor):
-    """Return the module with the two functions above for a tensor: the kernels', or this one."""
+    """Return the module that provides the two functions above for x: triton_rows or this one."""
     if x.is_cuda and x.dtype != torch.float64:
         from inplace_ttt.ttt.backends import triton_rows
 
@@ -57,42 +57,44 @@ def _rows(x: Tensor):
 
 @dataclass
 class _ClippedChunks:
-    """Evenly spaced chunks of one batch row."""
+    """Hold evenly spaced chunks of one batch row, with their norms and clip factors."""
 
     batch: int
     spans: tuple[Span, ...]
-    squared: Tensor  # (n,), |S|^2 over this rank's columns, then over those of all ranks
-    uses_grams: bool  # otherwise S itself
-    grams: tuple[Tensor, Tensor] | None  # (n, t, t) of v and of z, from the forward to the first backward
-    factor: Tensor | None = None  # (n,), c, once the squared norms are those over all ranks
+    squared: Tensor  # (n,), |S|^2: of this rank's columns, after the all-reduce of all columns
+    uses_grams: bool  # True: use Gram matrices; False: use S
+    grams: tuple[Tensor, Tensor] | None  # (n, t, t) of v and of z, freed by the first backward
+    factor: Tensor | None = None  # (n,), c, computed after the all-reduce
 
     @property
     def divisor(self) -> Tensor:
-        """Return c, and 1 where c is 0: the weight is zero or the norm infinite, and nothing has a gradient."""
+        """Return c, or 1 where c is 0. There the weight is zero or the norm infinite, and all gradients are zero."""
         return torch.where(self.factor > 0, self.factor, 1.0)
 
 
 class UpdateClip:
-    """Clip the updates of a call, and differentiate that."""
+    """Clip the updates of one call, and compute the gradients of clipping."""
 
     def __init__(self, limit: Tensor, eta: float, tp_group: dist.ProcessGroup | None, shape: torch.Size):
-        """Begin with no chunk.
+        """Start without chunks.
 
         Args:
             limit: scalar, the largest norm of one chunk's update.
-            tp_group: over which f is split.
-            shape: (s, b, d), the targets'.
+            tp_group: tensor-parallel group that splits f.
+            shape: (s, b, d), shape of the targets.
         """
         self.limit, self.eta, self.tp_group = limit, eta, tp_group
         self.parts: list[_ClippedChunks] = []
-        self.factors = limit.new_ones(*shape[:2])  # (s, b), of each token's chunk
+        self.factors = limit.new_ones(*shape[:2])  # (s, b), clip factor of each token's chunk
 
     def clip(self, v: Tensor, z: Tensor, spans: tuple[Span, ...], *, for_backward: bool) -> None:
-        """Rescale the targets of chunks that follow on each other, in place.
+        """Rescale the targets of contiguous chunks, in place.
 
         Args:
-            v: (s, b, d).
-            z: (s, b, f).
+            v: (s, b, d), targets.
+            z: (s, b, f), inputs of the down-projection.
+            spans: (first token, one past the last) of each chunk, in token order.
+            for_backward: keep Gram matrices for the backward.
         """
         if not spans or not z.shape[1]:
             return
@@ -112,7 +114,7 @@ class UpdateClip:
         self.parts += parts
 
     def _chunks(self, v: Tensor, z: Tensor, batch: int, spans: tuple[Span, ...], for_backward: bool) -> _ClippedChunks:
-        """Return chunks with the squared norms of their sums."""
+        """Return evenly spaced chunks of a batch row with the squared norms of S, of this rank's columns."""
         if not prefers_gram(spans[0][1] - spans[0][0], v.shape[2], z.shape[2]):
             squared = squared_norms_of_spans(v[:, [batch]], z[:, [batch]], spans)[0]
             return _ClippedChunks(batch, spans, squared, False, None)
@@ -121,16 +123,18 @@ class UpdateClip:
         return _ClippedChunks(batch, spans, squared, True, grams if for_backward else None)
 
     def squared_norms(self, b: int) -> Tensor:
-        """Return (b, chunks), |S|^2 of all chunks that were clipped so far, in token order."""
+        """Return |S|^2 of all chunks passed to ``clip``, in token order, (b, chunks)."""
         if not b:
             return self.limit.new_zeros(0, sum(len(part.spans) for part in self.parts))
         rows = [[part.squared for part in self.parts if part.batch == batch] for batch in range(b)]
         return torch.stack([torch.cat(row) for row in rows])
 
     def backward(self, dv: Tensor, dz: Tensor, v: Tensor, z: Tensor) -> None:
-        """Turn the gradient of the rescaled targets into that of the targets, and add to dz, in place.
+        """Convert the gradient of the rescaled targets to that of the targets, and update dz, in place.
 
         Args:
+            dv: (s, b, d), gradient of the rescaled targets.
+            dz: (s, b, f), gradient of z.
             v: (s, b, d), the rescaled targets.
             z: (s, b, f).
         """
@@ -145,14 +149,14 @@ class UpdateClip:
         sums = sum_over(self.tp_group, sums / torch.cat([part.divisor for part in self.parts]))
         for part, h in zip(self.parts, sums.split([len(part.spans) for part in self.parts]), strict=True):
             rescaled = (part.factor > 0) & (part.factor < 1)
-            share = torch.where(rescaled, h / part.squared, 0.0)  # of S z_t and S^T v_t, over c
+            share = torch.where(rescaled, h / part.squared, 0.0)  # coefficient of S z_t and S^T v_t, divided by c
             self._subtract(part, share, *(stack_spans(t[:, part.batch], part.spans) for t in (dv, dz, v, z)))
 
     def _subtract(self, part: _ClippedChunks, share: Tensor, dv: Tensor, dz: Tensor, v: Tensor, z: Tensor) -> None:
         """Subtract ``c share S z_t`` from dv_t and ``c share S^T v_t`` from dz_t, all (n, t, ...); v is ``c v_t``."""
         if part.uses_grams:
             of_v = share * part.factor
-            if part.grams is None:  # another backward of the same graph
+            if part.grams is None:  # a second backward of the same graph
                 part.grams, of_v = (gram(v), gram(z)), share / part.divisor
             (gram_v, gram_z), part.grams = part.grams, None
             dz.baddbmm_(_scaled(gram_v, of_v), z, alpha=-1)
@@ -165,7 +169,7 @@ class UpdateClip:
 
 
 def _scaled(matrices: Tensor, factors: Tensor) -> Tensor:
-    """Multiply each of n square matrices (n, t, t) with its factor (n,), in place."""
+    """Multiply each of n square matrices (n, t, t) by its factor (n,), in place, and return them."""
     t = matrices.shape[1]
     _rows(matrices).scale_rows(matrices.view(-1, t), factors.repeat_interleave(t))
     return matrices

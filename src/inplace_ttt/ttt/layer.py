@@ -1,8 +1,8 @@
-"""The state of a whole TTT layer between two calls, and a layer that reads on from it.
+"""A TTT layer that continues from a saved state, and the state of a layer.
 
-The operation's state holds z and v of the unfinished chunk. A layer must keep the MLP's inputs instead: the targets of
-a chunk's last tokens depend on tokens that have not come yet, because the convolution reads ahead inside the chunk.
-They are also smaller: at Qwen3-4B's shapes and C = 1024, at most 5 MB a text instead of 25.
+``FastWeightState`` holds z and v of the unfinished chunk. A layer must save the MLP's inputs instead: the convolution
+looks ahead inside the chunk, so the targets of the last tokens depend on tokens that are not yet known. The inputs are
+also smaller: at Qwen3-4B's shapes and C = 1024, at most 5 MB per text instead of 25 MB.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from inplace_ttt.ttt.target import ChunkTargets, chunk_ids
 
 
 class LayerState(NamedTuple):
-    """Hold what a text has written to a layer, and the tokens of its unfinished chunk."""
+    """Hold the sum of updates of one layer, and the MLP's inputs of the unfinished chunk."""
 
     updates: Tensor  # (b, d, f), the sum of the updates of complete chunks; fp32, or fp64 for fp64 weights
     inputs: Tensor  # (t, b, d), the MLP's inputs of the unfinished chunk, t < chunk_size
-    embeddings: Tensor | None = None  # (t, b, d), its embeddings, where they are what targets are made of
+    embeddings: Tensor | None = None  # (t, b, d), the unfinished chunk's embeddings; None: targets use inputs
 
     @classmethod
     def empty(cls, weight: Tensor, b: int, with_embeddings: bool = False) -> "LayerState":
-        """Return the state of ``b`` texts that begin, for a down-projection (d, f)."""
+        """Return the state at the start of ``b`` texts, for a down-projection (d, f)."""
         updates = weight.new_zeros(b, *weight.shape, dtype=state_dtype(weight.dtype))
         nothing = weight.new_empty(0, b, weight.shape[0])
         return cls(updates, nothing, nothing if with_embeddings else None)
@@ -47,23 +47,24 @@ def continue_layer(
     clip: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LayerState]:
-    """Run a TTT layer on tokens that follow those of a state; reading in parts equals reading at once.
+    """Run a TTT layer on the tokens after a state. Several calls on parts of a text equal one call on all of it.
 
     Args:
-        x: the MLP's inputs.
-        weight: the slow down-projection.
+        x: (s, b, d), the MLP's inputs.
+        weight: (d, f), the slow down-projection.
+        state: the state after all earlier tokens.
         down_input: maps MLP inputs (t, b, d) to inputs of the down-projection (t, b, f), token by token.
-        conv_weight, projection: of the targets, see ``ChunkTargets``.
-        embeddings: of the same tokens, where targets are made of them (``target: input_embed``).
+        conv_weight, projection: (d, 1, kernel) and (d, d) or None, see ``ChunkTargets``.
+        embeddings: (s, b, d), embeddings of the same tokens, if targets use them (``target: input_embed``).
         eta, chunk_size, clip, backend: see ``fast_weight_linear``.
 
     Returns:
-        The layer's outputs (s, b, d) and the state behind them.
+        The layer's outputs (s, b, d) and the state after them.
     """
     pending = state.inputs.shape[0]
     inputs = torch.cat([state.inputs, x])
     read = inputs if embeddings is None else torch.cat([state.embeddings, embeddings])
-    if len(inputs) < chunk_size:  # no chunk is completed: what pending tokens write is not known yet
+    if len(inputs) < chunk_size:  # no chunk is completed
         weights = (weight + state.updates).to(weight.dtype)
         out = torch.einsum("sbf,bdf->sbd", down_input(x), weights)
         return out, LayerState(state.updates, inputs, None if embeddings is None else read)

@@ -1,6 +1,6 @@
-"""The definition of In-Place Test-Time Training: a loop over chunks, differentiated by autograd.
+"""Definition of In-Place Test-Time Training: a loop over chunks, differentiated by autograd.
 
-Every faster version in this package is tested against these functions, in outputs and in gradients. Symbols as in the
+Outputs and gradients of every faster version in this package are tested against these functions. Symbols as in the
 paper (Feng et al., arXiv 2604.06169, section 3):
 
     z  input of the down-projection     v  target       W  down-projection, the fast weight
@@ -28,15 +28,15 @@ def fast_weight_linear(
     output_final_state: bool = False,
     clip: float | None = None,
 ) -> Tensor | tuple[Tensor, FastWeightState]:  # (s, b, d)
-    """Apply a down-projection whose weight learns while it reads; apply, then update.
+    """Apply a down-projection with fast weights: apply, then update.
 
     The tokens of chunk i of a document use ``W + sum_{j < i} dW_j``, ``dW_j = eta * sum_{t in chunk j} v_t z_t^T``.
-    Documents start at ``cu_seqlens`` (the same in every row of the batch); without it, each row is one document.
+    Documents start at ``cu_seqlens``, in every row of the batch. Without it, each row is one document.
 
     Args:
-        initial_state: what the first document wrote before this sequence.
-        output_final_state: also return what the last document has written behind it.
-        clip: ``dW_j`` is rescaled to the Frobenius norm ``clip * |W|`` where its own is larger; ``|W|`` is a constant.
+        initial_state: state before the first document's tokens.
+        output_final_state: also return the state after the last document.
+        clip: rescale ``dW_j`` to the Frobenius norm ``clip * |W|`` if it is larger; ``|W|`` is not differentiated.
     """
     d, (s, b, _) = weight.shape[0], z.shape
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
@@ -65,7 +65,7 @@ def fast_weight_linear(
 
 
 def _clipped(update: Tensor, weight: Tensor, clip: float | None) -> Tensor:
-    """Return the update, rescaled where its norm is larger than ``clip * |weight|``."""
+    """Return the update (d, f), rescaled if its norm is larger than ``clip * |weight|``."""
     if clip is None:
         return update
     limit = clip * weight.detach().norm()
@@ -82,9 +82,9 @@ def decayed_fast_weight_linear(
     decay: float,
     cu_seqlens: Tensor | None = None,  # (n_docs + 1,)
 ) -> Tensor:  # (s, b, d)
-    """Apply a down-projection whose updates fade: ``S <- decay * S + dW_j`` behind each chunk, which uses ``W + S``.
+    """Apply a down-projection with decayed updates: chunk j uses ``W + S``, then ``S <- decay * S + dW_j``.
 
-    It is not in the paper. It is the example of another update rule, see ``rule.UpdateRule``.
+    This rule is not in the paper. It is the example of another update rule for ``rule.UpdateRule``.
     """
     s, b, _ = z.shape
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
@@ -109,7 +109,7 @@ def target(
     chunk_size: int,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:  # (s, b, d)
-    """Return the targets ``v_t = conv(u)_t P``, the convolution zero-padded at the edges of each chunk."""
+    """Return the targets ``v_t = conv(u)_t P``, with the convolution zero-padded at the edges of each chunk."""
     s, _, d = u.shape
     bounds = [0, s] if cu_seqlens is None else cu_seqlens.tolist()
     kernel = conv_weight.shape[-1]

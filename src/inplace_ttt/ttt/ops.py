@@ -1,4 +1,4 @@
-"""The fast-weight linear map: the one entry for training, reading, evaluation and prefill."""
+"""The fast-weight linear map, which training, evaluation and prefill call."""
 
 import math
 from dataclasses import dataclass, replace
@@ -46,14 +46,15 @@ def fast_weight_linear(
 ) -> Any:  # (s, b, d), or a tuple that begins with it
     """Apply a down-projection with fast weights (Feng et al., arXiv 2604.06169, section 3): apply, then update.
 
-    ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, j over the chunks of ``chunk_size`` tokens
-    that come before t's chunk in the same document. Differentiable in z, v, weight and the initial state; sums over
-    tokens are fp32 (fp64 for fp64 operands). The kernels add updates to the weight itself, so their sums are exact to
-    about 2^-24 of the weight: less than its rounding to bf16, but norms of updates below 1e-5 of the weight are mostly
-    rounding.
+    ``out_t = (weight + eta * sum_j sum_{t' in chunk j} v_t' z_t'^T) z_t``, where j runs over the chunks of
+    ``chunk_size`` tokens before t's chunk in the same document. Differentiable in z, v, weight and the initial state.
 
-    On Hopper, bf16 operands with ``chunk_size``, d and f multiples of 64 go through the kernels; others use plain torch
-    products, with a warning where there is CUDA.
+    Sums over tokens are accumulated in fp32 (fp64 for fp64 operands). The kernels keep weight + updates in one
+    accumulator, so a sum of updates has an absolute error of about 2^-24 |weight|. This is below the bf16 rounding of
+    the weight, but norms of updates below 1e-5 |weight| are dominated by rounding.
+
+    On Hopper, bf16 operands use the kernels if ``chunk_size``, d and f are multiples of 64. All other operands use
+    torch matrix products, on CUDA with a warning.
 
     Example::
 
@@ -66,46 +67,48 @@ def fast_weight_linear(
         True
 
     Args:
-        z: inputs of the down-projection, sequence first; s is the length on this rank.
-        v: targets, or ``ChunkTargets``, which compute them slice by slice.
-        weight: the slow weight that every document starts from.
+        z: (s, b, f), inputs of the down-projection; s is the number of tokens on this rank.
+        v: (s, b, d), targets, or ``ChunkTargets``, which compute the targets slice by slice.
+        weight: (d, f), the slow weight, from which every document starts.
         eta: learning rate of the updates.
-        cu_seqlens: bounds of the documents in the *whole* sequence, from 0 to its length, the same for every row of
-            the batch. None: each row is one document.
-        cp_group: context-parallel group of n ranks; this one holds slices r and 2n-1-r of 2n, in that order. Slices
-            must start on chunk boundaries. The gradient of weight is to be summed over the group: each rank has that
-            of the documents that start on it.
-        initial_state: state of the first document. Under context parallelism it is used on rank 0, which holds the
-            first and the last slice, and ignored on others.
-        output_final_state: also return the state behind the last document (under context parallelism on rank 0, None
-            on others).
-        clip: largest Frobenius norm of one chunk's update, over that of weight (appendix C.2). A larger update is
-            rescaled when its chunk is complete; the norm of weight is not differentiated. None: no clipping.
-        tp_group: tensor-parallel group over which f is split; ``clip`` and ``return_update_ratios`` sum norms over it.
-        rule: the update rule; others than the paper's run on the torch backend.
-        plan: ``make_plan`` of the same sequence, made once for all layers. None: it is made here.
+        cu_seqlens: (n_docs + 1,), document bounds in the *whole* sequence, from 0 to its length, the same for every
+            row of the batch. None: each row is one document.
+        cp_group: context-parallel group of n ranks. Rank r holds slices r and 2n-1-r of 2n slices, in that order.
+            Slices must start on chunk boundaries. The caller must sum the gradient of weight over the group: each rank
+            returns the gradient of the documents that start on it.
+        initial_state: state before the first document. Under context parallelism only rank 0, which holds the first
+            and the last slice, uses it; other ranks ignore it.
+        output_final_state: also return the state after the last document. Under context parallelism only rank 0
+            returns it; other ranks return None.
+        clip: largest Frobenius norm of one chunk's update, divided by the norm of weight (appendix C.2). A larger
+            update is rescaled when its chunk is complete. The norm of weight is not differentiated. None: no clipping.
+        tp_group: tensor-parallel group that splits f; ``clip`` and ``return_update_ratios`` sum squared norms over it.
+        rule: update rule; rules other than the paper's run on the torch backend.
+        plan: ``make_plan`` of the same sequence, which all layers can share. None: compute it here.
         backend: ``auto``, ``torch`` or ``hopper``.
-        comm_dtype: dtype of carries between ranks; None is the dtype they are summed in.
-        prefix: how carries travel between ranks. ``ring``: through symmetric memory where the GPUs of a host can map
-            it, by messages otherwise. ``ring_messages``: by messages of the group's backend. Or an ``Exchange``.
-        keep_chunk_weights: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward
-            rather than compute it a second time there, which costs one product of s d f more. None: where kernels run
-            and the kept weights, times ``kept_layers``, take at most an eighth of the free device memory. Otherwise
-            they are computed in windows of at most 768 MiB (1536 MiB where ranks exchange carries), or of one chunk.
+        comm_dtype: dtype of carries between ranks. None: the dtype of the state.
+        prefix: transport of carries between ranks. ``ring``: symmetric memory if the GPUs of the group can map each
+            other's memory, otherwise point-to-point messages. ``ring_messages``: point-to-point messages of the group's
+            backend. Also accepts an ``Exchange``.
+        keep_chunk_weights: True: keep the weight of every chunk (2 d f s / chunk_size bytes in bf16) for the backward.
+            False: recompute it there, in windows of at most 768 MiB (1536 MiB if ranks exchange carries) or of one
+            chunk; this costs one more product of s d f. None: keep the weights if the kernels run and the weights of
+            ``kept_layers`` layers take at most an eighth of the free device memory.
         kept_layers: number of layers whose saved chunk weights are alive at once.
-        carry_cache: filled with the incoming carries; filled by an earlier call with the same operands, it takes the
-            place of the exchange. So recompute does not communicate again.
+        carry_cache: cache of the incoming carries. An empty cache is filled. A cache that an earlier call with the
+            same operands filled replaces the exchange, so that recompute does not communicate again.
         return_update_norms: also return the squared Frobenius norm of the state at the end of each document that ends
-            on this rank, (b * documents,), outside the graph; with ``output_final_state`` the last document has none.
-        return_update_ratios: also return, for each local chunk whose update a later chunk uses, the norm of the update
-            over that of weight, before clipping, (b, chunks), outside the graph.
+            on this rank, (b * documents,), without gradient. With ``output_final_state`` the last document is excluded.
+        return_update_ratios: also return the norm of each local chunk's update before clipping, divided by the norm of
+            weight, for chunks whose update a later chunk uses, (b, chunks), without gradient.
 
     Returns:
-        out, followed by what else was asked for: final state, update norms, update ratios, in this order.
+        out (s, b, d). If more is requested, a tuple of out and, in this order, the final state, the update norms and
+        the update ratios.
 
     Raises:
-        LayoutError: the sequence, its documents, the slices and the chunks do not fit together.
-        ValueError: shapes, dtypes or options do not fit.
+        LayoutError: the sequence, documents, slices and chunks do not fit together.
+        ValueError: shapes, dtypes or options are not supported.
     """
     _check_operands(z, v, weight)
     _check_options(eta, chunk_size, cu_seqlens, initial_state, clip, prefix)
@@ -114,7 +117,9 @@ def fast_weight_linear(
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     bounds = tuple(sorted(set(check_documents(documents, s * cp_size)))) if s else (0,)
     if rule is not PAPER_RULE and (clip is not None or return_update_norms or return_update_ratios):
-        raise ValueError(f"clip, update norms and ratios are of the paper's rule, not of '{rule.name}': leave them out")
+        raise ValueError(
+            f"clip, return_update_norms and return_update_ratios support only the paper's rule, not '{rule.name}'"
+        )
     if plan is None:
         plan = make_plan(s * cp_size, chunk_size, documents, cp_size, cp_rank)
     elif (plan.local_length, plan.chunk_size, plan.cp_size, plan.cp_rank) != (s, chunk_size, cp_size, cp_rank):
@@ -123,7 +128,9 @@ def fast_weight_linear(
             f"{plan.chunk_size}; this call has {s} tokens on rank {cp_rank} of {cp_size} and chunk_size={chunk_size}"
         )
     elif plan.bounds != bounds:
-        raise ValueError(f"plan is for documents that end at {plan.bounds[1:]}, and cu_seqlens says {bounds[1:]}")
+        raise ValueError(
+            f"plan is for documents that end at {plan.bounds[1:]}, but those of cu_seqlens end at {bounds[1:]}"
+        )
     first_is_empty, last_is_empty = False, False
     if documents is not None:
         first_is_empty, last_is_empty = documents[1] == 0, documents[-2] == documents[-1]
@@ -138,7 +145,7 @@ def fast_weight_linear(
             initial_state = None
     if carry_cache is not None and (output_final_state or initial_state is not None):
         raise ValueError(
-            "carry_cache cannot be combined with initial_state or output_final_state: it holds incoming carries alone"
+            "carry_cache cannot be combined with initial_state or output_final_state: it holds only incoming carries"
         )
     if isinstance(prefix, str):
         if prefix not in PREFIXES:
@@ -176,7 +183,7 @@ def fast_weight_linear(
 
 
 def _check_options(eta, chunk_size, cu_seqlens, initial_state, clip, prefix) -> None:
-    """Raise ValueError for an argument of another kind."""
+    """Raise ValueError for an option with a wrong type or value."""
 
     def is_number(value) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -184,13 +191,13 @@ def _check_options(eta, chunk_size, cu_seqlens, initial_state, clip, prefix) -> 
     if not is_number(eta):
         raise ValueError(f"eta={eta!r} is not a finite number")
     if clip is not None and not (is_number(clip) and clip > 0):
-        raise ValueError(f"clip={clip!r}: the largest update over the weight is above 0; use None for no clipping")
+        raise ValueError(f"clip={clip!r} must be above 0 (largest update norm / weight norm); use None for no clipping")
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
         raise ValueError(f"chunk_size={chunk_size!r} is not a whole number")
     if cu_seqlens is not None and not (isinstance(cu_seqlens, Tensor) and not cu_seqlens.is_floating_point()):
-        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: it is an integer tensor of document starts")
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: use an integer tensor of document bounds")
     if initial_state is not None and not isinstance(initial_state, FastWeightState):
-        raise ValueError(f"initial_state is a {type(initial_state).__name__}, not a FastWeightState")
+        raise ValueError(f"initial_state is a {type(initial_state).__name__}: use a FastWeightState")
     if not isinstance(prefix, str | Exchange):
         raise ValueError(f"prefix={prefix!r} is not known: use one of {', '.join(PREFIXES)}")
 
@@ -214,7 +221,7 @@ def _check_operands(z: Tensor, v: Tensor | ChunkTargets, weight: Tensor) -> None
 
 @dataclass(frozen=True)
 class _Options:
-    """The keywords of a call that are neither operands nor states."""
+    """Hold the options of a call, without operands and states."""
 
     eta: float
     clip: float | None
@@ -242,10 +249,10 @@ def _run(
     v: Tensor | ChunkTargets,
     weight: Tensor,
     plan: Plan,
-    initial_state: FastWeightState | None,  # without an unfinished chunk
+    initial_state: FastWeightState | None,  # must not have an unfinished chunk
     options: _Options,
 ) -> _Result:
-    """Run the operation on chunks that the plan alone decides."""
+    """Run the operation on the chunks of the plan."""
     hands_out_state = plan.prefix[-1].target == CALLER
     unfinished = 0
     if hands_out_state and not plan.prefix[-1].segments[-1].last_writes:
@@ -284,7 +291,7 @@ def _run(
     if hands_out_state:
         first = z.shape[0] - unfinished
         pending_v = v[first:] if unfinished else z.new_empty(0, z.shape[1], weight.shape[0])
-        state = FastWeightState(updates, z[first:].clone(), pending_v.clone())  # a view would keep all of z alive
+        state = FastWeightState(updates, z[first:].clone(), pending_v.clone())  # a view keeps all of z
     return _Result(out, state, norms, ratios)
 
 
@@ -297,7 +304,7 @@ def _continue_chunk(
     hands_out_state: bool,
     options: _Options,
 ) -> _Result:
-    """Complete the initial state's unfinished chunk as a sequence of its own, then run the rest."""
+    """Complete the initial state's unfinished chunk as a separate sequence, then run the remaining tokens."""
     if isinstance(v, ChunkTargets):
         v = v.materialise()
     s, pending, chunk_size = z.shape[0], state.unfinished, plan.chunk_size
@@ -323,7 +330,7 @@ def _continue_chunk(
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Return the tensor as the kernels' loads need it: rows without gaps that start at multiples of 16 bytes."""
+    """Return the tensor with contiguous rows that start at multiples of 16 bytes, as TMA loads require."""
     size = tensor.element_size()
     starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:-1]))
     if tensor.stride(-1) == 1 and not any(start % 16 for start in starts):
@@ -332,7 +339,7 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Return the memory that this process could still use: free, or in the allocator's hands and unused."""
+    """Return the bytes that this process can still allocate: free on the device, or reserved by torch and unused."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + (

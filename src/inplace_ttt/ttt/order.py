@@ -1,38 +1,39 @@
-"""The order in which a rank works on its two stages: what other ranks wait for comes first, and a rank that waits
-computes something meanwhile.
+"""Task order of a rank for its two scan stages.
 
-The unit of waiting is a hop: the time in which the first block of a carry goes one rank further, by its scan and its
-transfer. With Qwen3-4B's shapes and eight blocks of the state a hop takes 0.25 ms, the targets of a slice 0.35 ms, and
-a product over the tokens of a slice 1.05 ms; all three grow alike with the slice.
+Work that other ranks wait for comes first. A rank that waits for a carry computes something else meanwhile.
 
-On the way up the last rank has waited for as many hops as there are ranks before it. It then scans two slices as one
-stage, so carries come back at half the pace. So each rank has time for a product over one slice between its two scans,
-and for one product more the more hops away the last rank is.
+The unit of waiting is a hop: the time to scan the first block of a carry and to send it to the next rank. With
+Qwen3-4B's shapes and eight blocks of the state, a hop takes 0.25 ms, the targets of a slice 0.35 ms, and a product over
+the tokens of a slice 1.05 ms. All three are proportional to the slice length.
+
+Before its scan the last rank waits one hop for each rank before it. It then scans two slices as one stage, so carries
+return at half the rate. Each rank can therefore run one product over a slice between its two scans, plus additional
+products in proportion to its distance from the last rank.
 """
 
 from enum import Enum
 
 from inplace_ttt.ttt.plan import CALLER, Plan
 
-MIN_HOPS_FOR_EARLY_TARGETS = 2  # that a rank must wait for targets to cost nothing
+MIN_HOPS_FOR_EARLY_TARGETS = 2  # a rank that waits this many hops can compute targets of a slice meanwhile
 
 
 class Task(Enum):
-    """Something that a pass does in each stage; the values say with what."""
+    """Name a step that the forward or the backward runs for each scan stage."""
 
-    TARGETS = "targets"
-    SCAN = "scan"
-    OUTPUTS = "chunk weights, for out in the forward and dz in the backward"
-    TARGET_GRADIENTS = "suffix sums, for dv"
-    INPUT_GRADIENTS = "suffix sums, for dz"
-    GRADIENTS = "suffix sums, for both"
+    TARGETS = "targets of a stage"
+    SCAN = "scan of a stage"
+    OUTPUTS = "products with chunk weights: out in the forward, dz in the backward"
+    TARGET_GRADIENTS = "products with suffix sums: dv"
+    INPUT_GRADIENTS = "products with suffix sums: dz"
+    GRADIENTS = "products with suffix sums: dv and dz"
 
 
-Order = list[tuple[Task, int]]  # (task, number of the stage in the order of the pass)
+Order = list[tuple[Task, int]]  # (task, index of the stage in the order of the scan)
 
 
 def forward_order(plan: Plan) -> Order:
-    """Return the order of the forward's tasks."""
+    """Return the tasks of the forward, in order."""
     if len(plan.prefix) == 1:
         return [(Task.TARGETS, 0), (Task.SCAN, 0), (Task.OUTPUTS, 0)]
     early = plan.prefix[0].source not in (None, CALLER) and plan.cp_rank >= MIN_HOPS_FOR_EARLY_TARGETS
@@ -48,19 +49,21 @@ def forward_order(plan: Plan) -> Order:
 
 
 def backward_order(plan: Plan, holds_windows: bool) -> Order:
-    """Return the order of the backward's tasks. A scan may use the memory of chunk weights whose outputs are done.
+    """Return the tasks of the backward, in order.
+
+    A scan may reuse the memory of chunk weights after their ``OUTPUTS`` task.
 
     Args:
-        holds_windows: the suffix sums of both stages can be held at once. Otherwise every scan is followed by all that
-            uses it.
+        holds_windows: True if the suffix sums of both stages fit in memory. If False, all tasks that use a scan follow
+            it directly.
     """
     if len(plan.suffix) == 1:
         return [(Task.OUTPUTS, 0), (Task.SCAN, 0), (Task.GRADIENTS, 0)]
     first = [(Task.SCAN, 0), (Task.GRADIENTS, 0)]
     second = [(Task.SCAN, 1), (Task.GRADIENTS, 1)]
-    if plan.suffix[0].source in (None, CALLER):  # others wait for its first carry: nothing of the second stage yet
+    if plan.suffix[0].source in (None, CALLER):  # other ranks wait for this rank's first carry: defer the second stage
         return [(Task.OUTPUTS, 0), *first, (Task.OUTPUTS, 1), *second]
-    if holds_windows and plan.cp_rank == plan.cp_size - 2:  # next to the last rank: there is time for one product
+    if holds_windows and plan.cp_rank == plan.cp_size - 2:  # the rank before the last one has time for one product
         first = [(Task.SCAN, 0), (Task.TARGET_GRADIENTS, 0)]
         second = [(Task.SCAN, 1), (Task.INPUT_GRADIENTS, 0), (Task.GRADIENTS, 1)]
     return [(Task.OUTPUTS, 0), (Task.OUTPUTS, 1), *first, *second]

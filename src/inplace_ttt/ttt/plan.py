@@ -1,11 +1,11 @@
-"""Cut sequences into slices, documents and chunks, and say which state crosses which slice edge: plain integers.
+"""Plan of a sequence: slices, documents, chunks, and the states that cross slice edges, as plain integers.
 
-Under context parallelism of size n a sequence is cut into 2n slices of equal length; rank r holds slices r and
-2n-1-r (Megatron's load-balanced zigzag), one after the other. A *scan* visits the slices in one direction and carries
-a state along every document: the prefix scan in reading order (the updates that a token sees), the suffix scan against
-it (their gradients). Reversed, the zigzag assigns every slice to the same rank, so both are one algorithm on mirrored
-indices. A *scan stage* is what a rank scans before it hands over the carry: one slice, or both slices of the last rank,
-which are neighbours.
+Under context parallelism of size n a sequence is cut into 2n slices of equal length. Rank r holds slices r and 2n-1-r
+(Megatron's load-balanced zigzag), concatenated. A *scan* visits the slices in one direction and carries a state along
+every document: the prefix scan in token order (the updates that a token sees), the suffix scan in reverse order (the
+gradients of the updates). The reversed zigzag assigns every slice to the same rank, so both scans are one algorithm on
+mirrored indices. A *scan stage* is the tokens that a rank scans before it sends the carry: one slice, or both slices of
+the last rank, which are adjacent.
 """
 
 import itertools
@@ -15,19 +15,19 @@ from functools import cached_property, lru_cache
 
 Span = tuple[int, int]  # first token, one past the last
 
-# In the place of a rank: the carry comes from the caller's initial state, or becomes the final one
+# Instead of a rank: the caller provides the carry (initial state), or receives it (final state)
 CALLER = -1
 
 
 class LayoutError(ValueError):
-    """A sequence, its documents and the chunk size do not fit together; the message says what would."""
+    """Report a sequence, documents and a chunk size that do not fit together. The message says what would work."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one document that lies in one scan stage."""
+    """Describe the part of one document inside one scan stage."""
 
-    chunks: tuple[Span, ...]  # in the rank's local sequence, in the order of the scan
+    chunks: tuple[Span, ...]  # token spans in the rank's local sequence, in the order of the scan
     receives: bool = False  # starts from an incoming carry
     sends: bool = False  # ends with an outgoing carry
     first_reads: bool = True  # False: the first chunk does not use the state (an unfinished chunk, on the suffix scan)
@@ -35,11 +35,11 @@ class Segment:
 
     @property
     def crosses(self) -> bool:
-        """Tell whether the document continues beyond the stage, on either side."""
+        """Return True if the document crosses an edge of the stage."""
         return self.receives or self.sends
 
     def reversed(self) -> "Segment":
-        """Return the same segment for the scan in the other direction."""
+        """Return the segment for the scan in the other direction."""
         return Segment(
             self.chunks[::-1],
             receives=self.sends,
@@ -49,54 +49,59 @@ class Segment:
         )
 
     def reading_chunks(self, from_zero: bool) -> tuple[Span, ...]:
-        """Return the chunks that use a weight, in token order; ``from_zero``: a state that nothing was added to is
-        zero, and is used by nobody."""
+        """Return the chunks that use the state, in token order.
+
+        ``from_zero``: the scan has no base weight, so chunks whose state is zero are left out.
+        """
         skips_first = not self.first_reads or (from_zero and not self.receives)
         return tuple(sorted(self.chunks[1:] if skips_first else self.chunks))
 
 
 @dataclass(frozen=True)
 class ScanStage:
-    """Contiguous slices that a rank scans before it hands over the carry."""
+    """Describe contiguous slices that a rank scans before it sends the carry."""
 
     tokens: Span  # in the rank's local sequence
-    segments: tuple[Segment, ...]  # those that cross the stage's edges, in the order of the scan: two at most
+    segments: tuple[Segment, ...]  # at most two that cross the stage's edges, in the order of the scan
     source: int | None  # context-parallel rank (or CALLER) of the incoming carry
     target: int | None  # context-parallel rank (or CALLER) of the outgoing carry
 
     def reversed(self) -> "ScanStage":
-        """Return the same stage for the scan in the other direction."""
+        """Return the stage for the scan in the other direction."""
         segments = tuple(segment.reversed() for segment in reversed(self.segments))
         return ScanStage(self.tokens, segments, source=self.target, target=self.source)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's share of a sequence, for all layers of a model. Plans pickle, and know no process group."""
+    """Describe the slices, documents and chunks of one rank.
+
+    All layers share one plan. It is picklable and holds no process group.
+    """
 
     seq_length: int  # tokens of the whole sequence
-    chunk_size: int
-    bounds: tuple[int, ...]  # of the documents in the whole sequence, from 0 to seq_length; empty documents left out
+    chunk_size: int  # tokens per chunk
+    bounds: tuple[int, ...]  # document bounds in the whole sequence, from 0 to seq_length, without empty documents
     cp_size: int
     cp_rank: int
-    prefix: tuple[ScanStage, ...]  # in reading order
-    inner: tuple[Segment, ...]  # documents of several chunks that lie in one stage, in reading order
-    single_chunk_documents: tuple[Span, ...]  # no token of these reads what they write
-    chunk_lengths: tuple[int, ...]  # of all local chunks, in token order
+    prefix: tuple[ScanStage, ...]  # stages of the prefix scan, in token order
+    inner: tuple[Segment, ...]  # documents of several chunks inside one stage, in token order
+    single_chunk_documents: tuple[Span, ...]  # documents of one chunk, which need no scan
+    chunk_lengths: tuple[int, ...]  # tokens of each local chunk, in token order
 
     @property
     def local_length(self) -> int:
-        """Number of tokens on this rank."""
+        """Return the number of tokens on this rank."""
         return self.seq_length // self.cp_size
 
     @property
     def scanned_chunks(self) -> int:
-        """Number of local chunks that a scan visits."""
+        """Return the number of local chunks that a scan visits."""
         return len(self.chunk_lengths) - len(self.single_chunk_documents)
 
     @cached_property
     def suffix(self) -> tuple[ScanStage, ...]:
-        """Return the stages against reading order."""
+        """Return the stages of the suffix scan, in reverse token order."""
         return tuple(stage.reversed() for stage in reversed(self.prefix))
 
     @cached_property
@@ -111,7 +116,7 @@ class Plan:
 
     @cached_property
     def read_chunks(self) -> tuple[bool, ...]:
-        """Tell of each local chunk, in token order, whether a later chunk of its document reads what it writes."""
+        """Return for each local chunk, in token order, True if a later chunk of its document uses its update."""
         read: set[Span] = set()
         for segment in (*(segment for stage in self.prefix for segment in stage.segments), *self.inner):
             ends_here = not segment.sends or not segment.last_writes
@@ -119,7 +124,10 @@ class Plan:
         return tuple(chunk in read for chunk in self.chunks)
 
     def with_state(self, initial: bool, final: bool) -> "Plan":
-        """Return the plan in which the first document starts from a given state, or the last one's is handed out."""
+        """Return the plan with an initial state for the first document, or a final state of the last one.
+
+        Raises LayoutError if the final state has an unfinished chunk under context parallelism.
+        """
         return _make_plan(
             self.seq_length, self.chunk_size, self.bounds, self.cp_size, self.cp_rank, initial=initial, final=final
         )
@@ -128,24 +136,28 @@ class Plan:
 def make_plan(
     seq_length: int, chunk_size: int, documents: tuple[int, ...] | None = None, cp_size: int = 1, cp_rank: int = 0
 ) -> Plan:
-    """Cut a sequence of ``seq_length`` tokens (of all ranks) into slices, documents and chunks.
+    """Plan a sequence of ``seq_length`` tokens (of all ranks) with chunks of ``chunk_size`` tokens.
 
     Args:
-        documents: bounds of the documents, from 0 to ``seq_length``. None: one document.
+        documents: document bounds, from 0 to ``seq_length``. None: one document.
 
     Raises:
-        LayoutError: no exact plan exists.
+        LayoutError: the sequence cannot be cut into equal slices, a slice starts inside a chunk, or the document bounds
+            are invalid.
     """
     if chunk_size < 1:
-        raise LayoutError(f"chunk_size={chunk_size}: a chunk has at least one token")
+        raise LayoutError(f"chunk_size={chunk_size}: use 1 or more tokens")
     if seq_length < 1:
-        raise LayoutError(f"a sequence of {seq_length} tokens: there must be at least one")
+        raise LayoutError(f"a sequence of {seq_length} tokens: use 1 or more")
     bounds = check_documents(documents, seq_length)
     return _make_plan(seq_length, chunk_size, tuple(sorted(set(bounds))), cp_size, cp_rank)
 
 
 def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple[int, ...]:
-    """Return the documents' bounds: from 0 to ``seq_length``, never falling. Raise LayoutError for others."""
+    """Return the document bounds, or (0, seq_length) for None.
+
+    Raises LayoutError if the bounds do not start at 0, do not end at ``seq_length``, or decrease.
+    """
     if documents is None:
         return (0, seq_length)
     if len(documents) < 2 or documents[0] != 0 or documents[-1] != seq_length:
@@ -155,12 +167,12 @@ def check_documents(documents: tuple[int, ...] | None, seq_length: int) -> tuple
         )
     for left, right in itertools.pairwise(documents):
         if right < left:
-            raise LayoutError(f"cu_seqlens falls from {left} to {right}: document starts must be in order")
+            raise LayoutError(f"cu_seqlens decreases from {left} to {right}: use document bounds in ascending order")
     return documents
 
 
 def slice_bounds(seq_length: int, cp_size: int) -> list[int]:
-    """Return the edges of the slices in reading order; one slice where the sequence is not split."""
+    """Return the slice edges in token order; for ``cp_size=1`` there is one slice."""
     if cp_size == 1:
         return [0, seq_length]
     if seq_length % (2 * cp_size):
@@ -173,7 +185,7 @@ def slice_bounds(seq_length: int, cp_size: int) -> list[int]:
 
 
 def local_slices(cp_size: int, cp_rank: int) -> list[int]:
-    """Return the numbers of the slices that a rank holds, in the order in which it holds them."""
+    """Return the indices of the slices that a rank holds, in its local order."""
     return [0] if cp_size == 1 else [cp_rank, 2 * cp_size - 1 - cp_rank]
 
 
@@ -183,7 +195,7 @@ def slice_owner(index: int, cp_size: int) -> int:
 
 
 def merge_adjacent(spans: tuple[Span, ...]) -> list[Span]:
-    """Merge spans, given in token order, that follow directly on each other."""
+    """Merge adjacent spans; ``spans`` are in token order."""
     merged: list[Span] = []
     for start, stop in spans:
         first = merged.pop()[0] if merged and merged[-1][1] == start else start
@@ -192,7 +204,7 @@ def merge_adjacent(spans: tuple[Span, ...]) -> list[Span]:
 
 
 def evenly_spaced(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
-    """Split spans into as few groups as possible, in each of which all have one length and one distance to the next."""
+    """Split spans into as few groups as possible; all spans of a group have equal length and equal spacing."""
     first = 0
     while first < len(spans):
         start, stop = spans[first]
@@ -206,7 +218,7 @@ def evenly_spaced(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
 
 
 def document_parts(bounds: tuple[int, ...], first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (start, end) of each document with tokens in [first, last), then (start, end) of its part in there."""
+    """Yield (start, end, start inside, end inside) of each document with tokens in [first, last)."""
     for start, end in itertools.pairwise(bounds):
         left, right = max(start, first), min(end, last)
         if left < right:
@@ -231,7 +243,7 @@ def _make_plan(
     if unfinished and cp_size > 1:
         raise LayoutError(
             f"the last document, of {seq_length - bounds[-2]} tokens, ends inside a chunk (chunk_size={chunk_size}): "
-            f"under context parallelism a state is handed out at chunk boundaries; end at a multiple of chunk_size"
+            f"under context parallelism a final state exists only at chunk boundaries; end at a multiple of chunk_size"
         )
     prefix, inner, single, lengths, offset = [], [], [], [], 0
     for first, last in merge_adjacent(tuple((edges[i], edges[i + 1]) for i in local_slices(cp_size, cp_rank))):
@@ -276,7 +288,7 @@ def _make_plan(
 
 
 def _check_alignment(edges: list[int], bounds: tuple[int, ...], chunk_size: int) -> None:
-    """Refuse chunks that straddle two slices: the carry between ranks holds the updates of whole chunks."""
+    """Raise LayoutError if a chunk crosses a slice edge: a carry holds the updates of whole chunks only."""
     starts = set(bounds)
     document = 0
     for index, edge in enumerate(edges[1:-1], start=1):

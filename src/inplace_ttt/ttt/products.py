@@ -1,4 +1,4 @@
-"""Matrix products over the tokens of chunks: sums of outer products, batched over evenly spaced chunks."""
+"""Matrix products over the tokens of chunks, batched over evenly spaced chunks."""
 
 import itertools
 
@@ -12,35 +12,38 @@ GRAM_TOKENS = 8192
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums over tokens: fp32, or fp64 where the operands are."""
+    """Return the dtype of sums over tokens: fp32, or fp64 for fp64 operands."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def outer_sum(a: Tensor, z: Tensor) -> Tensor:
-    """Return ``a^T z`` in the state's dtype, or that of each pair in a batch."""
+    """Return ``a^T z`` in the state's dtype: a (t, k) and z (t, f) -> (k, f), or with a batch dimension before t."""
     dtype = state_dtype(z.dtype)
-    if z.is_cuda and z.dtype != dtype:  # tensor cores take the low precision as it is and accumulate in fp32
+    if z.is_cuda and z.dtype != dtype:  # tensor cores accumulate low-precision operands in fp32
         product = torch.mm if a.dim() == 2 else torch.bmm
         return product(a.mT, z, out_dtype=dtype)
     return a.mT.to(dtype) @ z.to(dtype)
 
 
 def add_outer_sum(state: Tensor, a: Tensor, z: Tensor, scale: float = 1.0) -> Tensor:
-    """Add ``scale * a^T z`` to the state, in place, and return the state."""
+    """Add ``scale * a^T z`` to the state (k, f), in place, and return it; a (t, k), z (t, f)."""
     if a.dtype == state.dtype:
         return state.addmm_(a.t(), z, alpha=scale)
     return state.add_(outer_sum(a, z), alpha=scale)
 
 
 def stack_spans(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """Return (spans, tokens of each, k), a view of x (s, k) at spans that are evenly spaced."""
+    """Return a view (spans, tokens per span, k) of x (s, k) at evenly spaced spans."""
     start, stop = spans[0]
     distance = (spans[1][0] if len(spans) > 1 else stop) - start
     return x[start : spans[-1][1]].unfold(0, stop - start, distance).mT
 
 
 def gram(x: Tensor) -> Tensor:
-    """Return ``x x^T`` of each matrix (n, t, k), (n, t, t) in their dtype; on a GPU without one of the equal halves."""
+    """Return ``x x^T`` of each matrix, (n, t, k) -> (n, t, t), in x's dtype.
+
+    On a GPU large matrices use symmetry: the upper right block is copied from the lower left one.
+    """
     n, t, _ = x.shape
     if not x.is_cuda or t < 512:
         return x @ x.mT
@@ -54,7 +57,7 @@ def gram(x: Tensor) -> Tensor:
 
 
 def prefers_gram(tokens: int, d: int, f: int) -> bool:
-    """Tell whether the norm of a sum of outer products is cheaper from Gram matrices than from the sum itself."""
+    """Return True if the norm of a sum of outer products costs less from Gram matrices than from the sum."""
     return tokens * (d + f) < d * f
 
 
@@ -64,8 +67,8 @@ def squared_norms(
 ) -> Tensor:  # (n,)
     """Return the squared Frobenius norms of ``sum_t v_t z_t^T``, in the state's dtype.
 
-    They come from whichever product is smaller: the sum, (d, f), or the Gram matrices of all pairs of tokens,
-    ``sum_tu (v_t . v_u) (z_t . z_u)``.
+    They are computed from the smaller product: the sum itself, (d, f), or the Gram matrices (t, t), because
+    ``|sum_t v_t z_t^T|^2 = sum_tu (v_t . v_u) (z_t . z_u)``.
     """
     t, d, f = v.shape[1], v.shape[2], z.shape[2]
     if not prefers_gram(t, d, f):
@@ -80,7 +83,7 @@ def squared_norms(
 
 
 def squared_norms_of_spans(v: Tensor, z: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """Return (b, spans): the squared norms of ``sum_t v_t z_t^T`` over the tokens of each span.
+    """Return the squared norms of ``sum_t v_t z_t^T`` over the tokens t of each span, (b, spans).
 
     Args:
         v: (s, b, d).
@@ -97,7 +100,7 @@ def squared_norms_of_spans(v: Tensor, z: Tensor, spans: tuple[Span, ...]) -> Ten
 
 
 def span_products(spans: tuple[Span, ...], matrices: Tensor):
-    """Yield (group of evenly spaced spans, their matrices)."""
+    """Yield (group of evenly spaced spans, their matrices (spans of the group, ...)); matrices is (spans, ...)."""
     first = 0
     for group in evenly_spaced(spans):
         yield group, matrices[first : first + len(group)]
@@ -105,7 +108,10 @@ def span_products(spans: tuple[Span, ...], matrices: Tensor):
 
 
 def row_edges(d: int, count: int, units: tuple[int, ...]) -> list[slice]:
-    """Split d rows into ``count`` blocks or fewer, which start at multiples of the first unit that allows it."""
+    """Split d rows into at most ``count`` blocks, which start at multiples of the largest unit that permits it.
+
+    ``units`` are in descending order and end with 1.
+    """
     count = min(count, d)
     unit = next(unit for unit in units if d >= count * unit)
     edges = [round(d * part / count / unit) * unit for part in range(count)] + [d]

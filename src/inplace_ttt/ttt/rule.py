@@ -1,4 +1,4 @@
-"""The update rule: how a complete chunk changes the state of its document, and how the gradients follow."""
+"""Update rule: how a complete chunk changes the state of its document, and the matching gradients."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,17 +10,19 @@ from inplace_ttt.ttt.window import Window
 
 
 class UpdateRule:
-    """The paper's rule (arXiv 2604.06169, section 3): ``S <- S + eta * sum_t v_t z_t^T``.
+    """Define the paper's rule (arXiv 2604.06169, section 3): ``S <- S + eta * sum_t v_t z_t^T``.
 
-    S (d, f) is the state of a document, which tokens see as ``W + S``. G (d, f) is dL/dS behind a chunk, which the
-    suffix scan carries from the end of the document to its start. Another rule overrides these methods, runs on the
-    torch backend, and is given to ``fast_weight_linear`` as ``rule``. It must be linear in S and act on each row of S
-    alone, because rows travel between ranks in blocks. ``naive.decayed_fast_weight_linear`` is the definition of an
-    example, which the tests implement. Clipping and the norms of updates are those of this rule alone.
+    S (d, f) is the state of a document: tokens use the weight ``W + S``. G (d, f) is dL/dS after a chunk, which the
+    suffix scan carries from the end of the document to its start.
+
+    To use another rule, override these methods and pass the rule to ``fast_weight_linear``. It runs on the torch
+    backend. It must be linear in S and treat each row of S independently, because ranks exchange S in row blocks.
+    ``naive.decayed_fast_weight_linear`` defines an example, which the tests implement as a rule. Clipping and update
+    norms support only the paper's rule.
     """
 
     name: ClassVar[str] = "sum"
-    # dL/dW is the suffix scan's sum at the start of each document; False: it is computed by a product of its own
+    # True: dL/dW is the sum of the suffix scan's states at document starts; False: a separate product computes dL/dW
     suffix_is_weight_gradient: ClassVar[bool] = True
 
     def update_state(self, state: Tensor, v: Tensor, z: Tensor, eta: float) -> None:
@@ -29,17 +31,17 @@ class UpdateRule:
         Args:
             state: (rows, f).
             v: (t, rows), the chunk's targets.
-            z: (t, f), the inputs of its down-projection.
+            z: (t, f), the inputs of the chunk's down-projection.
         """
         add_outer_sum(state, v, z, eta)
 
     def update_suffix(self, suffix: Tensor, g: Tensor, z: Tensor) -> None:
-        """Turn dL/dS behind a chunk into dL/dS in front of it, in place.
+        """Convert dL/dS after a chunk to dL/dS before it, in place.
 
         Args:
             suffix: (rows, f).
-            g: (t, rows), the gradient of the chunk's outputs, which adds ``g^T z``: they use ``W + S``.
-            z: (t, f).
+            g: (t, rows), the gradient of the chunk's outputs. It adds ``g^T z``, because the outputs use ``W + S``.
+            z: (t, f), the inputs of the chunk's down-projection.
         """
         add_outer_sum(suffix, g, z)
 
@@ -47,17 +49,17 @@ class UpdateRule:
         """Write the gradients of the chunks' targets to dv.
 
         Args:
-            window: chunks with dL/dS behind each of them, (chunks, rows, f).
+            window: chunks with dL/dS after each of them, (chunks, rows, f).
             z: (s, f).
             dv: (s, rows).
         """
         window.apply(z, dv, transpose=True, alpha=eta)
 
     def add_input_gradients(self, window: Window, v: Tensor, dz: Tensor, eta: float) -> None:
-        """Add to dz what the chunks' updates add to the gradients of their inputs.
+        """Add to dz the gradients of the inputs z that come from the chunks' updates.
 
         Args:
-            window: chunks with dL/dS behind each of them, (chunks, rows, f).
+            window: chunks with dL/dS after each of them, (chunks, rows, f).
             v: (s, rows).
             dz: (s, f).
         """
@@ -66,14 +68,14 @@ class UpdateRule:
 
 @dataclass(frozen=True)
 class ScanStep:
-    """One direction of a rule: what a scan does to its state at each chunk."""
+    """Apply a rule to the state of the prefix or the suffix scan, once per chunk."""
 
     rule: UpdateRule
-    scale: float  # eta on the prefix scan, 1 on the suffix scan
+    scale: float  # eta in the prefix scan, 1 in the suffix scan
     suffix: bool
 
     def __call__(self, state: Tensor, a: Tensor, z: Tensor) -> None:
-        """Apply the step to the state, in place; a (t, rows) holds targets or output gradients."""
+        """Update the state (rows, f) in place; a (t, rows) holds targets or output gradients, z is (t, f)."""
         if self.suffix:
             self.rule.update_suffix(state, a, z)
         else:

@@ -1,13 +1,13 @@
-"""The scan over a rank's stages: receive a carry, yield chunk weights, send a carry.
+"""Scan over a rank's stages: receive a carry, yield chunk weights, send a carry.
 
-The state that a slice starts from is the sum of what all earlier slices wrote to the same document: an exclusive prefix
-sum over slices. The carry goes up the ranks (slices 0 .. n-1), turns at rank n-1, which scans slices n-1 and n as one
-stage, and comes back down (slices n .. 2n-1). A message exists only where a document crosses the edge between two
-ranks' slices.
+The incoming carry of a slice is the sum of the updates of all earlier slices in the same document: an exclusive prefix
+sum over slices. The carry passes from rank 0 to rank n-1 (slices 0 .. n-1). Rank n-1 scans slices n-1 and n as one
+stage. The carry then returns to rank 0 (slices n .. 2n-1). Ranks exchange a message only if a document crosses the edge
+between their slices.
 
 The rows of the state are independent, so they are scanned in blocks: while the carry of one block is sent, the next
-block is scanned. The chunk weights of as many blocks as ``max_window_bytes`` allows are then used together, because
-large products are faster than small ones.
+block is scanned. The chunk weights of as many blocks as fit in ``max_window_bytes`` are then used in one product,
+because large products are more efficient.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ from inplace_ttt.ttt.transport.p2p import P2PTransport
 from inplace_ttt.ttt.transport.symmetric_memory import symmetric_memory_transport
 from inplace_ttt.ttt.window import Window, WindowPool
 
-# Row blocks start at multiples of the first of these that allows as many blocks as wanted: the height of a kernel's
-# tile; half of it; 16 bytes of bf16, which the kernel's loads need
+# Row blocks start at multiples of the largest of these that permits the wanted number of blocks: the height of a
+# kernel's tile; half of it; 16 bytes of bf16, the alignment of TMA loads; 1
 ROW_UNITS = (128, 64, 8, 1)
-# Elements of the state that a GPU scans at a time: one tile on each SM, of which Hopper has 132
+# Elements of the state that a GPU scans at a time: about one tile of 128 x 256 on each of Hopper's 132 SMs
 STATE_PER_WAVE = 128 * (128 * 256)
 
 
 def row_blocks(d: int, count: int) -> list[slice]:
-    """Split the d rows of the state into ``count`` blocks, or fewer where there are not so many."""
+    """Split the d rows of the state into at most ``count`` blocks."""
     return row_edges(d, count, ROW_UNITS)
 
 
 def group_blocks(blocks: list[slice], most: int) -> list[range]:
-    """Group neighbouring blocks into as few groups of at most ``most`` rows as possible, of equal size or one less.
+    """Group adjacent blocks into as few groups of at most ``most`` rows as possible, whose sizes differ by at most one.
 
-    Return their numbers; no group where one block has more rows than that.
+    Returns the block indices of each group, or no group if one block has more than ``most`` rows.
     """
     for count in range(1, len(blocks) + 1):
         edges = [-(-len(blocks) * group // count) for group in range(count + 1)]
@@ -56,31 +56,37 @@ def group_blocks(blocks: list[slice], most: int) -> list[range]:
 
 
 class Carries(Protocol):
-    """The states that stages start from and end with, (b, d, f), in blocks of rows.
+    """Provide the incoming and outgoing carries (b, d, f) of scan stages, in row blocks.
 
-    ``open`` a stage before its first ``incoming_block``; for each batch row and each block, in this order,
-    ``incoming_block`` where a document comes in, ``outgoing_block`` and ``send`` where one goes on; then ``finish``.
+    Call order: ``open(stage)``; then for each batch row and block ``incoming_block`` (if a document enters the stage),
+    ``outgoing_block`` and ``send`` (if a document leaves it); at the end ``finish``.
     """
 
-    blocks: list[slice]  # of the rows
-    incoming: dict[int, Tensor]  # by stage
-    outgoing: dict[int, Tensor]  # by stage
+    blocks: list[slice]  # row blocks of the state
+    incoming: dict[int, Tensor]  # (b, d, f) by stage
+    outgoing: dict[int, Tensor]  # (b, d, f) by stage
 
-    def open(self, stage: int) -> None: ...
+    def open(self, stage: int) -> None:
+        """Prepare to receive the carry of a stage."""
 
-    def incoming_block(self, stage: int, batch: int, block: int) -> Tensor: ...
+    def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
+        """Return the incoming carry (rows, f) of a block, valid on the current stream."""
 
-    def outgoing_block(self, stage: int, batch: int, block: int) -> Tensor | None: ...
+    def outgoing_block(self, stage: int, batch: int, block: int) -> Tensor | None:
+        """Return the buffer (rows, f) for the outgoing carry of a block; None: the carry is not needed."""
 
-    def send(self, stage: int, batch: int, block: int) -> None: ...
+    def send(self, stage: int, batch: int, block: int) -> None:
+        """Send the outgoing carry of a block."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Make the current stream wait for sends that later kernels would delay."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Make the current stream wait for all sends."""
 
 
 class RingCarries:
-    """Carries that are exchanged with neighbouring ranks, and with the caller at the ends of the sequence."""
+    """Exchange carries with neighbouring ranks, and with the caller at the ends of the sequence."""
 
     def __init__(
         self,
@@ -88,10 +94,10 @@ class RingCarries:
         blocks: list[slice],
         shape: tuple[int, int, int],  # (b, d, f)
         *,
-        transport: Transport | None,  # None: there is one rank
+        transport: Transport | None,  # None: one rank
         dtype: torch.dtype,
         device: torch.device,
-        initial: Tensor | None = None,  # (b, d, f), the caller's
+        initial: Tensor | None = None,  # (b, d, f), carry from the caller
     ):
         self.stages, self.blocks, self.shape, self.transport, self.initial = stages, blocks, shape, transport, initial
         self.dtype, self.device = dtype, device
@@ -99,7 +105,7 @@ class RingCarries:
         self.outgoing: dict[int, Tensor] = {}
 
     def open(self, stage: int) -> None:
-        """Post the receives of a stage, and allocate what it sends."""
+        """Post the receives of a stage, and allocate its outgoing carry."""
         source, target = self.stages[stage].source, self.stages[stage].target
         if target is not None:
             self.outgoing[stage] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -112,36 +118,36 @@ class RingCarries:
                 self.transport.post_recv(source, number, part)
 
     def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
-        """Return (rows, f), the state that the stage's first document starts from, once it is there."""
+        """Wait for a block of the incoming carry on the current stream, and return it, (rows, f)."""
         source = self.stages[stage].source
         if source != CALLER:
             self.transport.wait_recv(source, batch * len(self.blocks) + block)
         return self.incoming[stage][batch, self.blocks[block]]
 
     def outgoing_block(self, stage: int, batch: int, block: int) -> Tensor:
-        """Return (rows, f), where the state behind the stage is to be written."""
+        """Return the buffer (rows, f) for a block of the outgoing carry."""
         return self.outgoing[stage][batch, self.blocks[block]]
 
     def send(self, stage: int, batch: int, block: int) -> None:
-        """Send what was written to the outgoing block."""
+        """Send a block of the outgoing carry."""
         target = self.stages[stage].target
         if target != CALLER:
             number = batch * len(self.blocks) + block
             self.transport.send(target, number, self.outgoing_block(stage, batch, block))
 
     def flush(self) -> None:
-        """Make the device send before it goes on."""
+        """Make the current stream wait for sends that later kernels would delay."""
         if self.transport is not None:
             self.transport.flush()
 
     def finish(self) -> None:
-        """Make everything that is launched next come after what was sent."""
+        """Make the current stream wait for all sends."""
         if self.transport is not None:
             self.transport.wait_sends()
 
 
 class SavedCarries:
-    """The incoming carries of a forward that was run before; nothing is exchanged."""
+    """Provide the saved incoming carries of an earlier forward, without communication."""
 
     def __init__(self, incoming: dict[int, Tensor], d: int):
         self.incoming, self.blocks = incoming, [slice(0, d)]
@@ -165,14 +171,20 @@ class SavedCarries:
 class Exchange:
     """Exchange carries between the ranks of a group."""
 
-    group: dist.ProcessGroup | None  # None: there is one rank
-    comm_dtype: torch.dtype
-    symmetric_memory: bool = True  # where the ranks can map each other's memory
+    group: dist.ProcessGroup | None  # None: one rank
+    comm_dtype: torch.dtype  # dtype of messages
+    symmetric_memory: bool = True  # use symmetric memory if the ranks can map each other's memory
 
     def carries(
         self, stages: tuple[ScanStage, ...], shape: tuple[int, int, int], like: Tensor, initial: Tensor | None
     ) -> Carries:
-        """Return the carries of a scan over stages; shape is (b, d, f)."""
+        """Return the carries of a scan over stages.
+
+        Args:
+            shape: (b, d, f).
+            like: tensor with the dtype of the operands, on their device.
+            initial: (b, d, f), carry from the caller, or None.
+        """
         b, d, f = shape
         blocks, transport = [slice(0, d)], None
         if self.group is not None:
@@ -188,11 +200,11 @@ class Exchange:
         )
 
     def blocks_and_transport(self, b: int, d: int, f: int, device: torch.device) -> tuple[list[slice], Transport]:
-        """Return the row blocks that travel, and the transport.
+        """Return the row blocks in which carries are exchanged, and the transport.
 
-        More blocks shorten the wait for the first one, which every rank on the way adds to, as long as each of them
-        fills the GPU. Two are scanned side by side, so there are at least two. NCCL point-to-point kernels take SMs
-        from the products, and smaller messages cost more; copy engines do not.
+        Each hop waits for the scan of the first block, so more blocks shorten the wait as long as each block fills the
+        GPU. Two blocks are scanned concurrently, so there are at least two. NCCL point-to-point kernels take SMs from
+        the products, and smaller messages cost more, so there are fewer blocks with NCCL. Copy engines take no SMs.
         """
         two_ranks = self.group.size() == 2
         full = d * f // (STATE_PER_WAVE if two_ranks else STATE_PER_WAVE // 2)
@@ -208,15 +220,18 @@ class Exchange:
 
 @lru_cache
 def _streams(current: torch.cuda.Stream) -> tuple[torch.cuda.Stream, ...]:
-    """Return two streams for each stream that scans are called from: it may still read memory that a scan has returned
-    to their allocator, and only what is called from it waits for them."""
+    """Return two side streams for each calling stream.
+
+    They are not shared between calling streams: a calling stream may still read memory that a scan has returned to the
+    allocator of its side streams, and only the calling stream waits for them.
+    """
     return torch.cuda.Stream(current.device), torch.cuda.Stream(current.device)
 
 
 class SideStreams:
-    """Two streams for the scans of neighbouring blocks, so that block k+1's first CTAs overlap block k's tail wave.
+    """Run the scans of adjacent blocks on two streams, so that block k+1's first CTAs overlap block k's tail wave.
 
-    Without a GPU everything runs where it is called.
+    On the CPU there are no side streams.
     """
 
     def __init__(self, device: torch.device):
@@ -224,46 +239,46 @@ class SideStreams:
         if device.type == "cuda":
             current = torch.cuda.current_stream(device)
             self.streams = _streams(current)
-            # one after the other: otherwise the second block's CTAs may run before the first one's, which the next
-            # rank waits for
+            # The second stream starts after the first: otherwise the second block's CTAs may run before those of the
+            # first block, for which the next rank waits
             for before, stream in itertools.pairwise((current, *self.streams)):
                 stream.wait_stream(before)
 
     def of(self, block: int):
-        """Return the context in which a block is scanned: always the same for the same block."""
+        """Return the stream context of a block; a block always has the same stream."""
         return torch.cuda.stream(self.streams[block % len(self.streams)]) if self.streams else contextlib.nullcontext()
 
     def join(self) -> None:
-        """Make everything that is launched next come after the side streams."""
+        """Make the current stream wait for the side streams."""
         for stream in self.streams:
             torch.cuda.current_stream().wait_stream(stream)
 
 
 class Scan:
-    """One scan, prefix or suffix, over the documents that cross the edges of a rank's stages.
+    """Run a prefix or suffix scan over the documents that cross the edges of a rank's stages.
 
-    ``open`` the stages in order and take the windows of each, by ``windows`` or ``held_windows``; then ``finish``.
+    Call order: for each stage ``open``, then ``windows`` or ``held_windows``; at the end ``finish``.
     """
 
     def __init__(
         self,
         stages: tuple[ScanStage, ...],
         base: Tensor | None,  # (d, f); None: zero
-        a: Tensor,  # (s, b, d), what is written
+        a: Tensor,  # (s, b, d), targets in the prefix scan, output gradients in the suffix scan
         z: Tensor,  # (s, b, f)
         step: ScanStep,
         carries: Carries,
         backend: Backend,
         pool: WindowPool,
         *,
-        total: Tensor | None = None,  # (d, f), to which the states at the ends of documents are added
-        with_norms: bool = False,  # note the squared norms of the same states
+        total: Tensor | None = None,  # (d, f), receives the sum of the states at document ends
+        with_norms: bool = False,  # True: compute the squared norms of the states at document ends
         max_window_bytes: int | None = None,  # None: the backend's choice
     ):
         self.stages, self.base, self.a, self.z, self.step = stages, base, a, z, step
         self.carries, self.backend, self.pool, self.total = carries, backend, pool, total
         self.max_window_bytes = max_window_bytes
-        # the segments with which documents end, by (stage, place in it), numbered
+        # Segments with which documents end, as (stage, index in the stage)
         ends = [
             (number, place)
             for number, stage in enumerate(stages)
@@ -271,7 +286,7 @@ class Scan:
             if not segment.sends
         ]
         self._ends = {key: number for number, key in enumerate(ends)}
-        # (blocks, b, documents that end): squared norms
+        # (blocks, b, documents that end), squared norms
         self.norms = None
         if with_norms:
             shape = len(carries.blocks), a.shape[1], len(ends)
@@ -284,12 +299,11 @@ class Scan:
 
     @property
     def scans_at_once(self) -> bool:
-        """Tell whether all blocks of a stage are scanned before any of its windows is used."""
+        """Return True if all blocks of a stage are scanned before the first of its windows is used."""
         return len(self._groups) == 1
 
     def windows(self, stage: int) -> Iterator[tuple[int, slice, Window]]:
-        """Scan a stage, and yield (batch row, rows of the state, chunks with their weights) as they are ready: weights
-        are valid until the next window."""
+        """Scan a stage, and yield (batch row, rows of the state, window). A window is valid until the next one."""
         for batch in range(self.a.shape[1]):
             for blocks in self._groups:
                 self.pool.release()
@@ -300,19 +314,20 @@ class Scan:
                 self.carries.flush()
 
     def held_windows(self, stage: int) -> list[tuple[int, slice, Window]]:
-        """Scan a stage that ``scans_at_once``, and return its windows: weights are valid until the pool is released."""
+        """Scan a stage and return its windows, valid until the pool is released. Requires ``scans_at_once``."""
         (blocks,) = self._groups
         return [window for batch in range(self.a.shape[1]) for window in self._scan_group(stage, batch, blocks)]
 
     def finish(self) -> None:
-        """Wait for the sends."""
+        """Make the current stream wait for all sends."""
         self.carries.finish()
 
     def _group_blocks(self) -> list[range]:
-        """Group blocks whose weights, of all chunks of the scan, fit in a window; no group where one block's do not.
+        """Return groups of blocks whose weights, of all chunks of the scan, fit in a window.
 
-        The same for all stages, and on ranks with like documents and memory: a rank that waits for more blocks than the
-        rank before it sends at a time waits for products of that rank.
+        Returns no group if the weights of one block do not fit. The groups are equal for all stages, and on ranks with
+        equal documents and memory: a rank that needs more blocks at a time than the previous rank sends at a time
+        would wait for products of that rank.
         """
         chunks = sum(len(segment.chunks) for stage in self.stages for segment in stage.segments)
         if chunks == 0 or len(self.carries.blocks) == 1:
@@ -321,7 +336,7 @@ class Scan:
         return group_blocks(self.carries.blocks, limit // (self.z.element_size() * self.z.shape[2] * chunks))
 
     def _scan_group(self, stage: int, batch: int, blocks: range) -> Iterator[tuple[int, slice, Window]]:
-        """Scan some blocks, then yield the weights of all of them, segment by segment."""
+        """Scan a group of blocks, then yield the weights of the group, segment by segment."""
         all_blocks = self.carries.blocks
         rows = slice(all_blocks[blocks[0]].start, all_blocks[blocks[-1]].stop)
         segments = self.stages[stage].segments
@@ -332,7 +347,7 @@ class Scan:
             here = slice(all_blocks[block].start - rows.start, all_blocks[block].stop - rows.start)
             with streams.of(block):
                 for _ in self._scan_block(stage, batch, block, [memory[:, here] for memory in weights]):
-                    pass  # its windows are parts of those below
+                    pass  # these windows are parts of the windows below
         streams.join()
         self.carries.flush()
         for segment, memory in zip(segments, weights, strict=True):
@@ -342,9 +357,9 @@ class Scan:
     def _scan_block(
         self, stage: int, batch: int, block: int, out: list[Tensor] | None = None
     ) -> Iterator[tuple[int, slice, Window]]:
-        """Scan the rows of one block: carry in, windows (into ``out``, by segment, if given), carry out."""
+        """Scan one block: receive the carry, yield windows (written to ``out`` by segment, if given), send it."""
         rows = self.carries.blocks[block]
-        # segments that another rank waits for come first
+        # segments for which another rank waits come first
         for place, segment in sorted(enumerate(self.stages[stage].segments), key=lambda item: not item[1].sends):
             norms = None
             if self.norms is not None and not segment.sends:

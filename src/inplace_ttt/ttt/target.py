@@ -1,7 +1,7 @@
-"""Targets: a depthwise convolution of the inputs inside each chunk, then a projection.
+"""Targets of the updates: a depthwise convolution of the inputs inside each chunk, then a projection.
 
-``c_t[e] = sum_k w[e, 0, k] * u_{t + k - kernel // 2}[e]`` over taps in t's own chunk, and ``v_t = c_t P``
-(arXiv 2604.06169, section 3.3). A tap into another chunk would let the update of a chunk hold tokens from its future.
+``c_t[e] = sum_k w[e, 0, k] * u_{t + k - kernel // 2}[e]`` over taps in t's own chunk only, and ``v_t = c_t P``
+(arXiv 2604.06169, section 3.3). A tap into the next chunk would make an update depend on tokens after its chunk.
 """
 
 import sys
@@ -15,16 +15,16 @@ from inplace_ttt.ttt.products import state_dtype
 
 
 def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
-    """Return (s,) int32 on the CPU: for each token the number of its chunk, from ``Plan.chunk_lengths``."""
+    """Return the chunk index of each token, (s,) int32 on the CPU, from ``Plan.chunk_lengths``."""
     lengths = torch.tensor(chunk_lengths)
     return torch.repeat_interleave(torch.arange(len(chunk_lengths), dtype=torch.int32), lengths)
 
 
 class ChunkTargets:
-    """Targets that ``fast_weight_linear`` computes itself, slice by slice, given in the place of v.
+    """Describe targets that ``fast_weight_linear`` computes slice by slice; pass it instead of v.
 
-    Under context parallelism the carry of the first slice is then on its way to other ranks before the targets of the
-    second slice are computed.
+    Under context parallelism the carry of the first slice can then be sent before the targets of the second slice are
+    computed.
 
     Example::
 
@@ -32,16 +32,16 @@ class ChunkTargets:
         >>> chunk_ids = torch.arange(12) // 6  # two chunks of six tokens
         >>> v = ChunkTargets(u, kernel, projection, chunk_ids).materialise()
         >>> alone = ChunkTargets(u[:6], kernel, projection, chunk_ids[:6]).materialise()
-        >>> torch.allclose(v[:6], alone)  # a target sees its own chunk alone
+        >>> torch.allclose(v[:6], alone)  # a target depends only on its own chunk
         True
 
     Args:
-        u: (s, b, d), what the convolution reads: the MLP's inputs, or the embeddings.
-        weight: (d, 1, kernel), kernel odd.
-        projection: (d, d), applied from the right. None: none.
-        chunk_ids: (s,) integers; neighbouring tokens are in one chunk where theirs are equal.
-        tp_group: tensor-parallel group over which f is split. Each rank then has a part of the targets' gradient, and
-            the parts are summed.
+        u: (s, b, d), input of the convolution: the MLP's inputs or the embeddings.
+        weight: (d, 1, kernel) of the convolution, kernel odd.
+        projection: (d, d), multiplied from the right. None: no projection.
+        chunk_ids: (s,) integers; neighbouring tokens with equal values are in one chunk.
+        tp_group: tensor-parallel group that splits f. Each rank then computes a partial gradient of the targets; the
+            backward sums it over the group.
     """
 
     def __init__(
@@ -66,15 +66,15 @@ class ChunkTargets:
         return self.u.dtype
 
     def allocate(self) -> Tensor:
-        """Return memory for the targets, (s, b, d), that ``write`` fills.
+        """Return uninitialised memory for the targets, (s, b, d), to be filled by ``write``.
 
-        To autograd it is a function of u, weight and projection already.
+        Its autograd graph already contains u, weight and projection.
         """
         return _ChunkTarget.apply(self.chunk_ids, self.tp_group, self.u, self.weight, self.projection)
 
     @torch.no_grad()
     def write(self, v: Tensor, tokens: slice) -> None:
-        """Write the targets of tokens that make up whole chunks to v (s, b, d)."""
+        """Write the targets of ``tokens``, which must be whole chunks, to v (s, b, d)."""
         c = _convolution(self.u).conv(self.u[tokens], self.weight, self.chunk_ids[tokens])
         if self.projection is None:
             v[tokens] = c
@@ -89,15 +89,15 @@ class ChunkTargets:
 
 
 def chunk_target(u: Tensor, weight: Tensor, projection: Tensor | None, chunk_ids: Tensor) -> Tensor:
-    """Return the targets of all tokens, (s, b, d); arguments as ``ChunkTargets``.
+    """Return the targets of all tokens, (s, b, d); arguments as for ``ChunkTargets``.
 
-    Only u is saved for the backward, which the layer saves anyway.
+    The backward needs only u, which the layer saves in any case.
     """
     return ChunkTargets(u, weight, projection, chunk_ids).materialise()
 
 
 class _ChunkTarget(torch.autograd.Function):
-    """Differentiate targets; their values are written by ``ChunkTargets.write``, and the backward does not use them."""
+    """Differentiate targets. ``ChunkTargets.write`` writes their values, which the backward does not need."""
 
     @staticmethod
     def forward(ctx, chunk_ids: Tensor, tp_group: dist.ProcessGroup | None, u, weight, projection):
@@ -121,7 +121,7 @@ class _ChunkTarget(torch.autograd.Function):
 
 
 def _convolution(u: Tensor):
-    """Return the module with ``conv`` and ``conv_backward`` for a tensor: the kernels', or this one."""
+    """Return the module that provides ``conv`` and ``conv_backward`` for u: triton_conv or this one."""
     if u.is_cuda and u.dtype != torch.float64:
         from inplace_ttt.ttt.backends import triton_conv
 
@@ -130,7 +130,7 @@ def _convolution(u: Tensor):
 
 
 def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
-    """Return the convolution alone, (s, b, d); arguments as ``ChunkTargets``."""
+    """Return the convolution without the projection, (s, b, d); arguments as for ``ChunkTargets``."""
     out = torch.zeros_like(u)
     for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
         reached = u[there] if inside is None else u[there] * inside
@@ -139,7 +139,7 @@ def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
 
 
 def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of u and weight from that of the output, g (s, b, d)."""
+    """Return the gradients of u (s, b, d) and weight (d, 1, kernel), given the output's gradient g (s, b, d)."""
     du = torch.zeros_like(u)
     dweight = torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=u.device)
     for tap, here, there, inside in _taps(u.shape[0], weight.shape[-1], chunk_ids):
@@ -150,7 +150,7 @@ def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tu
 
 
 def _taps(length: int, kernel: int, chunk_ids: Tensor):
-    """Yield for each tap: its index, output tokens, the input tokens it reads, and where both are in one chunk."""
+    """Yield for each tap (index, output tokens, input tokens, mask of pairs in one chunk or None if all are)."""
     for tap in range(kernel):
         shift = tap - kernel // 2
         if abs(shift) >= length:

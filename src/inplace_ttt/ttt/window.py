@@ -1,4 +1,4 @@
-"""Windows of chunk weights: what a backend's scan hands to the products, and who owns their memory."""
+"""Windows of chunk weights, which a scan passes to the matrix products, and the pool of their memory."""
 
 from dataclasses import dataclass, field
 
@@ -10,21 +10,21 @@ from inplace_ttt.ttt.products import span_products, stack_spans
 
 @dataclass(frozen=True)
 class Window:
-    """Some chunks, in token order, and the weight that each of them uses."""
+    """Hold some chunks, in token order, and the weight that each of them uses."""
 
     chunks: tuple[Span, ...]
     weights: Tensor  # (chunks, rows, f)
 
     def apply(self, x: Tensor, out: Tensor, *, transpose: bool, alpha: float = 1.0, add: bool = False) -> None:
-        """Set ``out_t = alpha * W_i x_t`` for the tokens t of each chunk i, or with ``W_i^T``.
+        """Set ``out_t = alpha * W_i x_t`` for the tokens t of each chunk i.
 
         Args:
             x: (s, k).
             out: (s, n), written in place at the chunks' tokens.
-            transpose: W_i is (n, k) as in a linear layer; otherwise (k, n).
-            add: add to what ``out`` holds.
+            transpose: True: weights are (chunks, n, k), as in a linear layer; False: (chunks, k, n), and W_i^T is used.
+            add: add to ``out`` instead of overwriting it.
         """
-        for group, factors in span_products(self.chunks, self.weights):  # one product for all of them
+        for group, factors in span_products(self.chunks, self.weights):  # one product per group
             if transpose:
                 factors = factors.mT
             if len(group) == 1:
@@ -36,15 +36,15 @@ class Window:
 
 @dataclass
 class WindowPool:
-    """Own the memory of chunk weights, and use it again for the next window.
+    """Own the memory of chunk weights, and reuse it for the next window.
 
-    ``take`` lends memory until ``release``; with ``keep`` nothing is released, and every window lives as long as
-    whoever holds it.
+    Memory from ``take`` is valid until ``release``. With ``keep`` memory is not reused: it is valid as long as it is
+    referenced.
     """
 
     keep: bool = False
-    free: list[Tensor] = field(default_factory=list)  # flat
-    lent: list[Tensor] = field(default_factory=list)
+    free: list[Tensor] = field(default_factory=list)  # one-dimensional, unused
+    lent: list[Tensor] = field(default_factory=list)  # one-dimensional, in use until ``release``
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Return uninitialised memory of a shape, with the dtype and device of ``like``."""
@@ -58,16 +58,16 @@ class WindowPool:
             memory = min(fitting, key=Tensor.numel)
             self.free = [other for other in self.free if other is not memory]
         else:
-            self.free.clear()  # smaller ones would only stand beside it
+            self.free.clear()  # too small to be used again
             memory = like.new_empty(numel)
         self.lent.append(memory)
         return memory[:numel].view(shape)
 
     def release(self) -> None:
-        """Take back all that was lent."""
+        """Mark all memory from ``take`` as unused."""
         self.free += self.lent
         self.lent.clear()
 
     def give(self, weights: Tensor) -> None:
-        """Add memory that is no longer used."""
+        """Add the memory of weights that are no longer used."""
         self.free.append(weights.view(-1))

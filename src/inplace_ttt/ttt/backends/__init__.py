@@ -1,7 +1,7 @@
-"""Backends: how the chunk weights of a rank's segments are computed. All have one signature.
+"""Backends that compute the chunk weights of a rank's segments, with one interface.
 
-torch     matrix products of torch, on any device, in any dtype and shape, for any update rule
-hopper    kernels for the paper's rule on H100 and H200, bf16
+torch     torch matrix products, for every device, dtype, shape and update rule
+hopper    bf16 kernels for the paper's rule on H100 and H200
 """
 
 import functools
@@ -19,13 +19,13 @@ BACKENDS = ("torch", "hopper")
 
 
 class Backend(Protocol):
-    """Scans documents chunk by chunk."""
+    """Scan documents chunk by chunk."""
 
     name: str
-    window_bytes: int  # of chunk weights at a time where they are not kept; one chunk's at least
-    exchange_window_bytes: int  # the same where ranks exchange carries, and wait for each other's products
-    keeps_by_default: bool  # whether keeping chunk weights for the backward saves time
-    needs_alignment: bool  # whether rows of operands must start at multiples of 16 bytes
+    window_bytes: int  # chunk weights held at a time if they are not kept; at least one chunk's
+    exchange_window_bytes: int  # window_bytes for ranks that exchange carries: larger, because they wait for products
+    keeps_by_default: bool  # True: keeping chunk weights for the backward saves time
+    needs_alignment: bool  # True: rows of operands must start at multiples of 16 bytes
 
     def scan(
         self,
@@ -43,34 +43,35 @@ class Backend(Protocol):
         max_window_bytes: int | None = None,
         out: Tensor | None = None,
     ) -> Iterator[Window]:
-        """Yield, for each chunk in the order of the segments, the weight it uses: ``base`` + the state before it.
-
-        Args:
-            segments: parts of different documents, of one batch row. Only the first may receive a carry, and only the
-                last may send one.
-            base: (rows, f) in z's dtype. None: zero.
-            a: (s, rows), what is written: targets on the prefix scan, output gradients on the suffix scan.
-            z: (s, f).
-            step: what a chunk does to the state.
-            pool: lends the memory of the windows; unless it keeps them, a window is valid until the next one.
-            carry_in: (rows, f) in the state's dtype, the state that the first segment starts from. None: zero.
-            carry_out: (rows, f) in the state's dtype, filled with the state behind the last segment.
-            total: (rows, f) in the state's dtype, to which the states of all documents that end here are added.
-            norms: (documents that end here,) in the state's dtype, filled with the squared norms of these states.
-                Without total and norms, what the last chunk of a document writes is not computed: nobody reads it.
-            max_window_bytes: of the weights of one window; one chunk's at least. None: ``window_bytes``.
-            out: (chunks or more, rows, f) in z's dtype, where the weights of all chunks go, as one window.
+        """Yield the weight that each chunk uses, ``base`` + the state before the chunk, in the order of the segments.
 
         Chunks whose weight is zero are left out.
+
+        Args:
+            segments: parts of different documents in one batch row. Only the first may receive a carry, and only the
+                last may send one.
+            base: (rows, f) in z's dtype. None: zero.
+            a: (s, rows), targets in the prefix scan, output gradients in the suffix scan.
+            z: (s, f), inputs of the down-projection.
+            step: updates the state with a chunk.
+            pool: provides the memory of windows. Unless ``pool.keep``, a window is valid until the next one.
+            carry_in: (rows, f) in the state's dtype, initial state of the first segment. None: zero.
+            carry_out: (rows, f) in the state's dtype, receives the state after the last segment.
+            total: (rows, f) in the state's dtype, to which the final states of documents that end here are added.
+            norms: (documents that end here,) in the state's dtype, receives the squared norms of these states. Without
+                total and norms, the update of a document's last chunk is not computed, because it is not used.
+            max_window_bytes: limit of the weights of one window, exceeded if one chunk needs more. None:
+                ``window_bytes``.
+            out: (chunks or more, rows, f) in z's dtype, receives the weights of all chunks, as one window.
         """
         ...
 
 
 def choose_backend(name: str, z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateRule) -> Backend:
-    """Return the backend of a name; ``auto``: the kernels where they can do what is asked, otherwise torch.
+    """Return a backend by name; ``auto``: the kernels if they support the operands, otherwise torch.
 
     Raises:
-        ValueError: the name is not known, or its backend cannot do what is asked.
+        ValueError: the name is not known, or its backend does not support the operands.
     """
     from inplace_ttt.ttt.backends.torch import TorchBackend
 
@@ -85,12 +86,12 @@ def choose_backend(name: str, z: Tensor, d: int, chunk_size: int, eta: float, ru
         return HopperBackend()
     if name == "hopper":
         raise ValueError(f"backend='hopper' cannot be used: {reason}")
-    _warn_once(f"fast weights run on plain torch products, several times slower than the kernels: {reason}")
+    _warn_once(f"fast weights run on plain torch products, which are several times slower than the kernels: {reason}")
     return TorchBackend()
 
 
 def hopper_unavailable_reason(z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateRule) -> str | None:
-    """Return why the kernels cannot take these operands, or None."""
+    """Return the reason why the kernels do not support these operands, or None."""
     if type(rule) is not UpdateRule:
         return f"they compute the paper's update rule, not '{rule.name}'"
     if not z.is_cuda:

@@ -1,7 +1,7 @@
-"""The chunk-parallel form in plain torch: one chunk at a time, on any device, in any dtype and shape.
+"""Reference backend in plain torch: one chunk at a time, for every device, dtype and shape.
 
-Inside a chunk the weight is constant, so its tokens go through one matrix product; between chunks a single state is
-updated in place. A scan holds the state and one chunk's weight, whatever the length of the sequence.
+The weight is constant inside a chunk, so one matrix product serves all its tokens. Between chunks one state is updated
+in place. A scan holds the state and one chunk's weight, independent of the sequence length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from inplace_ttt.ttt.window import Window, WindowPool
 
 
 class TorchBackend:
-    """See ``Backend``."""
+    """Scan with torch matrix products (see ``Backend``)."""
 
     name = "torch"
     window_bytes = 0
@@ -40,7 +40,7 @@ class TorchBackend:
         max_window_bytes: int | None = None,
         out: Tensor | None = None,
     ) -> Iterator[Window]:
-        """See ``Backend.scan``; without ``out`` a window is always one chunk's."""
+        """Scan segments (see ``Backend.scan``). Without ``out`` a window holds one chunk."""
         rows, f = a.shape[1], z.shape[1]
         state = torch.empty(rows, f, dtype=state_dtype(z.dtype), device=z.device)
         ended, filled, read = 0, 0, []
@@ -76,13 +76,13 @@ class TorchBackend:
                 norms[ended] = torch.linalg.vector_norm(state).square()
             ended += 1
         if read:
-            if read[-1][0] < read[0][0]:  # windows are in token order
+            if read[-1][0] < read[0][0]:  # a window is in token order
                 out[:filled] = out[:filled].flip(0)
             yield Window(tuple(sorted(chunk for chunk, _ in read)), out[:filled])
 
 
 def _write_weight(base: Tensor | None, state: Tensor | None, out: Tensor) -> None:
-    """Write base + state, rounded once; None is zero."""
+    """Write base + state, each (rows, f) or None for zero, to out, with one rounding."""
     if base is None or state is None:
         out.copy_(state if base is None else base)
     else:

@@ -1,4 +1,4 @@
-"""Triton kernels for the chunk-local convolution of ``target.py``: one pass over memory, and one for the backward."""
+"""Triton kernels for the chunk-local convolution of ``target.py``: one pass over memory forward, one backward."""
 
 import torch
 import triton
@@ -8,12 +8,12 @@ from torch import Tensor
 from inplace_ttt.ttt.products import state_dtype
 
 BLOCK_T, BLOCK_D = 32, 64
-STRETCH = 256
+STRETCH = 256  # tokens per CTA in the backward
 
 
 @triton.jit
 def _reach(tensor, ids, own, token, column, shift, s, width, inside):
-    """(BLOCK_T, BLOCK_D) fp32: ``tensor`` at tokens ``shift`` away, zero where that is another chunk or none."""
+    """Load ``tensor`` at tokens + shift, (BLOCK_T, BLOCK_D) fp32; zero outside the token's own chunk."""
     there = token + shift
     same = (there >= 0) & (there < s)
     same &= tl.load(ids + there, mask=same, other=-1) == own
@@ -63,7 +63,7 @@ def _conv_backward_kernel(
 ):
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     stretch = tl.program_id(1)
-    for tap in tl.static_range(TAPS):  # one tap at a time: its sums stay in registers, its tokens in the cache
+    for tap in tl.static_range(TAPS):  # one tap at a time: sums stay in registers, tokens in the cache
         shift = tap - TAPS // 2
         products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for first in range(0, STRETCH, BLOCK_T):
@@ -91,7 +91,7 @@ def _grid(s: int, width: int) -> tuple[int, int]:
 
 
 def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
-    """Return what ``target.conv`` does: u (s, b, d), weight (d, 1, taps), chunk_ids (s,) -> (s, b, d)."""
+    """Compute ``target.conv``: u (s, b, d), weight (d, 1, taps), chunk_ids (s,) -> (s, b, d)."""
     u, out = u.contiguous(), torch.empty_like(u, memory_format=torch.contiguous_format)
     (s, b, d), taps = u.shape, weight.shape[-1]
     _conv_kernel[_grid(s, b * d)](
@@ -101,7 +101,7 @@ def conv(u: Tensor, weight: Tensor, chunk_ids: Tensor) -> Tensor:
 
 
 def conv_backward(g: Tensor, u: Tensor, weight: Tensor, chunk_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what ``target.conv_backward`` does: gradients of u and weight from g (s, b, d)."""
+    """Compute ``target.conv_backward``: the gradients of u and weight from g (s, b, d)."""
     g, u = g.contiguous(), u.contiguous()
     (s, b, d), taps = u.shape, weight.shape[-1]
     grid = triton.cdiv(b * d, BLOCK_D), triton.cdiv(s, STRETCH)

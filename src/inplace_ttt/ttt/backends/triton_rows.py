@@ -1,4 +1,4 @@
-"""Triton kernels that scale the rows of a matrix in one pass over memory; torch's broadcasting takes two to three."""
+"""Triton kernels that scale matrix rows in one pass over memory; torch's broadcasting needs two to three passes."""
 
 import torch
 import triton
@@ -41,12 +41,12 @@ def _dot_and_scale_kernel(
 
 
 def scale_rows(x: Tensor, factors: Tensor) -> None:
-    """Do what ``clipping.scale_rows`` does: x (rows, width), whose rows have no gaps, and factors (rows,) fp32."""
+    """Compute ``clipping.scale_rows``: x (rows, width) with contiguous rows, factors (rows,) fp32."""
     _scale_kernel[(x.shape[0],)](x, factors.contiguous(), x.stride(0), WIDTH=x.shape[1], BLOCK=BLOCK)
 
 
 def dot_and_scale_rows(x: Tensor, y: Tensor, factors: Tensor) -> Tensor:
-    """Do what ``clipping.dot_and_scale_rows`` does: x and y (rows, width), factors (rows,) -> (rows,) fp32."""
+    """Compute ``clipping.dot_and_scale_rows``: x and y (rows, width), factors (rows,) -> (rows,) fp32."""
     factors = factors.contiguous()
     dots = torch.empty_like(factors)
     _dot_and_scale_kernel[(x.shape[0],)](x, y, factors, dots, x.stride(0), y.stride(0), WIDTH=x.shape[1], BLOCK=BLOCK)

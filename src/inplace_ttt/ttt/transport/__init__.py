@@ -1,7 +1,7 @@
-"""Transports: how blocks of state travel between two context-parallel ranks.
+"""Transports of state blocks between two context-parallel ranks.
 
-p2p                 non-blocking sends and receives of the group's backend
-symmetric_memory    memory that the GPUs of one host map into each other
+p2p                 non-blocking point-to-point messages of the group's backend
+symmetric_memory    direct copies into memory that the GPUs of one host map into each other
 """
 
 from typing import Protocol
@@ -13,22 +13,22 @@ PREFIXES = ("ring", "ring_messages")
 
 
 class Transport(Protocol):
-    """Carries numbered blocks between two ranks of a group; ``peer`` is a rank of the group.
+    """Transfer numbered blocks between two ranks of a group; ``peer`` is a rank in the group.
 
-    In each direction blocks are sent, and waited for, in one order.
+    In each direction the receiver waits for blocks in the order in which they are sent.
     """
 
     def post_recv(self, peer: int, number: int, block: Tensor) -> None:
-        """Prepare to receive a block into this memory."""
+        """Prepare to receive a block into the memory of ``block``."""
 
     def wait_recv(self, peer: int, number: int) -> None:
-        """Make everything that is launched next see the block."""
+        """Make the current stream wait until the block has arrived."""
 
     def send(self, peer: int, number: int, block: Tensor) -> None:
-        """Start to send a block, which must not change until ``wait_sends``."""
+        """Start to send a block. Its memory must not change until ``wait_sends``."""
 
     def flush(self) -> None:
-        """Make the device send what was launched before it goes on; called before large products."""
+        """Make the current stream wait for sends that later kernels would delay. Call it before large products."""
 
     def wait_sends(self) -> None:
-        """Make everything that is launched next come after what was sent."""
+        """Make the current stream wait for all started sends."""

@@ -1,4 +1,4 @@
-"""Point-to-point messages of the process group's backend; with NCCL they run on streams of their own."""
+"""Transport by point-to-point messages of the process group's backend; NCCL runs them on separate streams."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class P2PTransport:
-    """See ``Transport``. ``dtype`` is that of the messages."""
+    """Transfer blocks as messages in ``dtype`` (see ``Transport``)."""
 
     def __init__(self, group: dist.ProcessGroup, dtype: torch.dtype):
         self.group, self.dtype = group, dtype
@@ -22,7 +22,7 @@ class P2PTransport:
     def wait_recv(self, peer: int, number: int) -> None:
         """See ``Transport.wait_recv``."""
         block, message, work = self.posted.pop((peer, number))
-        work.wait()  # with NCCL the current stream waits, not this process
+        work.wait()  # with NCCL the current stream waits, not the host
         if message is not block:
             block.copy_(message)
 
@@ -34,7 +34,7 @@ class P2PTransport:
 
     def flush(self) -> None:
         """See ``Transport.flush``."""
-        # NCCL's kernels run on the SMs: a product that starts first would keep them from starting until it ends
+        # NCCL kernels need SMs: if a large product starts first, they wait until it ends
         if dist.get_backend(self.group) == "nccl":
             self.wait_sends()
 

@@ -1,9 +1,9 @@
-"""Transport between GPUs of one host: each rank writes what it sends into memory of the receiver.
+"""Transport between GPUs of one host: each rank writes blocks directly into the receiver's memory.
 
-Each rank owns symmetric memory that the ranks before and after it have mapped, with one half for each of them. Copy
-engines move the blocks, and the streams themselves write and wait for flags, so a transfer uses no SM (only a message
-in another dtype does, to convert). NCCL's transfers are kernels, which wait for products to end and hold SMs while they
-wait for each other.
+Each rank owns symmetric memory that the ranks before and after it have mapped, one half for each of them. Copy engines
+move the blocks, and CUDA streams write flags and wait for them, so a transfer needs no SM (except to convert the dtype
+of a message). NCCL's transfers are kernels, which wait for running products to end and occupy SMs while they wait for
+their peer.
 """
 
 import functools
@@ -17,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_BLOCKS = 1024  # flags per neighbour
-_ARRIVED, _TAKEN = 0, 1  # flags: the neighbour's block is here; the neighbour has copied our block out
+_ARRIVED, _TAKEN = 0, 1  # flags: the neighbour's block has arrived; the neighbour has copied our block out
 
 
 class SymmetricMemoryTransport:
-    """See ``Transport``. A block's number is its place; a sender waits until its last block there was copied out.
+    """Transfer blocks through symmetric memory (see ``Transport``).
 
-    All ranks of the group construct it together, for blocks of one set of sizes.
+    ``number`` selects a block's slot. A sender waits until the receiver has copied the previous block out of the slot.
+    All ranks of the group must construct it together, with equal ``numels``, the number of elements of each slot.
     """
 
     def __init__(self, group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -39,13 +40,13 @@ class SymmetricMemoryTransport:
         memory.zero_()
         torch.cuda.synchronize(device)
         self.handle = symmetric_memory.rendezvous(memory, group)
-        self.handle.barrier()  # no flag is set before all are cleared
+        self.handle.barrier()  # all ranks have cleared their flags
         torch.cuda.synchronize(device)
 
         ranks = [peer for peer in (self.rank - 1, self.rank, self.rank + 1) if 0 <= peer < group.size()]
         self.memory = memory
         self.blocks = {peer: self.handle.get_buffer(peer, (2, sum(numels)), dtype) for peer in ranks}
-        first = offset // 4  # flag
+        first = offset // 4  # index of the first flag
         self.flags = {peer: self.handle.get_buffer(peer, (1,), torch.int32, first).data_ptr() for peer in ranks}
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.posted: dict[tuple[int, int], Tensor] = {}
@@ -77,7 +78,7 @@ class SymmetricMemoryTransport:
         self.sent.append(message)
 
     def flush(self) -> None:
-        """See ``Transport.flush``; products do not keep the copy engines from starting."""
+        """Do nothing: kernels do not delay copy engines."""
 
     def wait_sends(self) -> None:
         """See ``Transport.wait_sends``."""
@@ -85,43 +86,43 @@ class SymmetricMemoryTransport:
         self.sent.clear()
 
     def _count(self, what: str, peer: int, number: int) -> int:
-        """Return how often this was done, this time included."""
+        """Count an event ('sent' or 'received') of a slot, and return its count."""
         count = self.counts[what, peer, number] = self.counts.get((what, peer, number), 0) + 1
         return count
 
     def _place(self, owner: int, sender: int, number: int) -> Tensor:
-        """Return the place of a sender's block in its owner's memory."""
+        """Return the slot of a sender's block in the memory of its owner."""
         start = self.starts[number]
         return self.blocks[owner][int(sender > owner), start : start + self.numels[number]]
 
     def _flag(self, owner: int, writer: int, kind: int, number: int) -> int:
-        """Return the address of an owner's flag that a neighbour writes."""
+        """Return the address of the flag, in the owner's memory, that a neighbour writes."""
         return self.flags[owner] + 4 * ((2 * int(writer > owner) + kind) * MAX_BLOCKS + number)
 
 
 @functools.cache
 def _driver():
-    """Return the bindings of CUDA's driver, which came with torch for GPUs."""
+    """Return the bindings of the CUDA driver, a dependency of torch for GPUs."""
     from cuda.bindings import driver
 
     return driver
 
 
 def _wait_until(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Make the stream wait until the number at an address is at least ``value``."""
+    """Make the stream wait until the 32-bit value at ``address`` is at least ``value``."""
     at_least = _driver().CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
     _check(*_driver().cuStreamWaitValue32(stream.cuda_stream, address, value, at_least))
 
 
 def _write(stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Make the stream write a number to an address."""
+    """Make the stream write a 32-bit value to ``address``."""
     plainly = _driver().CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
     _check(*_driver().cuStreamWriteValue32(stream.cuda_stream, address, value, plainly))
 
 
 def _check(status) -> None:
     if status != _driver().CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"a stream's wait or write failed in CUDA's driver: {status.name}")
+        raise RuntimeError(f"a stream wait or write failed in the CUDA driver: {status.name}")
 
 
 _transports: dict[tuple, SymmetricMemoryTransport] = {}
@@ -130,9 +131,9 @@ _transports: dict[tuple, SymmetricMemoryTransport] = {}
 def symmetric_memory_transport(
     group: dist.ProcessGroup, numels: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> SymmetricMemoryTransport | None:
-    """Return the group's transport for blocks of these sizes, or None where its ranks cannot map each other's memory.
+    """Return the group's transport for these block sizes, or None if its ranks cannot map each other's memory.
 
-    All ranks of the group call it with the same sizes; the first call constructs it.
+    All ranks of the group must call it with equal arguments. The first call constructs the transport.
     """
     if device.type != "cuda" or len(numels) > MAX_BLOCKS or not _is_possible(group):
         return None
@@ -144,8 +145,8 @@ def symmetric_memory_transport(
 
 @functools.cache
 def _is_possible(group: dist.ProcessGroup) -> bool:
-    """Tell whether the ranks of a group are on one host and can map each other's memory; all ranks call it."""
-    # Every block has one receiver: the multicast objects that torch would construct are not used here
+    """Return True if the ranks of a group are on one host and can map each other's memory. All ranks must call it."""
+    # Every block has one receiver: multicast objects are not needed
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""
@@ -165,7 +166,7 @@ def _is_possible(group: dist.ProcessGroup) -> bool:
         if group.rank() == 0:
             reason = next(filter(None, failures))
             logging.getLogger(__name__).warning(
-                "GPUs of this host cannot map each other's memory, so chunk states travel as NCCL messages: %s", reason
+                "the GPUs of this host cannot map each other's memory, so carries are sent as NCCL messages: %s", reason
             )
         return False
     return True

@@ -1,1 +1,1 @@
-"""Triton kernels for Hopper; the reference implementation in plain torch runs everywhere and says what they compute."""
+"""Scan backend with Gluon kernels for Hopper; ``backends/torch.py`` is the reference implementation."""

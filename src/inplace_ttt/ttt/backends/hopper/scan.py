@@ -1,9 +1,9 @@
-"""Compute the weights of many chunks from one accumulator: the scan as a matrix product whose K axis is time.
+"""Scan as one matrix product whose K axis is time: the weights of all chunks from one accumulator.
 
-``sum_t a_t z_t^T`` over all tokens is a product (rows, t) x (t, f), and its accumulator, as K advances, *is* the fast
-weights' state. So each CTA keeps one fp32 tile of the state in registers over the whole sequence and, at every chunk
-boundary, stores the weight in bf16. Per chunk 2 d f bytes are written; a state in memory would be read and written in
-fp32 besides. README.md has the derivation and the measurements.
+``sum_t a_t z_t^T`` over all tokens is a product (rows, t) x (t, f). As K advances, its accumulator *is* the state of
+the fast weights. Each CTA therefore keeps one fp32 tile of the state in registers over the whole sequence and stores
+the weight in bf16 at every chunk boundary. This writes 2 d f bytes per chunk; a state in memory would in addition be
+read and written in fp32. README.md has the derivation and the measurements.
 """
 
 import functools
@@ -29,18 +29,18 @@ from inplace_ttt.ttt.plan import Segment
 from inplace_ttt.ttt.rule import ScanStep
 from inplace_ttt.ttt.window import Window, WindowPool
 
-# A CTA's tile of the state, and the tokens that one step adds to it: 128 fp32 registers a thread for the tile, and in
-# shared memory six steps of operands in flight (144 KB) beside one tile of bf16 weights to be stored (64 KB).
+# Tile of the state per CTA, and tokens per step. The tile takes 128 fp32 registers per thread. Shared memory holds the
+# operands of six steps in flight (144 KB) and one tile of bf16 weights to be stored (64 KB).
 BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
-# Columns of bf16 that are contiguous in a tile's shared memory (128 bytes, the width of its swizzle), and the fewest
-# rows of them that one TMA store takes
+# Contiguous bf16 columns of a tile in shared memory (128 bytes, the swizzle width), and the smallest number of rows of
+# one TMA store
 PIECE_F, LEAST_PIECE_ROWS = 64, 32
 
 
 @gluon.jit
 def _load_step(
-    number,  # of the step, in the order of the scan
-    steps,  # steps there are
+    number,  # index of the step, in the order of the scan
+    steps,  # number of steps
     tokens,
     a_desc,
     z_desc,
@@ -51,7 +51,7 @@ def _load_step(
     col0,
     STAGES: gl.constexpr,
 ):
-    """Start the loads of a step's operands into its slot in shared memory."""
+    """Start the TMA loads of a step's operands into its slot in shared memory; do nothing after the last step."""
     there = number < steps
     token = gl.load(tokens + number, mask=there, other=0)
     slot = number % STAGES
@@ -62,7 +62,7 @@ def _load_step(
 
 @gluon.jit
 def _keep_tokens(slot, count, BLOCK_T: gl.constexpr, WIDTH: gl.constexpr, num_warps: gl.constexpr):
-    """Zero a slot's tokens after the first ``count``: they belong to another document, or to none."""
+    """Zero a slot's tokens after the first ``count``, which belong to another document or to none."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     values = slot.load(layout)
     inside = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(1, layout)) < count
@@ -72,8 +72,8 @@ def _keep_tokens(slot, count, BLOCK_T: gl.constexpr, WIDTH: gl.constexpr, num_wa
 @gluon.jit
 def _add_step(
     state,
-    number,  # of the step
-    count,  # of its tokens; None: BLOCK_T
+    number,  # index of the step
+    count,  # tokens of the step; None: BLOCK_T
     a_tiles,
     z_tiles,
     arrived,
@@ -83,7 +83,10 @@ def _add_step(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Return the state with a step's tokens added; a full step is still in flight, the one before has left its slot."""
+    """Return the state with a step's tokens added.
+
+    A full step is still in flight on return. The step before it has finished, so its slot is free.
+    """
     slot = number % STAGES
     mbarrier.wait(arrived.index(slot), (number // STAGES) & 1)
     if count is not None:
@@ -97,8 +100,8 @@ def _add_step(
 
 @gluon.jit
 def _store_piece(
-    piece,  # its number in the tile, row-major inside a column panel
-    place,  # index of the chunk's weight
+    piece,  # index of the piece in the tile, row-major inside a column panel
+    place,  # index of the chunk's weight in the output
     weights_desc,
     pieces,  # (number, 1, rows, columns)
     row0,
@@ -118,7 +121,7 @@ def _read(tensor, stride, r, c, inside):
     return gl.load(tensor + r[:, None] * stride + c[None, :], mask=inside, other=0.0).to(gl.float32)
 
 
-# They differ from sequence to sequence; one compiled kernel serves all
+# Arguments that differ between sequences; one compiled kernel serves all values
 NUMBERS = ["first_chunk", "chunks", "first_step", "steps", "made", "carried"]
 
 
@@ -128,27 +131,27 @@ def _chunk_weights_kernel(
     z_desc,  # (t, f)
     weights_desc,  # (chunks that use a weight, rows, f)
     table,  # (chunks, COLUMNS): see schedule.py
-    tokens,  # (steps,): the first of each step
+    tokens,  # (steps,): first token of each step
     base,  # (rows, f) or None
-    before,  # (rows, f) fp32 or None: the state in front of the first chunk
-    after,  # (rows, f) fp32 or None: the state behind the last chunk; may be `before`
-    totals,  # (rows, f) fp32 or None: the state at the end of each document is added to it
-    norms,  # (documents, programs) fp32 or None: squared norm of that state, the part of each CTA's tile
+    before,  # (rows, f) fp32 or None: the state before the first chunk
+    after,  # (rows, f) fp32 or None: output, the state after the last chunk; may be `before`
+    totals,  # (rows, f) fp32 or None: output, receives the sum of the states at document ends
+    norms,  # (documents, programs) fp32 or None: output, squared norm of each CTA's tile at document ends
     rows,
     f,
-    base_stride,  # between rows of base
+    base_stride,  # elements between rows of base
     before_stride,
     after_stride,
     totals_stride,
     first_chunk,
     chunks,
     first_step,
-    steps,  # steps there are
-    made,  # weights to store
+    steps,  # number of steps
+    made,  # number of weights to store
     carried,  # 1 if `before` is to be read, else 0
-    scale,  # of everything written
+    scale,  # factor of all updates: eta in the prefix scan, 1 in the suffix scan
     inverse,  # 1 / scale
-    REVERSED: gl.constexpr,  # chunks come from the last to the first
+    REVERSED: gl.constexpr,  # True: scan from the last chunk to the first
     COLUMNS: gl.constexpr,
     CONTINUES: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
@@ -158,11 +161,12 @@ def _chunk_weights_kernel(
     STAGING: gl.constexpr,  # layout of a tile of weights in shared memory
     num_warps: gl.constexpr,
 ):
-    """Scan a window of chunks. The accumulator holds (base + state) / scale: storing a weight reads nothing.
+    """Scan a window of chunks. The accumulator holds (base + state) / scale, so storing a weight reads nothing.
 
-    Loads run ahead of the products by STAGES - 1 steps, across the ends of chunks and documents. A chunk's weight is
-    staged in shared memory and stored piece by piece, one piece before each of the chunk's steps: all CTAs reach a
-    chunk's end together, and would store whole tiles at once. A chunk of fewer steps stores the rest at its end.
+    Loads run STAGES - 1 steps ahead of the products, across the ends of chunks and documents. A chunk's weight is
+    staged in shared memory and stored piece by piece, one piece before each of the chunk's steps: all CTAs reach the
+    end of a chunk at about the same time, and would otherwise all store whole tiles at once. A chunk with fewer steps
+    than pieces stores the remaining pieces at its end.
     """
     tile: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_F, 16]
@@ -179,7 +183,7 @@ def _chunk_weights_kernel(
 
     program = gl.program_id(0)
     row_tiles = gl.cdiv(rows, BLOCK_ROWS)
-    # CTAs that run side by side share a column tile of z, the wider operand
+    # CTAs with adjacent indices share a column tile of z, the wider operand
     row0 = (program % row_tiles) * BLOCK_ROWS
     col0 = (program // row_tiles) * BLOCK_F
     table += first_chunk * COLUMNS
@@ -195,8 +199,8 @@ def _chunk_weights_kernel(
     number = 0
     done = 0
     stored = 0
-    place = 0  # of the staged weight
-    piece = PIECES  # the next of it to store
+    place = 0  # output index of the staged weight
+    piece = PIECES  # next piece of the staged weight to store
     while number < chunks:  # for each document
         state = gl.zeros([BLOCK_ROWS, BLOCK_F], gl.float32, layout=tile)
         if base is not None:
@@ -283,25 +287,27 @@ def chunk_weights(
     total: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> None:
-    """Write the weights that chunks use: ``base + before + scale * sum a_t^T z_t``, over the tokens of their document
-    that come before them.
+    """Write the weights that chunks use: ``base + before + scale * sum_t a_t z_t^T``, over earlier tokens t of the
+    chunk's document.
 
     Args:
         a: (t, rows) bf16.
         z: (t, f) bf16.
-        window: the numbers of the schedule's chunks that are scanned.
+        schedule: the chunks of the scan.
+        window: indices of the schedule's chunks to scan.
         out: (chunks that use a weight, or more, rows, f) bf16, filled in token order.
-        base: (rows, f) bf16.
-        before: (rows, f) fp32, the state in front of the first chunk.
-        after: (rows, f) fp32, filled with the state behind the last chunk; may be ``before`` itself.
-        total: (rows, f) fp32, to which the state of each document that ends here is added.
-        norms: (documents, programs) fp32, filled with the squared norm of the same: that of each program's tile.
+        scale: factor of all updates, not 0.
+        base: (rows, f) bf16. None: zero.
+        before: (rows, f) fp32, the state before the first chunk. None: zero.
+        after: (rows, f) fp32, receives the state after the last chunk; may be ``before`` itself.
+        total: (rows, f) fp32, to which the final state of each document that ends here is added.
+        norms: (documents, programs) fp32, receives the squared norm of each program's tile of these states.
     """
     rows, f = a.shape[1], z.shape[1]
     first, last = window[0], window[-1] + 1
     made = schedule.readers[last] - schedule.readers[first]
     start = before
-    if before is None and base is None:  # with constant zeros ptxas serialises the products (C7515)
+    if before is None and base is None:  # from constant zeros ptxas serialises the products (C7515)
         start = total if total is not None else after
     _chunk_weights_kernel[(programs(rows, f),)](
         _descriptor(a, BLOCK_T, BLOCK_ROWS),
@@ -338,7 +344,7 @@ def chunk_weights(
 
 
 def _piece(steps: int) -> tuple[int, int]:
-    """Return rows and columns of a tile's pieces, one of which is stored before each of ``steps`` steps."""
+    """Return (rows, columns) of the pieces of a tile; one piece is stored before each of ``steps`` steps."""
     across = BLOCK_F // PIECE_F
     if steps < across:
         return BLOCK_ROWS, BLOCK_F
@@ -347,14 +353,14 @@ def _piece(steps: int) -> tuple[int, int]:
 
 
 def programs(rows: int, f: int) -> int:
-    """Return the number of the state's tiles, which is that of CTAs."""
+    """Return the number of CTAs: one per tile of a state (rows, f)."""
     return triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F)
 
 
 def unsupported_reason(z: Tensor, d: int, chunk_size: int, eta: float) -> str | None:
-    """Return why the kernel cannot take these operands, or None."""
+    """Return the reason why the kernel does not support these operands, or None."""
     if torch.cuda.get_device_capability(z.device)[0] != 9:
-        return f"{torch.cuda.get_device_name(z.device)} is no Hopper GPU"
+        return f"{torch.cuda.get_device_name(z.device)} is not a Hopper GPU"
     if z.dtype != torch.bfloat16:
         return f"operands are {z.dtype}, not bfloat16"
     if chunk_size % CHUNK_MULTIPLE:
@@ -368,7 +374,7 @@ def unsupported_reason(z: Tensor, d: int, chunk_size: int, eta: float) -> str | 
 
 
 class HopperBackend:
-    """See ``Backend``."""
+    """Scan with the Hopper kernel (see ``Backend``)."""
 
     name = "hopper"
     window_bytes = WINDOW_BYTES
@@ -392,7 +398,7 @@ class HopperBackend:
         max_window_bytes: int | None = None,
         out: Tensor | None = None,
     ) -> Iterator[Window]:
-        """See ``Backend.scan``; a window holds as many chunks as fit in ``max_window_bytes``."""
+        """Scan segments (see ``Backend.scan``). A window holds as many chunks as fit in ``max_window_bytes``."""
         schedule = make_schedule(
             tuple(segments),
             BLOCK_T,
@@ -408,7 +414,7 @@ class HopperBackend:
         tile_norms = None
         if norms is not None:
             tile_norms = torch.empty(schedule.documents, programs(rows, f), dtype=torch.float32, device=z.device)
-        between = None  # the state between two windows, inside a document
+        between = None  # the state between two windows of a document
         before = carry_in
         for window in schedule.windows(most):
             after = carry_out if window.stop == len(schedule.chunks) else None
@@ -420,7 +426,7 @@ class HopperBackend:
             weights = out
             if out is None:
                 pool.release()
-                weights = pool.take((max(len(reading), 1), rows, f), z)  # a descriptor needs something to describe
+                weights = pool.take((max(len(reading), 1), rows, f), z)  # a TMA descriptor needs memory
             chunk_weights(
                 a, z, schedule, window, weights,
                 scale=step.scale, base=base, before=before, after=after, total=total, norms=tile_norms,

@@ -1,7 +1,7 @@
-"""Write a scan over documents as the tables that the kernel reads.
+"""Tables that describe a scan over documents to the kernel.
 
-Documents have any number of chunks and end at any token, and one launch scans as many of a batch row as memory allows:
-so what a chunk does, and where each step's tokens are, is read from memory.
+Documents have any number of chunks and end at any token, and one launch scans as many documents of a batch row as
+memory permits. Therefore the kernel reads from tables what each chunk does and where each step's tokens are.
 """
 
 import itertools
@@ -14,33 +14,33 @@ from torch import Tensor
 
 from inplace_ttt.ttt.plan import Segment, Span
 
-# Columns of a chunk's row: number of whole steps that it writes, tokens left for one more step, whether it uses a
-# weight, and the number of the document that ends with it
+# Columns of a chunk's row: number of whole steps to add to the state, remaining tokens (one more step), 1 if the chunk
+# uses a weight, and the index of the document that ends with the chunk
 WHOLE, LEFT, READS, ENDS, COLUMNS = range(5)
-# In the place of that number: the next chunk is the same document's; the state is carried to another stage
+# Instead of a document index: the document continues with the next chunk; the state leaves the stage as a carry
 CONTINUES, CARRIED_OUT = -1, -2
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The chunks of a scan; each reads the state before it writes to it."""
+    """Describe the chunks of a scan. Each chunk uses the state before it updates it."""
 
     chunks: tuple[Span, ...]  # in the order of the scan
     table: Tensor  # (chunks, COLUMNS) int32, on the device
-    tokens: Tensor  # (steps,) int32, on the device: the first of each step
-    readers: tuple[int, ...]  # by chunk: number of chunks before it that use a weight; then of all
-    steps: tuple[int, ...]  # by chunk: number of steps before it; then of all
-    continues: tuple[bool, ...]  # by chunk: whether the next one is the same document's
-    documents: int  # that end on the scan
-    steps_per_chunk: int  # whole ones, in the longest chunk
+    tokens: Tensor  # (steps,) int32, on the device: first token of each step
+    readers: tuple[int, ...]  # by chunk: number of earlier chunks that use a weight; last element: the total
+    steps: tuple[int, ...]  # by chunk: number of earlier steps; last element: the total
+    continues: tuple[bool, ...]  # by chunk: True if the document continues with the next chunk
+    documents: int  # number of documents that end in the scan
+    steps_per_chunk: int  # whole steps of the longest chunk
 
     @property
     def reverse(self) -> bool:
-        """Tell whether the scan goes from the last chunk to the first."""
+        """Return True if the scan runs from the last chunk to the first."""
         return len(self.chunks) > 1 and self.chunks[1] < self.chunks[0]
 
     def windows(self, most: int) -> Iterator[range]:
-        """Split the numbers of the chunks into windows in which at most ``most`` use a weight."""
+        """Split the chunk indices into windows with at most ``most`` chunks that use a weight."""
         first = 0
         while first < len(self.chunks):
             last = first + 1
@@ -66,14 +66,14 @@ def make_schedule(
     totals_wanted: bool,
     stream: torch.cuda.Stream | None,
 ) -> Schedule:
-    """Write out the scan over segments (see ``Backend.scan``) in steps of ``step`` tokens.
+    """Return the schedule of a scan over segments (see ``Backend.scan``) in steps of ``step`` tokens.
 
     Args:
-        has_base: every chunk uses a weight, also where the state is zero.
-        has_carry: the first segment starts from a state.
-        carry_out_wanted: the state behind the last segment is read.
-        totals_wanted: the states at the ends of documents are read.
-        stream: the only stream that will read the tables, current here. None: there is no GPU.
+        has_base: there is a base weight, so every chunk uses a weight, even if the state is zero.
+        has_carry: the first segment starts from a carry.
+        carry_out_wanted: compute the state after the last segment.
+        totals_wanted: compute the states at document ends.
+        stream: the current stream, which must be the only one that reads the tables. None: no GPU.
     """
     rows: list = []
     tokens: list = []
@@ -95,7 +95,7 @@ def make_schedule(
     return Schedule(
         chunks=tuple(chunk for segment in segments for chunk in segment.chunks),
         table=_on_device(rows, stream),
-        tokens=_on_device(tokens or [0], stream),  # something to point at
+        tokens=_on_device(tokens or [0], stream),  # not empty, so that it has an address
         readers=tuple(itertools.accumulate((row[READS] for row in rows), initial=0)),
         steps=tuple(itertools.accumulate((row[WHOLE] + (row[LEFT] > 0) for row in rows), initial=0)),
         continues=tuple(row[ENDS] == CONTINUES for row in rows),
