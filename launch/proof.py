@@ -38,6 +38,7 @@ def main() -> int:
 
 
 def prove(folder: Path) -> int:
+    """Train both variants in ``folder`` and return the exit code: 0 if the proof succeeds, 1 if it fails."""
     console = Console()
     variants = {"with fast weights": "true", "attention only": "false"}
     runs = {name: folder / f"ttt_{enabled}" for name, enabled in variants.items()}

@@ -62,6 +62,7 @@ def main() -> int:
 
 
 def watch(folder: Path, interval: float, console: Console) -> None:
+    """Show the status live, updated every ``interval`` seconds, until Ctrl-C."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:

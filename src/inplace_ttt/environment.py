@@ -65,7 +65,7 @@ def master_address() -> tuple[str, int]:
     """Return MASTER_ADDR and MASTER_PORT. Raises UserError if one is missing or invalid, or the host has no address."""
     address, port = os.environ.get("MASTER_ADDR", "").strip(), os.environ.get("MASTER_PORT", "").strip()
     if not address:
-        raise UserError(f"MASTER_ADDR (host of rank 0) is {_state('MASTER_ADDR')}: {TORCHRUN_HINT}")
+        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, but must be the host of rank 0: {TORCHRUN_HINT}")
     if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
         raise UserError(f"MASTER_PORT is {_state('MASTER_PORT')}, but must be a port from 1 to 65535: {TORCHRUN_HINT}")
     error = run_with_timeout(DNS_TIMEOUT, lambda: _resolution_error(address))

@@ -105,9 +105,7 @@ def user_path(text: str | Path) -> Path:
     path = os.path.expanduser(text)
     if (path.startswith("~") and os.sep in path) or re.fullmatch(r"~[a-z_][a-z0-9_-]*", path):
         name = path.split(os.sep, 1)[0]
-        raise UserError(
-            f"'{text}': user '{name.removeprefix('~')}' does not exist; for a folder of that name use ./{name}"
-        )
+        raise UserError(f"'{text}': '{name}' is not a home folder here; for a folder of that name use ./{name}")
     return Path(path)
 
 

@@ -20,6 +20,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update the parameters that have a gradient. ``closure`` is ignored."""
         for group in self.param_groups:
             if not group["params"]:
                 continue

@@ -38,10 +38,10 @@ NAME = re.compile(r"step_(\d{8})")
 
 @dataclass
 class Progress:
-    """Record where a run stands: run.json."""
+    """Hold the content of a checkpoint's run.json."""
 
-    step: int
-    samples: int
+    step: int  # number of finished steps
+    samples: int  # number of samples trained on
     packing: int = 1  # version of the sample order (data/packed.py)
     data: list[dict] | None = None  # identity of each data source (data/identity.py); None: not recorded
 
@@ -102,7 +102,7 @@ def _progress_fault(folder: Path) -> str | None:
         step = read_progress(folder).step
     except UserError as error:
         return str(error)
-    return None if folder.name == folder_name(step) else f"'{folder}/run.json' says step {step}"
+    return None if folder.name == folder_name(step) else f"'{folder}/run.json' has step {step}"
 
 
 class Checkpointer:

@@ -62,6 +62,7 @@ class TTTTransformerLayer(TransformerLayer):
     """
 
     def forward(self, *args, **kwargs):
+        """Return (hidden states, embedding output), as Megatron's layer returns (hidden states, context)."""
         hidden_states, context = self._forward_attention(*args, **kwargs)
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         mlp = partial(self.mlp, batch_context=kwargs["packed_seq_params"])

@@ -119,6 +119,7 @@ class TTTGPTModel(GPTModel):
         return {layer.layer_number - 1: layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, TTTMLP)}
 
     def set_input_tensor(self, input_tensor):
+        """Set the input of this pipeline stage. Split off the embedding output if the stages send it, (s, b, 2 h)."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.carries_input_embed and tensor is not None:
             tensor, self._received_input_embed = tensor.chunk(2, dim=-1)

@@ -86,10 +86,12 @@ class TensorReader:
         }
 
     def nbytes(self, name: str) -> int:
+        """Return the size of a weight in bytes."""
         shape, dtype = self.shapes[name]
         return math.prod(shape) * dtype.itemsize
 
     def read(self, name: str) -> Tensor:
+        """Return a weight as a CPU tensor. Raises UserError if it cannot be read."""
         shape, dtype = self.shapes[name]
         state = {name: torch.empty(shape, dtype=dtype)}
         with _alone(), readable(self.folder):

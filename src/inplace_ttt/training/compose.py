@@ -54,6 +54,7 @@ class Recipes:
 
     @property
     def groups(self) -> set[str]:
+        """Return the names of the config groups, such as ``recipe`` and ``parallel``."""
         return {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
 
     @property

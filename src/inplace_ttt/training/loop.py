@@ -61,6 +61,7 @@ class Recorder:
         raise_on_all_ranks(error)
 
     def write(self, record: dict) -> None:
+        """Write a record of metrics.jsonl to all outputs."""
         if self.outputs:
             self.metrics.write(record)
             self.wandb.write(record)
@@ -96,6 +97,7 @@ class Recorder:
             self.say("\n".join(map(str, slow[:4])) or "no stragglers any more")
 
     def say(self, message: str) -> None:
+        """Print a message."""
         if self.outputs:
             self.screen.say(message)
 
@@ -116,10 +118,12 @@ class Recorder:
         return {} if content is None else {HISTOGRAMS: content}
 
     def end(self, why: str) -> None:
+        """Record the end of the run and its reason in timeline.jsonl."""
         if self.outputs:
             self.timeline.end(why)
 
     def close(self) -> None:
+        """Close all outputs."""
         for output in reversed(self.outputs):
             output.close()
 
@@ -388,7 +392,7 @@ class Trainer:
         with contextlib.suppress(Exception, CheckpointException):  # report `why`, not this error
             self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
-        saved = f"the last good checkpoint is '{whole[0]}'" if whole else "there is no checkpoint yet"
+        saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
         raise JobStopped(f"{why}; {saved}", code)
 
     def _peak_memory(self) -> float:

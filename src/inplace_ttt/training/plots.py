@@ -36,6 +36,7 @@ def panels(count: int):
 
 
 def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
+    """Set the titles, labels, grid and frame of axes."""
     ax.set_title(title, loc="left", fontweight="bold", color=INK, pad=22 if subtitle else None)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#666666")
     ax.set_xlabel(xlabel, color=INK)

@@ -40,10 +40,12 @@ class MetricsFile:
         self.file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:
+        """Append a record."""
         self.file.write(json.dumps(record) + "\n")
         self.histograms.add(record)
 
     def flush(self) -> None:
+        """Flush the file to disk (fsync)."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -92,9 +94,11 @@ class ProgressLog:
             self.live.start()
 
     def say(self, message: str) -> None:
+        """Print a message above the live line."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
     def step(self, record: dict) -> None:
+        """Show the record of a training step."""
         done = record["step"] - self.first
         left = (time.monotonic() - self.started) / max(done, 1) * (self.config.train.steps - record["step"])
         ratios = [value for key, value in record.items() if key.startswith("update_ratio/")]
@@ -117,6 +121,7 @@ class ProgressLog:
 
 
 def duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
@@ -163,11 +168,13 @@ class WandB:
             ) from error
 
     def write(self, record: dict) -> None:
+        """Log the scalars and histograms of a record of metrics.jsonl."""
         if self.run is not None:
             numbers = scalars_of(record) | _histograms(record.get("update_histogram", {}))
             self._carefully(lambda: self.run.log(numbers, step=record["step"]))
 
     def close(self) -> None:
+        """Finish the W&B run."""
         if self.run is not None:
             self._carefully(self.run.finish)
 

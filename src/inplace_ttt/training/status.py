@@ -57,14 +57,17 @@ class Status:
 
     @property
     def name(self) -> str:
+        """Return run.name, or the name of the folder."""
         return str(self.key("run", "name") or self.folder.name)
 
     def key(self, section: str, name: str):
+        """Return the value of the key ``section.name``, or None if config.yaml lacks it."""
         values = self.config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
     @property
     def last(self) -> dict:
+        """Return the record of the last step, or {} before the first step."""
         return self.steps[-1] if self.steps else {}
 
     @property
@@ -80,6 +83,7 @@ class Status:
 
     @property
     def lost(self) -> RestartCost:
+        """Return the cost of restarts after crashes."""
         return RestartCost.of(self.timeline)
 
     @property
@@ -106,6 +110,7 @@ class Status:
         return "running", "green"
 
     def eta(self) -> str:
+        """Return the time left as text, or "-" if it is unknown or the run is done."""
         left = self.total - self.last.get("step", 0)
         return duration(left * self.step_seconds) if self.steps and left else "-"
 

@@ -47,10 +47,12 @@ class Totals:
 
     @property
     def mean_loss(self) -> float:
+        """Return the mean loss in nats per token."""
         return self.loss / self.tokens if self.tokens else 0.0
 
     @property
     def accuracy(self) -> float:
+        """Return the fraction of tokens whose label has the highest logit."""
         return self.correct / self.tokens if self.tokens else 0.0
 
 
@@ -110,6 +112,7 @@ class Stepper:
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     @contextlib.contextmanager

@@ -54,6 +54,7 @@ class Timeline:
             self.write("end", time=round(time.time(), 1), why=why)
 
     def write(self, event: str, **values) -> None:
+        """Append a record of an event."""
         with open(self.path, "ab+", opener=_own_file) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             cut_off = file.read(1) not in (b"", b"\n")  # by a full disk or a power failure
@@ -94,12 +95,13 @@ class RestartCost:
     """
 
     restarts: int = 0
-    down_seconds: float = 0.0
+    down_seconds: float = 0.0  # time without a running step
     redone_steps: int = 0
-    redone_seconds: float = 0.0
+    redone_seconds: float = 0.0  # time of the repeated steps
 
     @classmethod
     def of(cls, timeline: Iterable[dict]) -> "RestartCost":
+        """Sum the cost of the restarts in the records of a timeline.jsonl."""
         again, on_purpose = [], False
         for event in timeline:
             if event["event"] == "start" and "down_seconds" in event and not on_purpose:
@@ -111,4 +113,5 @@ class RestartCost:
 
     @property
     def seconds(self) -> float:
+        """Return the total time lost in seconds."""
         return self.down_seconds + self.redone_seconds
