@@ -121,7 +121,9 @@ def _allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
-        raise UserError(f"the limit of open files is {soft} (ulimit -n): raise it to {MIN_OPEN_FILES} or more")
+        raise UserError(
+            f"only {soft} files can be open at a time (ulimit -n {soft}): raise the limit to {MIN_OPEN_FILES} or more"
+        )
 
 
 def _check_shared_memory() -> None:

@@ -75,7 +75,7 @@ def test_a_first_rank_that_cannot_be_found(values, said, variables):
 
 def test_interfaces(variables):
     variables(GLOO_SOCKET_IFNAME="eth77")
-    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=eth77 names an interface that this host does not have: use"):
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=eth77 names an interface that this host does not have"):
         check_environment()
     variables(GLOO_SOCKET_IFNAME="lo")
     check_environment()

@@ -97,8 +97,8 @@ def test_command_shows_the_run(run):
     done = command(str(run))
     assert done.returncode == 0, done.stderr
     for said in (
-        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s per step", "update ratio, layer 0", "0.1000",
-        "1 restart cost 1:4", "for 2 repeated steps", "rank 3 (node2) holds up the others",
+        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s per step", "update ratio, layer 0",
+        "0.1000", "1 restart cost 1:4", "for 2 repeated steps", "rank 3 (node2) holds up the others",
         "4 ranks on node1, node2",
     ):  # fmt: skip
         assert said in done.stdout, said

@@ -91,7 +91,7 @@ def test_weights_of_another_kind_are_refused(checkpoint):
     metadata.state_dict_metadata["a.weight"].properties.dtype = torch.int32  # of the same size
     with (checkpoint / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
-    with pytest.raises(UserError, match=r"weight 'a\.weight' is torch\.int32"):
+    with pytest.raises(UserError, match=r"weight 'a\.weight' has dtype torch\.int32"):
         TensorReader(checkpoint).read("a.weight")
 
 
