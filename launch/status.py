@@ -22,7 +22,7 @@ from inplace_ttt.training.status import Status, picture, screen
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
     parser.add_argument("--once", action="store_true", help="print once and exit (default without a terminal)")
     parser.add_argument(
         "--interval", type=float, default=2.0, metavar="SECONDS", help="seconds between two updates (2)"

@@ -281,8 +281,7 @@ class Trainer:
             yield batch
 
     def _learning_rate(self) -> float:
-        """Return the learning rate of the pretrained parameters; that of fast-weight parameters is lr_multiplier times
-        higher."""
+        """Return the learning rate of the pretrained parameters. Fast-weight parameters: times lr_multiplier."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
     def _agree(self) -> tuple[bool, list[float], tuple[list[float], list[float]]]:
@@ -415,7 +414,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 class _Padded:
-    """Extend samples beyond ``count`` with copies that do not count in the loss, so that all ranks have as many."""
+    """Pad ``count`` samples with copies that do not count in the loss, so that all ranks have equally many."""
 
     def __init__(self, samples, count: int):
         self.samples, self.count = samples, count

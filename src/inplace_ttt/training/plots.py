@@ -1,4 +1,4 @@
-"""Plots: style and helpers, and loss.png of a run."""
+"""Plots: the shared style and helpers, and loss.png of a run."""
 
 import itertools
 import os
