@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install our package with what it needs from folders of wheels: install.sh PACKAGES APEX. What the image already has
-# and suits stays; torch and what belongs to it must.
+# Install the package and its dependencies from folders of wheels: install.sh PACKAGES APEX. Suitable packages of the
+# image stay. torch and the packages built for it must stay; otherwise the installation fails.
 set -euo pipefail
 packages=$1 apex=$2
 kept=$(mktemp)
@@ -12,7 +12,7 @@ if compgen -G "$apex/*.whl" >/dev/null; then
 fi
 PIP_CONSTRAINT='' python3 -m pip list --format=freeze >"$kept.after"
 if lost=$(grep -vxFf "$kept.after" "$kept"); then
-  echo "install: the image's own $lost was replaced: the base image does not suit pyproject.toml" >&2
+  echo "install: $lost of the base image was replaced: use a base image with versions that pyproject.toml allows" >&2
   exit 1
 fi
 rm -f "$kept" "$kept.after"

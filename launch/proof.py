@@ -1,10 +1,10 @@
-"""Do the fast weights remember? Train `recall` twice in the same way, with them and without, and compare.
+"""Show that fast weights store information: train the `recall` task twice, with and without them, and compare.
 
-Answers lie beyond the reach of sliding-window attention: without a memory nothing better than chance is possible.
 python launch/proof.py [--folder runs/proof]
 
-Writes FOLDER/proof.png; exits 0 if the fast weights recall and attention alone stays at chance. The runs of a proof
-before in the same folder are made anew.
+The answers are outside the sliding window of attention, so without fast weights no accuracy above chance is possible.
+Writes FOLDER/proof.png. The exit code is 0 if the run with fast weights recalls and the run without stays at chance.
+Runs of an earlier proof in the same folder are replaced.
 """
 
 import argparse
@@ -32,14 +32,15 @@ RECALLS, AT_CHANCE = 0.9, 3 * CHANCE
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/proof"), help="where it is written (runs/proof)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/proof"), help="output folder (runs/proof)")
     arguments = parser.parse_args()
     return run_command(lambda: prove(user_path(arguments.folder)))
 
 
 def prove(folder: Path) -> int:
+    """Train both variants in ``folder`` and return the exit code: 0 if the proof succeeds, 1 if it fails."""
     console = Console()
-    variants = {"with fast weights": "true", "attention alone": "false"}
+    variants = {"with fast weights": "true", "attention only": "false"}
     runs = {name: folder / f"ttt_{enabled}" for name, enabled in variants.items()}
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +72,12 @@ def prove(folder: Path) -> int:
                 time.sleep(1)
     finally:
         for process in processes.values():
-            process.terminate()  # where this proof was stopped
+            process.terminate()  # if this program was stopped
             process.wait()
     for name, process in processes.items():
         if process.returncode:
             log = folder / f"ttt_{variants[name]}.log"
-            raise UserError(f"the run {name} ended with code {process.returncode}; see {log}")
+            raise UserError(f"the run {name} ended with exit code {process.returncode}: see {log}")
     curves = {name: _curve(run) for name, run in runs.items()}
     _plot(curves, folder / "proof.png")
     table = Table(title=f"recall of held-out pairs (chance {CHANCE:.0%})", title_justify="left")
@@ -87,7 +88,7 @@ def prove(folder: Path) -> int:
         table.add_row(str(rows[0][0]), *(f"{accuracy:.1%}" for _, accuracy in rows))
     console.print(table)
     with_ttt, without = (curve[-1][1] for curve in curves.values())
-    worst_without = max(accuracy for _, accuracy in curves["attention alone"])
+    worst_without = max(accuracy for _, accuracy in curves["attention only"])
     proven = with_ttt >= RECALLS and worst_without <= AT_CHANCE
     console.print(
         f"{'proven' if proven else 'NOT proven'}: {with_ttt:.1%} with fast weights, {without:.1%} without "
@@ -98,9 +99,9 @@ def prove(folder: Path) -> int:
 
 
 def _remove(run: Path) -> None:
-    """Remove the run of a proof before; nothing else."""
+    """Remove the run of an earlier proof. Raises UserError if the folder is something else."""
     if run.is_symlink() or (run.exists() and any(run.iterdir()) and not (run / "config.yaml").is_file()):
-        raise UserError(f"'{run}' is no run of a proof before: move it away, or name another --folder")
+        raise UserError(f"'{run}' is not a run of an earlier proof: move it away, or use another --folder")
     shutil.rmtree(run, ignore_errors=True)
 
 
@@ -109,7 +110,7 @@ def _curve(run: Path) -> list[tuple[int, float]]:
 
 
 def _plot(curves: dict[str, list[tuple[int, float]]], picture: Path) -> None:
-    figure, ax = axes("Recall beyond the reach of attention", "training step", "pairs recalled (%)")
+    figure, ax = axes("Recall beyond the attention window", "training step", "pairs recalled (%)")
     for (name, curve), color in zip(curves.items(), COLORS, strict=False):
         steps, accuracy = zip(*curve, strict=True)
         ax.plot(steps, [100 * a for a in accuracy], "o-", color=color, linewidth=2, markersize=4, label=name)

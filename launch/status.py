@@ -1,9 +1,9 @@
 """Show the status of a run: loss, speed, update ratios, restarts, stragglers.
 
-python launch/status.py runs/tiny_ttt                  # a live view in a terminal; Ctrl-C leaves it
-python launch/status.py runs/tiny_ttt --png            # and as a picture, runs/tiny_ttt/status.png
+python launch/status.py runs/tiny_ttt                  # live view in a terminal; Ctrl-C to quit
+python launch/status.py runs/tiny_ttt --png            # picture, runs/tiny_ttt/status.png
 
-Reads what the run has written to its folder, and nothing else: it may look from any machine that sees the folder.
+Reads only the run folder, so it can run on any machine with access to the folder.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from inplace_ttt.training.status import Status, picture, screen
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--once", action="store_true", help="print and leave, as where there is no terminal")
-    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (2)")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
+    parser.add_argument("--once", action="store_true", help="print once and exit (default without a terminal)")
     parser.add_argument(
-        "--png", nargs="?", const="", metavar="FILE", help="draw a picture and leave (RUN_DIR/status.png)"
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="seconds between two updates (2)"
+    )
+    parser.add_argument(
+        "--png", nargs="?", const="", metavar="FILE", help="write a picture and exit (RUN_DIR/status.png)"
     )
     return parser.parse_args()
 
@@ -45,7 +47,7 @@ def main() -> int:
         if arguments.png is not None:
             path = Path(arguments.png) if arguments.png else arguments.run_dir / "status.png"
             if path.suffix.lower() != ".png" or path.is_dir():
-                raise UserError(f"--png {path} is no name for a picture: use one that ends in .png")
+                raise UserError(f"--png {path} is not a PNG file name: use one that ends in .png")
             picture(status, path)
             print(f"written: {path}")
         else:
@@ -60,13 +62,14 @@ def main() -> int:
 
 
 def watch(folder: Path, interval: float, console: Console) -> None:
+    """Show the status live, updated every ``interval`` seconds, until Ctrl-C."""
     with Live(console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
                 try:
                     shown = screen(Status.read(folder), console.width)
-                except UserError:  # there is no run yet
-                    shown = Text(f"waiting for a run to begin in '{folder}' (Ctrl-C leaves)")
+                except UserError:  # no run yet
+                    shown = Text(f"waiting for a run to start in '{folder}' (Ctrl-C to quit)")
                 live.update(shown, refresh=True)
                 time.sleep(interval)
         except KeyboardInterrupt:

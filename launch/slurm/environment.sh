@@ -1,26 +1,26 @@
 # shellcheck shell=bash disable=SC2034
-# Everything about the machine that a run on Slurm depends on, in one place. Sourced by train.sbatch on the first node;
-# srun hands exported variables to all. Set a variable before submitting to have it otherwise.
+# All machine-dependent settings of a run on Slurm. train.sbatch sources this file on the first node, and srun passes
+# exported variables to all nodes. Set a variable before submitting to change its value.
 
-# --- what runs
-# The interpreter: the checkout's own environment, else what is on the PATH
+# --- interpreter and container
+# Interpreter: the checkout's virtual environment, otherwise python3 on the PATH
 if [ -z "${INPLACE_TTT_PYTHON:-}" ]; then
   INPLACE_TTT_PYTHON=python3
   if [ -x .venv/bin/python ]; then INPLACE_TTT_PYTHON=$PWD/.venv/bin/python; fi
 fi
 export INPLACE_TTT_PYTHON
 
-# A container: an image, and who runs it. pyxis (enroot) takes it in srun's options, apptainer is called on each node.
-# INPLACE_TTT_MOUNTS is written as they write it, such as /data:/data; the checkout and the run's folder are always
-# mounted in their own places. The first node reads the configuration without a container, by INPLACE_TTT_HOST_PYTHON,
-# an interpreter that has the packages of pyproject.toml (a GPU is not needed): set-up by launch/setup.sh makes one.
+# Container image and runtime. pyxis (enroot) gets the image through srun's options; apptainer is called on each node.
+# INPLACE_TTT_MOUNTS has their syntax, such as /data:/data. The checkout and the run folder are always mounted at the
+# same paths. The first node reads the configuration without a container, with INPLACE_TTT_HOST_PYTHON: an interpreter
+# with the packages of pyproject.toml, which needs no GPU. launch/setup.sh creates one.
 HOST_PYTHON=${INPLACE_TTT_HOST_PYTHON:-$INPLACE_TTT_PYTHON}
 export INPLACE_TTT_CONTAINER=${INPLACE_TTT_CONTAINER:-} INPLACE_TTT_CONTAINER_RUNTIME=${INPLACE_TTT_CONTAINER_RUNTIME:-pyxis}
 if [ -n "$INPLACE_TTT_CONTAINER" ]; then
   export INPLACE_TTT_PYTHON=${INPLACE_TTT_CONTAINER_PYTHON:-python3}
 fi
 
-# $1: the run's folder. What srun is told of the container: SRUN_CONTAINER.
+# Set SRUN_CONTAINER to srun's options for the container. $1: the run folder.
 container() {
   SRUN_CONTAINER=()
   export INPLACE_TTT_MOUNTS="$PWD:$PWD,$1:$1${INPLACE_TTT_MOUNTS:+,$INPLACE_TTT_MOUNTS}"
@@ -31,24 +31,24 @@ container() {
 }
 
 # --- processes
-# One torchrun a node, which starts a process for each of the node's GPUs. It sees all of them, and each process takes
-# that of its local rank: NCCL and the mapped memory of the ring need to see their neighbours' GPUs, so tasks are not
-# bound to one GPU each (no --gpus-per-task, no --gpu-bind).
+# One torchrun per node, which starts one process per GPU. Every process sees all GPUs of the node and uses the one of
+# its local rank. Do not bind tasks to single GPUs (no --gpus-per-task, no --gpu-bind): NCCL and symmetric memory need
+# access to the neighbours' GPUs.
 export PROCESSES=${INPLACE_TTT_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
-# Cores are shared evenly: torchrun would give each process one thread
+# Divide the cores evenly; torchrun's default is one thread per process
 cores=${SLURM_CPUS_ON_NODE:-$PROCESSES}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / PROCESSES > 0 ? cores / PROCESSES : 1))}
-# Before training, have all nodes look at themselves and each other (launch/preflight.py): 1, or 0 to save its half minute
+# 1: check all nodes and their links before training (launch/preflight.py, half a minute); 0: skip the check
 export INPLACE_TTT_PREFLIGHT=${INPLACE_TTT_PREFLIGHT:-1}
-# Starts in a row that may end where the last checkpoint already was, before the job is no longer requeued
+# Number of consecutive starts without a new checkpoint after which the job is no longer requeued
 export INPLACE_TTT_IDLE_RESTARTS=${INPLACE_TTT_IDLE_RESTARTS:-3}
-# Seconds in which Slurm finds that a node is down (SlurmdTimeout of its configuration, 300 where nothing is said)
+# Seconds until Slurm detects that a node is down (SlurmdTimeout in Slurm's configuration; Slurm's default is 300)
 export INPLACE_TTT_NODE_DOWN_SECONDS=${INPLACE_TTT_NODE_DOWN_SECONDS:-600}
 
 # --- network
-# NCCL finds InfiniBand by itself. Where it takes the wrong interface for its first contact (timeouts at the start), name
-# the one that nodes reach each other by: NCCL_SOCKET_IFNAME=eth0, GLOO_SOCKET_IFNAME=eth0. Where it takes a wrong
-# adapter for the data (slow all-reduce): NCCL_IB_HCA=mlx5_0,mlx5_1,... NCCL_DEBUG=INFO says what it took.
+# NCCL detects InfiniBand. If it selects the wrong interface for its bootstrap (timeouts at the start), name the one that
+# connects the nodes: NCCL_SOCKET_IFNAME=eth0, GLOO_SOCKET_IFNAME=eth0. If it selects the wrong adapter for the data (slow
+# all-reduce), set NCCL_IB_HCA=mlx5_0,mlx5_1,... NCCL_DEBUG=INFO prints the selection.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# An error on one rank ends the others' waiting too, instead of leaving it to the timeout of each
+# An error on one rank also aborts the collectives of the others, which would otherwise wait until their timeout
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# On each node, by srun: torchrun for this node's processes, which run a script of launch/ with its arguments.
+# Run torchrun on this node (started by srun); its processes run a script of launch/ with the given arguments.
 set -euo pipefail
-trap '' USR1 # it is for the ranks, who save and leave; torchrun would die of it
-# Ranks follow the nodes' order, and nodes meet at the first one's port. torchrun's other way of meeting, c10d, gives
-# nodes up whose clocks differ by more than some seconds.
+trap '' USR1 # the signal is for the ranks, which save and exit; it would kill torchrun
+# Static rendezvous: ranks are in the order of the nodes, and the first node has the store. The c10d rendezvous drops
+# nodes whose clocks differ by more than a few seconds.
 command=("$INPLACE_TTT_PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$PROCESSES"
   --node-rank="$SLURM_NODEID" --rdzv-backend=static --master-addr="$HEAD_ADDRESS" --master-port="$HEAD_PORT"
   --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --max-restarts=0

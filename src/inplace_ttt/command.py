@@ -1,4 +1,4 @@
-"""End the one-process commands of ``launch/`` with a sentence and an exit code."""
+"""Run the single-process commands of ``launch/``: convert exceptions to a message and an exit code."""
 
 import errno
 import os
@@ -10,16 +10,18 @@ from inplace_ttt.resilience.exits import PATH_ERRNOS, PERMANENT_ERRNOS
 
 
 def run_command(action: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """Run a command and return its exit code: what it returns, 2 where the user must change something, 3 for a file
-    system that is full or cannot be written, 4 for another that failed, 130 for Ctrl-C, which is answered by
-    ``stopped``."""
+    """Run a command and return its exit code.
+
+    The code is the value that ``action`` returns, or 2: the user must change something; 3: the file system is full or
+    not writable; 4: another file error; 130: Ctrl-C, after printing ``stopped``.
+    """
     try:
         return action() or 0
     except UserError as error:
         return _say(f"error: {error}", 2)
     except KeyboardInterrupt:
         return _say(stopped, 130)
-    except BrokenPipeError:  # whoever read what we print has left, as head does
+    except BrokenPipeError:  # the reader of the output has ended, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

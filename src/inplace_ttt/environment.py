@@ -1,7 +1,7 @@
-"""Check the environment that a process is started in: its rank, its network, what the system allows it.
+"""Check the environment of a process: torchrun's variables, the network, and system limits.
 
-torchrun sets RANK, WORLD_SIZE and their like; other launchers and shells set some of them, or leave old ones behind.
-All of it is looked at before anything is opened, for what PyTorch says of a wrong value does not name its variable.
+torchrun sets RANK, WORLD_SIZE and similar variables. Other launchers and shells set some of them, or leave old values.
+They are checked before anything is opened, because PyTorch's error for a wrong value does not name the variable.
 """
 
 import os
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from inplace_ttt.config.errors import UserError
 
-MIN_OPEN_FILES = 256  # descriptors that a rank needs: libraries, checkpoints, readers of data, connections
-TARGET_OPEN_FILES = 65_536
-DNS_TIMEOUT = 15.0  # seconds that a name may take to be resolved
+MIN_OPEN_FILES = 256  # file descriptors that a rank needs: libraries, checkpoints, data loaders, connections
+TARGET_OPEN_FILES = 65_536  # file descriptors that are requested from the system
+DNS_TIMEOUT = 15.0  # seconds until the resolution of a host name counts as failed
 TORCHRUN_HINT = "start with torchrun, which sets it, or unset WORLD_SIZE, RANK and LOCAL_RANK to run one process"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """Describe the rank of this process and the number of processes."""
 
     rank: int
     size: int
@@ -29,9 +29,9 @@ class World:
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Read torchrun's variables; without any the process is alone.
+        """Read torchrun's variables. Without them the world is this single process.
 
-        Raises UserError naming the variable that is missing, is no number, or contradicts another.
+        Raises UserError if a variable is missing, is not a number, or contradicts another; the message names it.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if os.environ.get("WORLD_SIZE", "1") == "1" and "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
@@ -51,36 +51,34 @@ class World:
 
 
 def check_environment() -> None:
-    """Raise UserError where the system, or a variable that names a network, would fail the run later."""
+    """Raise UserError if system limits, shared memory or network variables would make the run fail later."""
     _allow_files()
     _check_shared_memory()
     level = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF")
     if level.upper() not in ("", "OFF", "INFO", "DETAIL"):
-        raise UserError(f"TORCH_DISTRIBUTED_DEBUG={level} is not known to torch: use OFF, INFO or DETAIL")
+        raise UserError(f"TORCH_DISTRIBUTED_DEBUG={level} is not a value that torch knows: use OFF, INFO or DETAIL")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         _check_interfaces(name)
 
 
 def master_address() -> tuple[str, int]:
-    """Return MASTER_ADDR and MASTER_PORT. Raises UserError where one is missing or cannot be used."""
+    """Return MASTER_ADDR and MASTER_PORT. Raises UserError if one is missing or invalid, or the host has no address."""
     address, port = os.environ.get("MASTER_ADDR", "").strip(), os.environ.get("MASTER_PORT", "").strip()
     if not address:
-        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, the host of the first process: {TORCHRUN_HINT}")
+        raise UserError(f"MASTER_ADDR is {_state('MASTER_ADDR')}, but must be the host of rank 0: {TORCHRUN_HINT}")
     if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
-        raise UserError(
-            f"MASTER_PORT is {_state('MASTER_PORT')}, where there should be a port from 1 to 65535: {TORCHRUN_HINT}"
-        )
+        raise UserError(f"MASTER_PORT is {_state('MASTER_PORT')}, but must be a port from 1 to 65535: {TORCHRUN_HINT}")
     error = run_with_timeout(DNS_TIMEOUT, lambda: _resolution_error(address))
     if error != "":
         raise UserError(
             f"MASTER_ADDR={address} cannot be resolved ({error or f'no answer in {DNS_TIMEOUT:.0f} s'}): name a host "
-            f"that this one reaches"
+            f"that this host can reach"
         )
     return address, int(port)
 
 
 def run_with_timeout(seconds: float, action: Callable):
-    """Return what an action returns, or None where it takes longer than ``seconds`` or raises."""
+    """Return the result of an action, or None if it raises or takes longer than ``seconds``."""
     found = []
 
     def run() -> None:
@@ -98,7 +96,7 @@ def run_with_timeout(seconds: float, action: Callable):
 def _whole_number(name: str) -> int:
     value = os.environ.get(name, "").strip()
     if not (value.isascii() and value.isdigit() and len(value) < 10):
-        raise UserError(f"{name} is {_state(name)}, where there should be a whole number: {TORCHRUN_HINT}")
+        raise UserError(f"{name} is {_state(name)}, but must be a whole number: {TORCHRUN_HINT}")
     return int(value)
 
 
@@ -111,12 +109,12 @@ def _resolution_error(address: str) -> str:
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
-        return getattr(error, "strerror", None) or "it is no name of a host"
+        return getattr(error, "strerror", None) or "it is not a valid host name"
     return ""
 
 
 def _allow_files() -> None:
-    """Raise the limit of open files as far as the system lets a user."""
+    """Raise the soft limit of open files up to TARGET_OPEN_FILES. Raises UserError if it stays below MIN_OPEN_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = TARGET_OPEN_FILES if hard == resource.RLIM_INFINITY else min(TARGET_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -124,30 +122,34 @@ def _allow_files() -> None:
         soft = wanted
     if soft != resource.RLIM_INFINITY and soft < MIN_OPEN_FILES:
         raise UserError(
-            f"only {soft} files may be open at a time (ulimit -n {soft}): {MIN_OPEN_FILES} or more are needed"
+            f"only {soft} files can be open at a time (ulimit -n {soft}): raise the limit to {MIN_OPEN_FILES} or more"
         )
 
 
 def _check_shared_memory() -> None:
     folder = "/dev/shm"
     if not os.path.isdir(folder):
-        return  # another system keeps it elsewhere
+        return  # a system that has it elsewhere
     try:
         state = os.statvfs(folder)
     except OSError as error:
-        raise UserError(f"{folder} cannot be used ({error.strerror}): processes share memory through it") from error
+        raise UserError(
+            f"{folder} cannot be used ({error.strerror}): repair it, processes share memory through it"
+        ) from error
     if state.f_flag & os.ST_RDONLY or not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} is read-only: mount it writable, for processes share memory through it")
+        raise UserError(f"{folder} is read-only: mount it writable, processes share memory through it")
 
 
 def _check_interfaces(name: str) -> None:
-    """Compare a list of network interfaces with those that are there, as gloo and NCCL read it."""
+    """Raise UserError if a variable of gloo or NCCL names network interfaces that this host does not have."""
     value = os.environ.get(name)
-    if not value or value.startswith("^"):  # NCCL: all but these
+    if not value or value.startswith("^"):  # NCCL: all interfaces except these
         return
     there = [interface for _, interface in socket.if_nameindex()]
     for wanted in value.split(","):
         exact = name.startswith("GLOO") or wanted.startswith("=")
         word = wanted.removeprefix("=").partition(":")[0]
         if not any(interface == word if exact else interface.startswith(word) for interface in there):
-            raise UserError(f"{name}={value} names no network interface of this host: use one of {', '.join(there)}")
+            raise UserError(
+                f"{name}={value} names an interface that this host does not have: use one of {', '.join(there)}"
+            )

@@ -1,6 +1,6 @@
-"""Small structured files: read so that nothing in them runs or grows, written whole or not at all.
+"""Read and write small structured files: safely for untrusted content, and atomically.
 
-A file may come from a stranger's run or from a full disk. Whatever is wrong with one is a UserError that names it.
+A file may be untrusted or damaged by a full disk. Any error in it is a UserError that names the file.
 """
 
 import json
@@ -12,12 +12,12 @@ import yaml
 
 from inplace_ttt.config.errors import UserError, first_line
 
-YAML_LIMIT = 256 * 1024  # bytes; PyYAML reads as much in half a second
-JSON_LIMIT = 64 * 1024 * 1024
+YAML_LIMIT = 256 * 1024  # maximal bytes, which PyYAML reads in half a second
+JSON_LIMIT = 64 * 1024 * 1024  # maximal bytes
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a file of some lines can name a structure of any size by them."""
+    """Load YAML without aliases: with them a file of a few lines can expand to any size."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -28,7 +28,7 @@ class _PlainLoader(yaml.SafeLoader):
 def read_yaml(path: Path, remedy: str = "restore it") -> dict:
     """Return the keys and values of a YAML file.
 
-    Raises UserError, ending in ``remedy``, where it cannot be read, is too large, or holds anything else.
+    Raises UserError, with ``remedy`` at the end, if it cannot be read, is too large, or is not a mapping.
     """
     try:
         values = yaml.load(_text(path, YAML_LIMIT), _PlainLoader)
@@ -40,7 +40,7 @@ def read_yaml(path: Path, remedy: str = "restore it") -> dict:
 
 
 def read_json(path: Path, remedy: str = "restore it") -> dict:
-    """Return the keys and values of a JSON file; raises UserError as ``read_yaml``."""
+    """Return the keys and values of a JSON file. Raises UserError like ``read_yaml``."""
     try:
         values = json.loads(_text(path, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
@@ -51,9 +51,9 @@ def read_json(path: Path, remedy: str = "restore it") -> dict:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict], int]:
-    """Return the objects of a file that has one a line, and the number of lines that are none.
+    """Return the objects of a JSON lines file and the number of invalid lines.
 
-    A line may have been cut off by a full disk or a lost machine; an absent file has no lines.
+    A full disk or a crash can leave an incomplete line. A missing file counts as empty.
     """
     records, bad = [], 0
     if path.is_file():
@@ -73,7 +73,7 @@ def read_json_lines(path: Path) -> tuple[list[dict], int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a text file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -83,29 +83,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict, indent: int | None = 1) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def write_yaml(path: Path, content: dict) -> None:
-    """Write a YAML file whole or not at all."""
+    """Write a YAML file atomically."""
     write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def own_umask(path: Path) -> None:
-    """Give a folder or file the mode that the user's umask asks for: ``tempfile`` and safetensors make them for one
-    user alone."""
+    """Set the mode of a folder or file to the one of the user's umask. ``tempfile`` and safetensors create them with
+    access for the owner only."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def user_path(text: str | Path) -> Path:
-    """Return the path that a user means: ``~`` is the home folder. Raises UserError for the home of nobody."""
+    """Return a path with ``~`` and ``~user`` expanded. Raises UserError if the user does not exist."""
     path = os.path.expanduser(text)
     if (path.startswith("~") and os.sep in path) or re.fullmatch(r"~[a-z_][a-z0-9_-]*", path):
         name = path.split(os.sep, 1)[0]
-        raise UserError(f"'{text}': {name} is nobody's home folder here; a folder of that name is written ./{name}")
+        raise UserError(f"'{text}': '{name}' is not a home folder here; for a folder of that name use ./{name}")
     return Path(path)
 
 
@@ -118,13 +118,13 @@ def _text(path: Path, limit: int) -> str:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
     if len(content) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
+        raise ValueError(f"it is larger than {limit:,} bytes")
     return content.decode("utf-8")
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "it is nested too deep"
+        return "it is nested too deeply"
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"{getattr(error, 'problem', None) or first_line(error)}, line {mark.line + 1}"

@@ -1,4 +1,4 @@
-"""Check whether the Hugging Face hub can be reached, before its client retries for a minute."""
+"""Check whether the Hugging Face Hub can be reached, because its client would retry for a minute."""
 
 import functools
 import os
@@ -9,12 +9,12 @@ import urllib.request
 
 from inplace_ttt.environment import run_with_timeout
 
-CONNECT_TIMEOUT = 8.0  # seconds until a connection stands
+CONNECT_TIMEOUT = 8.0  # seconds
 
 
 @functools.cache
 def hub_is_reached() -> bool:
-    """Return whether a connection to the hub, or to the proxy on the way to it, can be made."""
+    """Return whether a connection to the Hub, or to its proxy, can be opened. False in offline mode."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE") == "1":
@@ -33,6 +33,6 @@ def hub_is_reached() -> bool:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name can be one of the hub's, ``owner/name`` or ``name``, rather than a path."""
+    """Return whether a name has the form of a Hub repository, ``owner/name`` or ``name``."""
     parts = name.split("/")
     return len(parts) <= 2 and all(re.fullmatch(r"[\w-][\w.-]*", part, re.ASCII) for part in parts)

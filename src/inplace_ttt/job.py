@@ -1,4 +1,4 @@
-"""Run a job of one or many ranks: join them, watch them, and say in one sentence why they end."""
+"""Run a job of one or many ranks: connect them, run the watchdog, and report in one sentence why the job ends."""
 
 import sys
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from inplace_ttt.resilience.signals import StopRequest
 from inplace_ttt.resilience.torchrun import RESUME_HINT
 from inplace_ttt.resilience.watchdog import Watchdog
 
-SLOW_PHASE_FACTOR = 6.0  # times the time-out: what may take that long, by the patience of the watch
-EXIT_INTERRUPTED = 130  # the exit code of what was asked to stop before its end
+SLOW_PHASE_FACTOR = 6.0  # timeout of slow phases such as loading, over the watchdog's timeout
+EXIT_INTERRUPTED = 130  # exit code of a job that was stopped on request before its end
 
 
-# What gloo and NCCL say where the other side of an operation is gone or does not answer
+# Phrases in errors of gloo and NCCL if the other rank of an operation is lost or does not respond
 _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """Return the line in which an error says that contact with another rank was lost; None: it says something else."""
+    """Return the line of an error about a lost connection to another rank, or None if the error has another cause."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if any(word in line for word in _LOST)), None)
 
 
 class JobStopped(Exception):
-    """Ends a job on every rank, with a sentence for the user and an exit code."""
+    """End a job on all ranks, with a message for the user and an exit code."""
 
     def __init__(self, why: str, code: int = 3):
         super().__init__(why)
@@ -36,15 +36,15 @@ class JobStopped(Exception):
 
 @dataclass
 class Job:
-    """Hold what the ranks of a job share before there are process groups."""
+    """Hold the objects of a rank that exist before there are process groups."""
 
     world: World
     watchdog: Watchdog
     stop: StopRequest
-    rendezvous: Rendezvous | None  # None: one rank alone
+    rendezvous: Rendezvous | None  # None: a single rank
 
     def start(self, parallel: Parallel, seed: int):
-        """Form the process groups and return them. Every rank calls it."""
+        """Form the process groups and return them (collective). ``seed`` seeds Megatron's random number generators."""
         from inplace_ttt.megatron import runtime
 
         self.watchdog.set_phase("joining the other ranks", SLOW_PHASE_FACTOR)
@@ -54,14 +54,14 @@ class Job:
 
     @property
     def store(self):
-        """Return the store of the process group, through which ranks may count together."""
+        """Return the store of the process group, which ranks can use for shared counters."""
         import torch.distributed as dist
 
         # torch has no public name for it
         return self.rendezvous.store if self.rendezvous else dist.distributed_c10d._get_default_store()
 
     def all_reduce_min(self, number: int) -> int:
-        """Return the smallest of the ranks' numbers. Every rank calls it."""
+        """Return the minimum of ``number`` over all ranks (collective)."""
         import torch.distributed as dist
 
         numbers = [number] * self.world.size
@@ -77,13 +77,15 @@ def run_job(
     output: str,
     note_end: Callable[[str], None] = lambda why: None,
 ) -> int:
-    """Run ``action`` on this rank and return its exit code: what it returns, 2 where the user must change something,
-    3 stopped itself, 4 something failed that may pass (another rank, a file system).
+    """Run ``action`` on this rank and return its exit code.
+
+    The code is the value that ``action`` returns, or 2: the user must change something; 3: the job stopped itself;
+    4: a failure that may be temporary (another rank, a file system).
 
     Args:
-        timeout_minutes: after which a rank that stands still ends the job.
-        output: how the user names the folder that is written to, such as run.dir='runs/a'.
-        note_end: called on the first rank with the reason of an early end.
+        timeout_minutes: time without progress after which a rank ends the job.
+        output: output folder in the user's terms, such as run.dir='runs/a', for messages.
+        note_end: called on rank 0 with the reason of an early end.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint.api import CheckpointException
@@ -94,11 +96,11 @@ def run_job(
         watchdog.leave(why)
         if world.rank == 0:
             note_end(why)
-            if code == EXIT_INTERRUPTED and world.size > 1:  # torchrun, which was asked as well, would not say it
+            if code == EXIT_INTERRUPTED and world.size > 1:  # torchrun was stopped too and does not print it
                 print(f"stopped: {why}", file=sys.stderr, flush=True)
         return fail(f"stopped: {why}", code)
 
-    def hang(why: str) -> None:  # called beside a rank that stands still
+    def hang(why: str) -> None:  # the watchdog thread calls it while the main thread hangs
         leave(stopped(f"{why}; {RESUME_HINT}", 4))
 
     rendezvous = None
@@ -120,9 +122,9 @@ def run_job(
             return stopped(
                 f"contact with another rank was lost: {watchdog.explain_loss() or said[:200]}; {RESUME_HINT}", 4
             )
-        except OSError as error:  # metrics, pictures, data: checkpoints say it themselves
+        except OSError as error:  # metrics, pictures, data; checkpoint errors are handled by the trainer
             if error.errno in PATH_ERRNOS:
-                return stopped(f"{output} cannot be written to ({error}): move that away", 2)
+                return stopped(f"{output} cannot be written to ({error}): move that file or folder away", 2)
             if error.errno in PERMANENT_ERRNOS:
-                return stopped(f"{output} cannot be written any more: {error}", 3)
-            return stopped(f"a file failed: {error}; {RESUME_HINT}", 4)
+                return stopped(f"{output} can no longer be written: {error}", 3)
+            return stopped(f"a file operation failed: {error}; {RESUME_HINT}", 4)

@@ -4,7 +4,7 @@ import importlib.metadata
 
 
 def version(package: str) -> str | None:
-    """Return the version of a package; None where it is not installed, as a source tree on PYTHONPATH is not."""
+    """Return the version of a package, or None if it is not installed (such as a source tree on PYTHONPATH)."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

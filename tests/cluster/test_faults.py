@@ -123,7 +123,7 @@ def test_the_disk_is_full(small_disk, unbroken, tmp_path):
     assert saved and len(numbers(disk / "run")) < STEPS
     make_room()
     assert torchrun(2, *command, log=log).wait(timeout=120) == 0, log.read_text()
-    assert f"going on from step {int(saved[-1].name.removeprefix('step_'))}" in log.read_text()
+    assert f"resuming from step {int(saved[-1].name.removeprefix('step_'))}" in log.read_text()
     assert numbers(disk / "run") == unbroken
 
 
@@ -138,7 +138,7 @@ def test_the_disk_is_full_for_metrics(small_disk, tmp_path):
         while True:
             rest.write(bytes(4096))
     assert process.wait(timeout=120) != 0
-    assert "cannot be written any more" in log.read_text() and "No space left" in log.read_text()
+    assert "can no longer be written" in log.read_text() and "No space left" in log.read_text()
 
 
 def test_killed_while_a_checkpoint_is_half_written(unbroken, tmp_path):
@@ -149,7 +149,7 @@ def test_killed_while_a_checkpoint_is_half_written(unbroken, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
     kill_all(process)
     assert torchrun(2, *TRAIN, f"run.dir={run}", log=log).wait(timeout=120) == 0, log.read_text()
-    assert "going on from step" in log.read_text()
+    assert "resuming from step" in log.read_text()
     assert not list((run / "checkpoints").glob(".step_*"))
     assert numbers(run) == unbroken
 

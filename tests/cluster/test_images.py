@@ -78,7 +78,7 @@ def test_the_laptops_image_trains_and_saves_when_it_is_stopped(docker, laptop, t
         time.sleep(0.2)
     docker.run("stop", "--time", "60", "stops")
     container.wait(timeout=60)
-    assert "asked to stop: saved step" in (tmp_path / "log").read_text()
+    assert "stopped on request: checkpoint saved at step" in (tmp_path / "log").read_text()
     assert list((tmp_path / "small/checkpoints").glob("step_*"))
 
 

@@ -51,7 +51,7 @@ def test_time_limit(slurm, unbroken, tmp_path):
     assert slurm.on("ctl", "scancel", "--batch", "--signal=USR1", number).returncode == 0
     log = finished(slurm, number, run)
     assert slurm.job(number)["JobState"] == "COMPLETED", log
-    assert "asked to stop: saving" in log and "requeued" in log and "start 2" in log
+    assert "stop requested: saving" in log and "requeued" in log and "start 2" in log
     assert numbers(run) == unbroken
 
 
@@ -81,7 +81,7 @@ def test_the_first_node_crashes(slurm, unbroken, tmp_path):
     finally:
         slurm.boot("node1")
     assert slurm.job(number)["JobState"] == "COMPLETED", log
-    assert "start 2: 2 nodes (node[2-3])" in log and "going on from step" in log
+    assert "start 2: 2 nodes (node[2-3])" in log and "resuming from step" in log
     assert numbers(run) == unbroken
 
 
@@ -96,7 +96,7 @@ def test_a_second_stage_waits_for_the_first(slurm, tmp_path):
     assert slurm.job(scalars_of[1])["Dependency"].startswith(f"afterok:{scalars_of[0]}")
     log = finished(slurm, scalars_of[1], second)
     assert slurm.job(scalars_of[1])["JobState"] == "COMPLETED", log
-    assert f"weights from '{first}'" in log and steps(second) == 3
+    assert f"initialised from '{first}'" in log and steps(second) == 3
 
     failing = tmp_path / "failing"
     failing.mkdir()
@@ -147,4 +147,4 @@ def test_a_run_without_progress_is_given_up(slurm, tmp_path):
         (run / "metrics.jsonl").unlink()
     log = finished(slurm, number, run)
     assert slurm.job(number)["JobState"] == "FAILED", log
-    assert "2 starts in a row ended at step 0: not requeued" in log
+    assert "2 consecutive starts ended at step 0: not requeued" in log

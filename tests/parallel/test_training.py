@@ -97,7 +97,7 @@ def test_a_checkpoint_without_histograms_goes_on(unbroken, tmp_path):
     kept = [{key: value for key, value in record.items() if "update_" not in key} for record in numbers(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
     (code, text), _ = run_ranks(2, run_main, *TRAIN, "ttt.histogram_interval=0", CP2, f"run.dir={run}")
-    assert code == 0 and "going on from step 9" in text
+    assert code == 0 and "resuming from step 9" in text
     last = [record for record in numbers(run) if not record.get("eval")][-1]
     assert last["loss"] == [record for record in numbers(unbroken) if not record.get("eval")][-1]["loss"]
     assert "update_histogram" not in last
@@ -125,9 +125,9 @@ def test_asked_to_stop_all_ranks_save_and_exit_0(number, unbroken, tmp_path):
     wait_for(lambda: len(numbers(run)) >= 2, process)
     workers(process)[1].send_signal(number)  # one rank hears it, all follow
     assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
-    assert "asked to stop: saved step" in (tmp_path / "log").read_text()
+    assert "stopped on request: checkpoint saved at step" in (tmp_path / "log").read_text()
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
-    assert code == 0 and "going on from step" in text
+    assert code == 0 and "resuming from step" in text
     assert numbers(run) == numbers(unbroken)
 
 
@@ -144,9 +144,9 @@ def test_every_process_of_a_job_may_be_asked_to_stop(number, unbroken, tmp_path)
             helper.send_signal(number)
         rank.send_signal(number)
     assert process.wait(timeout=60) == 0, log.read_text()
-    assert "asked to stop: saved step" in log.read_text() and "Traceback" not in log.read_text()
+    assert "stopped on request: checkpoint saved at step" in log.read_text() and "Traceback" not in log.read_text()
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
-    assert code == 0 and "going on from step" in text
+    assert code == 0 and "resuming from step" in text
     assert numbers(run) == numbers(unbroken)
 
 
@@ -175,7 +175,7 @@ def test_an_evaluation_that_a_request_to_stop_met_is_made_up_for(unbroken, tmp_p
             assert code == 0, text
         assert numbers(run) == [record for record in numbers(unbroken) if record["step"] <= step][:-1]
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
-    assert code == 0 and f"going on from step {STEPS}" in text
+    assert code == 0 and f"resuming from step {STEPS}" in text
     assert numbers(run) == numbers(unbroken)
 
 
@@ -208,7 +208,7 @@ def test_resumes_at_another_layout(size, layout, unbroken, tmp_path):
     shutil.copytree(unbroken, run)
     shutil.rmtree(run / "checkpoints/step_00000012")
     code, text = run_ranks(size, run_main, *TRAIN, *layout, f"run.dir={run}")[0]
-    assert code == 0 and "going on from step 9" in text
+    assert code == 0 and "resuming from step 9" in text
     for record, expected in zip(numbers(run), numbers(unbroken), strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
@@ -239,7 +239,7 @@ HOW = dict(missing="is missing", truncated="bytes where", corrupt="is corrupt: i
 def test_a_damaged_checkpoint_is_passed_over_by_name(how, unbroken, tmp_path):
     run = damaged_copy(unbroken, tmp_path, both=False, how=how)
     (code, text), _ = run_ranks(2, run_main, *TRAIN, CP2, f"run.dir={run}")
-    assert code == 0 and "going on from step 9" in text
+    assert code == 0 and "resuming from step 9" in text
     assert "step_00000012" in text and HOW[how] in text
     assert numbers(run) == numbers(unbroken)
     assert [corruption(folder) for folder in (run / "checkpoints").glob("step_*")] == [None, None]
@@ -255,7 +255,7 @@ def test_without_a_whole_checkpoint_the_run_stops_before_any_is_lost(how, unbrok
 
 def test_another_model_is_not_continued(unbroken):
     code, text = run_ranks(1, run_main, *TRAIN, "ttt.eta=0.5", f"run.dir={unbroken}")[0]
-    assert code == 2 and "ttt.eta=0.5" in text and "begun with 1.0" in text
+    assert code == 2 and "ttt.eta=0.5" in text and "started with 1.0" in text
     code, text = run_ranks(1, run_main, *TRAIN, "data.recall_alphabet=30", f"run.dir={unbroken}")[0]
     assert code == 2 and "data.recall_alphabet=30" in text  # not the vocabulary, which follows from it
 
@@ -275,7 +275,7 @@ def test_weights_go_into_a_new_run_and_fast_weights_start_at_zero(unbroken, tmp_
     code, text = run_ranks(
         1, run_main, *TRAIN, f"checkpoint.load={plain}/checkpoints/step_00000002", f"run.dir={tmp_path / 'ttt'}"
     )[0]
-    assert code == 0 and "new: 4 tensors" in text
+    assert code == 0 and "4 tensors are newly initialised" in text
     assert numbers(tmp_path / "ttt")[0]["update_ratio/layer_0"] == 0
 
 
@@ -284,7 +284,7 @@ def test_numbers_that_are_not_finite_stop_the_run_by_name(tmp_path):
         1, run_main, *TRAIN, "optim.lr=1e6", "optim.warmup_fraction=0", f"run.dir={tmp_path / 'run'}"
     )[0]
     assert code == 3 and "at step 2" in text and "no checkpoint was written yet" in text
-    assert "is the first" in text
+    assert "first non-finite" in text
 
 
 def test_fast_weights_that_run_away_stop_the_run(tmp_path):
@@ -440,7 +440,7 @@ def test_what_is_changed_on_resume_takes_effect(changed, alone, tmp_path):
     shutil.copytree(alone, run)
     keys = [f"{key}={value}" for key, value in changed.items()]
     code, text = run_ranks(1, run_main, *TRAIN, *keys, f"run.dir={run}")[0]
-    assert code == 0 and all(f"changed since the run began: {key} was" in text for key in changed), text
+    assert code == 0 and all(f"changed since the run started: {key} was" in text for key in changed), text
     assert numbers(run) == numbers(expected) != numbers(alone)
 
 
@@ -457,7 +457,7 @@ def test_an_optimizer_that_is_not_distributed_resumes(tmp_path):
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints/step_00000012")
     code, text = run_ranks(1, run_main, *options, f"run.dir={run}")[0]
-    assert code == 0 and "going on from step 9" in text
+    assert code == 0 and "resuming from step 9" in text
     assert numbers(run) == numbers(whole)
 
 
@@ -475,7 +475,7 @@ def test_a_run_of_an_earlier_version_goes_on(alone, tmp_path):
     values["parallel"]["of_old"] = 3
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
-    assert code == 0 and "going on from step 9" in text and "changed since" not in text
+    assert code == 0 and "resuming from step 9" in text and "changed since" not in text
 
 
 def test_two_runs_in_one_folder(alone, tmp_path):
@@ -505,7 +505,7 @@ def test_a_half_written_checkpoint_of_others_is_left_alone(alone, tmp_path):
     (run / "checkpoints/.step_00000010.ours").mkdir()
     (run / "checkpoints/.step_00000010.ours/.inplace_ttt_partial").touch()
     code, text = run_ranks(1, run_main, *TRAIN, f"run.dir={run}")[0]
-    assert code == 0 and "left alone" in text and ".step_00000010.mine" in text
+    assert code == 0 and "looks like an unfinished checkpoint" in text and ".step_00000010.mine" in text
     assert [path.name for path in (run / "checkpoints").glob(".step*")] == [".step_00000010.mine"]
 
 

@@ -27,9 +27,9 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.stepz=3", "did you mean train.steps"),
         ("tt.eta=3", "did you mean ttt.eta"),
         ("eta=3", "did you mean ttt.eta"),
-        ("+train.stepz=3", "settings are written key=value"),
-        ("~train.steps", "settings are written key=value"),
-        ("train.steps", "settings are written key=value, such as train.steps="),
+        ("+train.stepz=3", "write settings as key=value"),
+        ("~train.steps", "write settings as key=value"),
+        ("train.steps", "write settings as key=value, such as train.steps="),
         ("train.steps=abc", "train.steps=abc"),
         ("train.steps=1.5", "train.steps=1.5"),
         ("train.steps=0", "use 1 or more"),
@@ -39,7 +39,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("optim.lr=-1", "use 0 or more"),
         ("optim.lr=nan", "optim.lr=nan"),
         ("optim.warmup_fraction=2", "from 0 to 1"),
-        ("model.qk_layernorm=true", "there is no key 'model.qk_layernorm' any more: use model.family"),
+        ("model.qk_layernorm=true", "key 'model.qk_layernorm' was removed: use model.family"),
         ("model.family=gpt2", "model.family=gpt2 is not known: use one of qwen3, qwen2, llama"),
         ("model.window_attn_skip_freq=2", "needs model.sliding_window, which is null"),
         ("optim.warmup_steps=1000", "more than train.steps=64"),
@@ -96,7 +96,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.eval_positions=[0,8,8]", "two or more ascending positions"),
         ("train.eval_positions=[-1,8]", "0 or more"),
         ("parallel=null", "parallel=null does not exist"),
-        ("ttt=null", "needs a value of its own"),
+        ("ttt=null", "the key must have a value"),
         ("train.seed=-1", "use 0 or more"),
         ("train.steps=1e30", "train.steps=1e30"),
         ("train.steps=100000000000000000000", "1,000,000,000 or less"),
@@ -258,4 +258,4 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
 
 def test_errors_are_one_line_and_exit_2():
     code, text = run_main("recipe=tiny_ttt", "train.stepz=3")
-    assert code == 2 and text == "error: train.stepz=3: there is no key 'train.stepz'; did you mean train.steps?\n"
+    assert code == 2 and text == "error: train.stepz=3: unknown key 'train.stepz'; did you mean train.steps?\n"

@@ -75,7 +75,7 @@ def test_a_first_rank_that_cannot_be_found(values, said, variables):
 
 def test_interfaces(variables):
     variables(GLOO_SOCKET_IFNAME="eth77")
-    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=eth77 names no network interface of this host: use"):
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=eth77 names an interface that this host does not have"):
         check_environment()
     variables(GLOO_SOCKET_IFNAME="lo")
     check_environment()
@@ -83,7 +83,7 @@ def test_interfaces(variables):
 
 def test_a_level_of_torchs_messages_that_is_not_known(monkeypatch):
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "garbage")
-    with pytest.raises(UserError, match="TORCH_DISTRIBUTED_DEBUG=garbage is not known to torch"):
+    with pytest.raises(UserError, match="TORCH_DISTRIBUTED_DEBUG=garbage is not a value that torch knows"):
         check_environment()
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "info")
     check_environment()

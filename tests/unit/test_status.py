@@ -97,8 +97,8 @@ def test_command_shows_the_run(run):
     done = command(str(run))
     assert done.returncode == 0, done.stderr
     for said in (
-        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s a step", "update ratio, layer 0", "0.1000",
-        "1 restart cost 1:4", "in 2 steps that were done twice", "rank 3 (node2) holds up the others",
+        "mine", "running", "10 of 40", "4.0000", "held out 4.5000", "2.00 s per step", "update ratio, layer 0",
+        "0.1000", "1 restart cost 1:4", "for 2 repeated steps", "rank 3 (node2) holds up the others",
         "4 ranks on node1, node2",
     ):  # fmt: skip
         assert said in done.stdout, said
@@ -107,7 +107,7 @@ def test_command_shows_the_run(run):
 def test_state_of_a_run(run):
     assert Status.read(run).state()[0] == "running"
     os.utime(run / "metrics.jsonl", (time.time() - 4000,) * 2)
-    assert Status.read(run).state()[0].startswith("silent for 1:06:")
+    assert Status.read(run).state()[0].startswith("no record for 1:06:")
     Timeline(run).end("done")
     assert Status.read(run).state()[0] == "done"
 
@@ -126,7 +126,7 @@ def test_a_run_before_its_first_step(tmp_path):
 
 def test_what_is_no_run_is_refused(tmp_path):
     done = command(str(tmp_path / "nothing"))
-    assert done.returncode == 2 and "is no run" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "is not a run folder" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_sparkline_means_where_there_is_no_room():

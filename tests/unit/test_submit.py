@@ -35,9 +35,9 @@ def test_dry_run_shows_both_stages_and_the_script():
     [
         (["--nodes", "3", *CURRICULUM, "--dry-run"], "24 data-parallel ranks: use 144"),
         (["--nodes", "0", *CURRICULUM, "--dry-run"], "use 1 or more"),
-        (["--time", "garbage", *CURRICULUM, "--dry-run"], "--time 'garbage' is no limit"),
+        (["--time", "garbage", *CURRICULUM, "--dry-run"], "--time 'garbage' is not a time limit"),
         (["--partition", "", *CURRICULUM, "--dry-run"], "--partition '' cannot be used"),
-        (["--sbatch", "x", *CURRICULUM, "--dry-run"], "is no option of sbatch"),
+        (["--sbatch", "x", *CURRICULUM, "--dry-run"], "is not an sbatch option"),
         ([*CURRICULUM, "--then", "run.dir='a", "--dry-run"], "close its quotes"),
         (["recipe=qwen3_4b", "--dry-run"], "did you mean recipe=qwen3_4b_ttt?"),
         (

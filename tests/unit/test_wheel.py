@@ -85,9 +85,9 @@ def test_recipes_that_cannot_be_used(tmp_path, content, sentence):
 def test_folders_that_cannot_be_used(tmp_path):
     write_recipe(tmp_path / "taken", name="tiny")
     for words, sentence in [
-        (["--config-dir"], "is no folder"),
-        (["--config-dir", str(tmp_path / "none")], "is no folder"),
-        ([f"--config-dir={tmp_path / 'taken'}"], "recipe/tiny.yaml among the recipes already"),
+        (["--config-dir"], "is not a folder"),
+        (["--config-dir", str(tmp_path / "none")], "is not a folder"),
+        ([f"--config-dir={tmp_path / 'taken'}"], "recipe/tiny.yaml is the name of a built-in recipe"),
     ]:
         with pytest.raises(UserError, match=sentence):
             split_config_dir(words, RECIPES)
@@ -101,5 +101,5 @@ def test_groups_of_ones_own(tmp_path):
     overrides, recipes = split_config_dir(["recipe=mine", "model=wide", "--config-dir", str(own)], RECIPES)
     config = to_config(compose_config([*overrides, *SMALL], recipes))
     assert config.model.hidden_size == 512 and config.run.name == "mine" and config.train.steps == 2
-    with pytest.raises(UserError, match=r"model=wid does not exist; there is .*wide"):
+    with pytest.raises(UserError, match=r"model=wid does not exist; use one of .*wide"):
         compose_config(["recipe=mine", "model=wid"], recipes)

@@ -1,7 +1,7 @@
-"""Everything that touches megatron-core.
+"""All code that uses megatron-core.
 
-Importing megatron-core without Transformer Engine or apex prints a page of warnings about what `launch/preflight.py`
-and the README say in one table; they are silenced here, by their source, before anything imports it.
+Without Transformer Engine or apex, megatron-core prints warnings about missing packages, which `launch/preflight.py`
+reports. This module silences them, by their source, before megatron-core is imported.
 """
 
 import logging
@@ -11,7 +11,7 @@ from inplace_ttt import te
 
 for module in (r"megatron\.core", r"torch\.distributed"):
     warnings.filterwarnings("ignore", module=module)
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # looks for CUDA's compiler
-logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecations of the container and of defaults we chose
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if there is no CUDA compiler
+logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecation warnings about the container and our settings
 
-te.unavailable_reason()  # raises UserError where megatron-core would die of it
+te.unavailable_reason()  # raises UserError if a broken install would make the import of megatron-core fail

@@ -1,15 +1,15 @@
-"""AdamW with the interface of apex's and Transformer Engine's FusedAdam, for where neither is.
+"""AdamW with the interface of apex's and Transformer Engine's FusedAdam, for systems that have neither.
 
 Megatron's fallback, torch.optim.AdamW, keeps a tensor ``step`` in each parameter's state. The distributed optimizer's
-checkpoints have no place for it: a fresh optimizer cannot be saved, and after loading all parameters share one
-tensor, which is then incremented once for each of them. Here ``step`` is a number in the parameter group.
+checkpoints do not support it: a new optimizer cannot be saved, and after loading all parameters share one tensor,
+which is then incremented once per parameter. Here ``step`` is a number in the parameter group.
 """
 
 import torch
 
 
 class Adam(torch.optim.Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """Implement Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, adam_w_mode=True, capturable=False
@@ -20,6 +20,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update the parameters that have a gradient. ``closure`` is ignored."""
         for group in self.param_groups:
             if not group["params"]:
                 continue

@@ -1,9 +1,9 @@
-"""Causal attention inside documents, on any device and under context parallelism, without Transformer Engine.
+"""Causal attention within documents, on any device and with context parallelism, without Transformer Engine.
 
-Keys and values of all context-parallel ranks are gathered (their gradients reduce-scattered); queries stay.
+Keys and values are gathered from all context-parallel ranks (and their gradients reduce-scattered); queries stay local.
 
-Under full recompute attention may be left out of what is computed a second time: at long context it is most of a
-layer's work, and what its backward needs (queries, keys, values, output) is a fraction of what a layer's would.
+With ``train.recompute=full`` the core attention can be excluded from the recompute. At long context it is most of a
+layer's work, and its saved tensors (queries, keys, values, output) are a fraction of a layer's activations.
 """
 
 from functools import lru_cache
@@ -23,7 +23,7 @@ from inplace_ttt.ttt.layout import in_sequence_order
 
 
 class DocumentAttention(MegatronModule):
-    """Core attention of a Megatron layer: softmax(q k^T) v over earlier tokens of the same document."""
+    """Compute the core attention of a Megatron layer: softmax(q k^T) v over earlier tokens of the same document."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DocumentAttention(MegatronModule):
             config.window_size, getattr(config, "window_attn_skip_freq", None), layer_number
         )
         self.window = config.window_size[0] + 1 if windowed else None
-        self.keep = getattr(config, "keep_core_attn", False)  # from the forward, when the layer is recomputed
+        self.keep = getattr(config, "keep_core_attn", False)  # the recompute reuses the forward's attention
 
     def forward(
         self,
@@ -54,11 +54,16 @@ class DocumentAttention(MegatronModule):
         attention_bias=None,
         packed_seq_params: BatchContext | None = None,
     ) -> Tensor:  # (s, b, heads * channels)
+        """Return the attention output; see ``attend``.
+
+        With ``keep_core_attn`` the forward (without gradients) leaves its output and graph in the context, and the
+        recompute (with gradients) takes them from there.
+        """
         context = packed_seq_params
         if not (self.training and self.keep):
             return self.attend(query, key, value, context)
         if torch.is_grad_enabled():
-            kept = context.recompute.pop(self, None)  # the recompute of a forward that kept it
+            kept = context.recompute.pop(self, None)  # None: this layer is not recomputed
             return self.attend(query, key, value, context) if kept is None else _Kept.apply(query, key, value, kept)
         gradients: list[Tensor] = []
         with torch.enable_grad():
@@ -69,6 +74,11 @@ class DocumentAttention(MegatronModule):
         return out.detach()
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, context: BatchContext | None) -> Tensor:
+        """Return (s, b, heads * channels) for local queries (s, b, heads, channels).
+
+        Keys and values are local, (s, b, groups, channels). ``context`` holds the document bounds; None: each row is
+        one document.
+        """
         cp_size = self.cp_group.size()
         key, value = self.gather(key), self.gather(value)
         documents = context.documents if context is not None else None
@@ -92,7 +102,7 @@ class DocumentAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Keys or values of the whole sequence, in its order."""
+        """Gather local keys or values (s, b, ...) into those of the whole sequence (s * CP, b, ...), in token order."""
         if self.cp_group.size() == 1:
             return tensor
         gathered = gather_from_sequence_parallel_region(tensor, group=self.cp_group)
@@ -103,7 +113,7 @@ class DocumentAttention(MegatronModule):
 
 
 class _Inputs(torch.autograd.Function):
-    """Tensors as inputs of a graph of their own that does not hold them: only what its nodes save stays alive."""
+    """Make tensors the inputs of a separate graph. The graph does not hold them; it holds only what its nodes save."""
 
     @staticmethod
     def forward(ctx, trigger: Tensor, query: Tensor, key: Tensor, value: Tensor, gradients: list[Tensor]):
@@ -118,7 +128,7 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Kept(torch.autograd.Function):
-    """Attention that was computed before, of the same queries, keys and values."""
+    """Return the attention output of an earlier forward with the same inputs; the backward runs its saved graph."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, list[Tensor]]) -> Tensor:
@@ -134,7 +144,8 @@ class _Kept(torch.autograd.Function):
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> dict:
-    """Return (queries, keys), True where a query sees a key: none after it, and none outside its window."""
+    """Return the mask arguments of scaled_dot_product_attention. A query attends to no later key, and to no key outside
+    its window."""
     if window is not None and keys > 1:
         return {"attn_mask": _window_mask(queries, keys, window, device)}
     if queries == keys:

@@ -1,4 +1,4 @@
-"""The context of a micro batch, which travels through Megatron's layers in the place of packed_seq_params."""
+"""The context of a micro batch, passed through Megatron's layers as packed_seq_params."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,24 +13,25 @@ from inplace_ttt.ttt.layout import SequenceLayout
 
 @dataclass
 class BatchContext(PackedSeqParams):
-    """The layout of a micro batch, copies of its tables on the device, and what a forward leaves for its recompute.
+    """Hold the sequence layout of a micro batch, device copies of its tables, and data saved for the recompute.
 
-    Tensors stay (s, b, h), zigzag over the sequence. Megatron's own packed format cuts every document into 2n slices,
-    and chunks with it; here the whole sequence is cut, and documents are known by their bounds.
+    Tensors stay (s, b, h), in zigzag order over the sequence. With n context-parallel ranks, Megatron's own packed
+    format cuts every document into 2n slices, and so cuts chunks. Here the whole sequence is cut into 2n slices, and
+    documents are described by their bounds.
     """
 
     layout: SequenceLayout = field(default_factory=SequenceLayout)
     tables: dict[tuple, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    # by module: what its forward, which runs without gradients, leaves for its recompute, which runs with them
+    # by module: what its forward (without gradients) saves for its recompute (with gradients)
     recompute: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def documents(self) -> tuple[int, ...] | None:
-        """Return the bounds of the documents in the whole sequence, or None where each row is one."""
+        """Return the document bounds in the whole sequence, or None if each row is one document."""
         return self.layout.documents
 
     def table(self, key, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """Return the device's copy, one for all layers, of what ``make`` makes on the CPU."""
+        """Return the device copy of the CPU tensor that ``make`` returns. All layers share one copy per ``key``."""
         if (key, device) not in self.tables:
             self.tables[key, device] = make().to(device, non_blocking=True)
         return self.tables[key, device]

@@ -1,9 +1,9 @@
-"""Sharded checkpoints: written beside training, whole or not there, readable at any parallel layout.
+"""Sharded checkpoints: written asynchronously and atomically, readable at any parallel layout.
 
-A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two files of ours:
-``run.json`` (step, samples seen, what data they are of) and ``manifest.json`` (size and checksum of every file). It is
-written under a name that starts with a dot, with a mark that says whose it is, and renamed when all ranks are done; a
-folder without that name, or whose files are not those of its manifest, is not a checkpoint.
+A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two additional files:
+``run.json`` (step, samples seen, identity of the data) and ``manifest.json`` (size and checksum of every file). It is
+written under a name that starts with a dot, with a file that marks it as ours, and renamed when all ranks are done. A
+folder with another name, or whose files do not match its manifest, is not a checkpoint.
 """
 
 import multiprocessing
@@ -38,12 +38,12 @@ NAME = re.compile(r"step_(\d{8})")
 
 @dataclass
 class Progress:
-    """Record where a run stands: run.json."""
+    """Hold the content of a checkpoint's run.json."""
 
-    step: int
-    samples: int
-    packing: int = 1  # the version of the order of samples (data/packed.py)
-    data: list[dict] | None = None  # what identifies each source (data/identity.py); None: nobody has looked
+    step: int  # number of finished steps
+    samples: int  # number of samples trained on
+    packing: int = 1  # version of the sample order (data/packed.py)
+    data: list[dict] | None = None  # identity of each data source (data/identity.py); None: not recorded
 
 
 def folder_name(step: int) -> str:
@@ -52,8 +52,8 @@ def folder_name(step: int) -> str:
 
 
 def remove_abandoned(folder: Path) -> list[Path]:
-    """Remove unfinished checkpoints of our runs from ``folder``; return folders that look like one and are not ours:
-    without our mark, or links."""
+    """Remove the unfinished checkpoints in ``folder`` that this program wrote. Return the other folders with such a
+    name: links, and folders without our mark."""
     foreign = []
     for path in folder.glob(".step_*"):
         if path.is_symlink() or not (path / PARTIAL_MARK).is_file():
@@ -64,26 +64,28 @@ def remove_abandoned(folder: Path) -> list[Path]:
 
 
 def whole_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
-    """Checkpoints that are whole at a glance, the newest first, and what is wrong with the others."""
+    """Return the complete checkpoints, newest first, and a description of each incomplete one. Check file sizes, not
+    checksums."""
     names = sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), reverse=True)
     faults = {path: damage(path) or _progress_fault(path) for path in names}
     return [path for path in names if faults[path] is None], [fault for fault in faults.values() if fault]
 
 
 def checkpoint_in(folder: Path) -> Path:
-    """Return the folder itself, or the last whole checkpoint of a run folder. Raise UserError where it has none."""
+    """Return the last complete checkpoint of a run folder, or ``folder`` itself if it is not a run folder. Raises
+    UserError if the run has no complete checkpoint."""
     if not (folder / "checkpoints").is_dir():
         return folder
     whole, faults = whole_checkpoints(folder / "checkpoints")
     if not whole:
-        raise UserError(f"run '{folder}' has no whole checkpoint{': ' + faults[0] if faults else ''}")
+        raise UserError(f"run '{folder}' has no complete checkpoint{': ' + faults[0] if faults else ''}")
     return whole[0]
 
 
 def read_progress(folder: Path) -> Progress:
-    """Return what a checkpoint's run.json says. Raises UserError where it is damaged.
+    """Return the content of a checkpoint's run.json. Raises UserError if the file is damaged.
 
-    Runs that were begun before packing had a version have version 1, and nothing that identifies their data.
+    Runs that were started before packing had a version get version 1 and no data identity.
     """
     path = folder / "run.json"
     values = read_json(path)
@@ -91,7 +93,7 @@ def read_progress(folder: Path) -> Progress:
     packing = 1 if packing is None else packing
     whole = all(type(value) is int and value >= 0 for value in (step, samples, packing))
     if not whole or not (data is None or (isinstance(data, list) and all(isinstance(one, dict) for one in data))):
-        raise UserError(f"'{path}' is damaged (it does not say which step it is of): restore it")
+        raise UserError(f"'{path}' is damaged (step, samples, packing or data is invalid): restore it")
     return Progress(step, samples, packing, data)
 
 
@@ -100,11 +102,11 @@ def _progress_fault(folder: Path) -> str | None:
         step = read_progress(folder).step
     except UserError as error:
         return str(error)
-    return None if folder.name == folder_name(step) else f"'{folder}/run.json' says step {step}"
+    return None if folder.name == folder_name(step) else f"'{folder}/run.json' has step {step}"
 
 
 class Checkpointer:
-    """Saves and loads the state of a run."""
+    """Save and load the state of a run."""
 
     def __init__(
         self,
@@ -117,15 +119,19 @@ class Checkpointer:
         async_save: bool,
         corrupt: Iterable[Path] = (),
     ):
-        """Keep a run's checkpoints.
+        """Open the checkpoint folder of a run.
 
-        ``optimizer``: None where weights are only loaded. ``corrupt`` checkpoints look whole and are not: they do not
-        count, and are overwritten."""
+        Args:
+            optimizer: None: only load weights.
+            keep: number of the newest checkpoints that are not deleted.
+            async_save: write in a background process while training continues.
+            corrupt: checkpoints with wrong checksums; they are not counted, and are overwritten.
+        """
         self.folder, self.model, self.optimizer = folder, model, optimizer
         self.keep, self.async_save, self.corrupt = keep, async_save, set(corrupt)
         self.metadata = {
             "dp_cp_group": pg_collection.dp_cp,
-            # optimizer state that any later layout can read
+            # a later run can load the optimizer state at any parallel layout
             "distrib_optim_sharding_type": "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
         }
@@ -133,11 +139,11 @@ class Checkpointer:
         self.queue = AsyncCallsQueue(persistent=False)
 
     def save(self, progress: Progress, *, files: dict[str, dict] | None = None, wait: bool = False) -> None:
-        """Write a checkpoint of this step; returns at once if saving is asynchronous and ``wait`` is not set.
+        """Write a checkpoint of this step. Return immediately if saving is asynchronous and ``wait`` is False.
 
-        ``files``: what the first rank writes beside run.json, JSON by name.
+        ``files``: additional JSON files of the checkpoint by name, written by rank 0.
 
-        Whatever keeps any rank from writing is raised on all, here or by a later ``poll``.
+        An error on any rank is raised on all ranks, here or by a later ``poll``.
         """
         self.poll(blocking=True)  # one at a time
         target = self.folder / folder_name(progress.step)
@@ -156,29 +162,30 @@ class Checkpointer:
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write, request.async_fn, folder))
         request.add_finalize_fn(lambda: self._finish(folder, target, progress, files or {}))
-        # a process of its own writes, also where we wait for it: what fails on one rank is then raised on all
+        # also use the writer process if we wait for it: then an error on one rank is raised on all ranks
         self.queue.schedule_async_request(request)
         if wait or not self.async_save:
             self.poll(blocking=True)
 
     def _open_partial(self, target: Path) -> Path | None:
-        """Make a folder to write to, under a name that no earlier process still writes to; None if nothing is to do."""
+        """Create a folder with a new name, which no earlier process can still write to. Return None if ``target`` is
+        already complete."""
         name = [None]
         if dist.get_rank() == 0 and (target in self.corrupt or not target.is_dir() or damage(target) is not None):
             self.folder.mkdir(parents=True, exist_ok=True)
             name = [tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder)]
             Path(name[0], PARTIAL_MARK).touch()
-            own_umask(Path(name[0]))  # other hosts' ranks write there, too
+            own_umask(Path(name[0]))  # ranks on other hosts write to it, too
         dist.broadcast_object_list(name, src=0)
         return None if name[0] is None else Path(name[0])
 
     def poll(self, blocking: bool = False) -> None:
-        """Give finished checkpoints their name. All ranks call it together."""
+        """Rename finished checkpoints to their final name. All ranks must call it together (collective)."""
         if self.queue.get_num_unfinalized_calls():
             self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Wait for the checkpoint that is being written, and end the writer."""
         self.poll(blocking=True)
         self.queue.close()
 
@@ -206,10 +213,10 @@ class Checkpointer:
         self.corrupt.discard(target)
         whole = [path for path in whole_checkpoints(self.folder)[0] if path not in self.corrupt]
         for old in whole[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)  # the new one is there: whoever still reads this one may
+            shutil.rmtree(old, ignore_errors=True)  # another process may still read it
 
     def _model_state(self) -> dict:
-        """Return weights alone: Transformer Engine's extra state for fp8 is empty, and other layers do not have it."""
+        """Return only the weights. Transformer Engine's extra state for fp8 is empty, and other layers have none."""
         state = self.model.sharded_state_dict(metadata=self.metadata)
         return {name: entry for name, entry in state.items() if "_extra_state" not in name}
 
@@ -219,9 +226,9 @@ class Checkpointer:
         return {"model": model, "optimizer": optimizer}
 
     def resume(self, folder: Path) -> Progress:
-        """Load the model and the optimizer's state; learning rates and the like stay those of this start.
+        """Load the model and the optimizer state. Hyperparameters such as the learning rate stay those of this start.
 
-        Raises UserError, on all ranks, where any cannot read its part.
+        Raises UserError, on all ranks, if any rank cannot read its shards.
         """
         error = None
         try:
@@ -235,12 +242,17 @@ class Checkpointer:
         return progress
 
     def load_weights(self, folder: Path, name: str | None = None) -> tuple[list[str], list[str]]:
-        """Start from the weights alone of a checkpoint, or of a run's last one. ``name``: how errors call it, instead
-        of the key ``checkpoint.load``.
+        """Load only the weights of a checkpoint, or of the last checkpoint of a run folder.
 
-        Return the names of this rank's new parameters that it lacks, which stay as they are, and of all fast-weight
-        tensors that it has, for which this model may have no place. Raises UserError, on all ranks, naming any other
-        tensor that is missing or has another shape.
+        Args:
+            folder: the checkpoint or run folder.
+            name: how error messages name it; default: ``checkpoint.load='...'``.
+
+        Returns:
+            The names of this rank's fast-weight parameters that the checkpoint lacks (they keep their values), and the
+            names of all fast-weight tensors in the checkpoint (this model may lack some of them).
+
+        Raises UserError, on all ranks, if any other tensor is missing or has another shape; the message names it.
         """
         error, found = None, ([], [])
         try:
@@ -266,13 +278,16 @@ class Checkpointer:
         for key, entry in list(state["model"].items()):
             if entry.key not in stored:
                 if ".ttt_" not in entry.key:
-                    raise UserError(f"{name} has no tensor '{entry.key}': is it of this model?")
+                    raise UserError(f"{name} lacks tensor '{entry.key}': use a checkpoint of this model")
                 new.append(entry.key)
                 del state["model"][key]
             elif not isinstance(entry, ShardedTensorFactory) and hasattr(entry, "global_shape"):
                 there, here = tuple(stored[entry.key].size), tuple(entry.global_shape)
                 if there != here:
-                    raise UserError(f"{name}: '{entry.key}' is {there} there and {here} in this model")
+                    raise UserError(
+                        f"{name}: '{entry.key}' has shape {there} in the checkpoint and {here} in the model: use a "
+                        f"checkpoint of this model"
+                    )
         loaded = safe_load.load(state, folder)
         self._load_model(loaded["model"], allowed=tuple(new))
         if self.optimizer is not None:
@@ -280,7 +295,7 @@ class Checkpointer:
         return new, sorted(key for key in stored if ".ttt_" in key)
 
     def _load_model(self, state: dict, allowed: tuple[str, ...] = ()) -> None:
-        """Load weights; all but new parameters and Transformer Engine's extra state for fp8 must be there."""
+        """Load weights. Only ``allowed`` parameters and Transformer Engine's extra state for fp8 may be missing."""
         result = self.model.load_state_dict(state, strict=False)
         missing = [name for name in result.missing_keys if "_extra_state" not in name]
         unknown = [name for name in result.unexpected_keys if "_extra_state" not in name]
@@ -289,15 +304,15 @@ class Checkpointer:
 
 
 def _write(write: Callable, folder: Path, rank: int, buckets: list, results) -> None:
-    """Write a rank's part, by Megatron, then the checksums of its files; it runs in the writing process."""
+    """Write a rank's shards with Megatron's writer, then the checksums of its files. Runs in the writer process."""
     end_with_parent()
     write(rank, buckets, results)
     write_sums(folder, rank, [name for _, name, _ in buckets])
 
 
 def _start_results_queue() -> None:
-    """Start the queue by which writers report, in a process of its own as Megatron does, but one that a request to stop
-    does not end while a checkpoint is written, and that does not outlive this rank."""
+    """Start the queue that collects the writers' results, in a separate process as in Megatron. Unlike Megatron's, this
+    process ignores stop signals while a checkpoint is written, and it ends with this rank."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         with block_stop_signals():

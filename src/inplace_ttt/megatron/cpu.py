@@ -1,8 +1,9 @@
-"""megatron-core on a machine without CUDA.
+"""Run megatron-core on a machine without CUDA.
 
-On its training path megatron-core names CUDA in three ways: tensors made on device "cuda" or moved there, checks
-that a tensor's type is "torch.cuda.FloatTensor", and functions of ``torch.cuda`` for streams and random numbers.
-A mode that intercepts torch functions answers the first two, and stubs the third. Where CUDA exists this does nothing.
+On its training path megatron-core depends on CUDA in three ways: it creates tensors on device "cuda" or moves them
+there, it checks that a tensor's type is "torch.cuda.FloatTensor", and it calls functions of ``torch.cuda`` for streams
+and random numbers. A TorchFunctionMode handles the first two, and stubs replace the third. With CUDA this module does
+nothing.
 """
 
 import torch
@@ -12,7 +13,7 @@ _installed: TorchFunctionMode | None = None
 
 
 def install() -> None:
-    """Let megatron-core run on the CPU, for the rest of the process; call it before building anything of its."""
+    """Make megatron-core run on the CPU until the process ends. Call this before using megatron-core."""
     global _installed
     if _installed is not None or torch.cuda.is_available():
         return
@@ -32,7 +33,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        if kwargs.get("pin_memory"):  # page-locked memory needs a driver
+        if kwargs.get("pin_memory"):  # pinned memory needs the CUDA driver
             kwargs["pin_memory"] = False
         if function is torch.Tensor.cuda:
             return args[0]
@@ -40,12 +41,12 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], "cpu", *args[2:])
         out = function(*args, **kwargs)
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return out.replace("torch.", "torch.cuda.", 1)  # the optimizer compares names of types
+            return out.replace("torch.", "torch.cuda.", 1)  # the optimizer compares type names
         return out
 
 
 class _NoStream:
-    """The CPU works in order: there is nothing to wait for."""
+    """Replace a CUDA stream. The CPU executes in order, so there is nothing to wait for."""
 
     def wait_event(self, event) -> None: ...
 
@@ -60,7 +61,7 @@ def _stub_cuda() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: _NoStream()
-    # the CPU has one generator: Megatron's tracker and its recompute work on that
+    # the CPU has one random generator: Megatron's RNG tracker and its recompute use it
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.manual_seed = torch.manual_seed
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
@@ -68,7 +69,7 @@ def _stub_cuda() -> None:
 
 
 def _use_own_adam() -> None:
-    """Take the branches that Transformer Engine's and apex's Adam take; see ``adam.py`` for why."""
+    """Make Megatron's optimizer use our Adam like Transformer Engine's and apex's; ``adam.py`` says why."""
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -82,7 +83,7 @@ def _use_own_adam() -> None:
 
 
 def _use_own_norm() -> None:
-    """Gradient norms in fp64: torch sums squares one after the other here, and in fp32 loses the sixth digit."""
+    """Compute gradient norms in fp64: on the CPU torch sums squares sequentially, so fp32 loses the sixth digit."""
     from megatron.core.optimizer import clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm
 

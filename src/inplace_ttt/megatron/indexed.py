@@ -1,4 +1,4 @@
-"""Megatron's file format for tokens: PREFIX.bin and PREFIX.idx."""
+"""Megatron's indexed dataset format for tokens: PREFIX.bin and PREFIX.idx."""
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 

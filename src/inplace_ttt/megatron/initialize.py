@@ -1,7 +1,7 @@
-"""Start values of a model, the same at every parallel layout and on every device.
+"""Initial values of the parameters, equal at every parallel layout and on every device.
 
-Each parameter is drawn whole, on the CPU, from a generator seeded with the run's seed and the parameter's name;
-every rank keeps its part. Megatron's own initialisation depends on how many ranks there are.
+Each full parameter is drawn on the CPU, from a generator seeded with the run's seed and the parameter's name; every
+rank keeps its shard. Megatron's own initialisation depends on the number of ranks.
 """
 
 import hashlib
@@ -14,8 +14,11 @@ from inplace_ttt.config import Config
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: Config, pg_collection) -> None:
-    """Fill all parameters: N(0, init_method_std), projections into the residual stream by 1 / sqrt(2 layers) less,
-    norms 1, biases 0, fast-weight convolutions 0 and projections diagonal with N(0, proj_init_std) entries."""
+    """Initialise all parameters in place.
+
+    Weights: N(0, init_method_std), divided by sqrt(2 * num_layers) for projections into the residual stream. Norms: 1.
+    Biases: 0. Fast-weight convolutions: 0. Fast-weight projections: diagonal with entries N(0, proj_init_std).
+    """
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     for local_name, param in model.named_parameters():
         name = global_name(local_name, first_layer, config.model.tie_word_embeddings)
@@ -24,7 +27,13 @@ def initialize(model: nn.Module, config: Config, pg_collection) -> None:
 
 
 def global_name(name: str, first_layer: int, tied: bool) -> str:
-    """Return a parameter's name in the whole model: layers are numbered from the first pipeline stage."""
+    """Return a parameter's name in the whole model, where layers are numbered from the first pipeline stage.
+
+    Args:
+        name: the name in this pipeline stage.
+        first_layer: index of the stage's first layer in the whole model, from 0.
+        tied: the output layer shares the weight of the embedding.
+    """
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + first_layer)
@@ -51,9 +60,9 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
 
 
 def _split(name: str, param: Tensor) -> tuple[int, int]:
-    """Return (dimension in which tensor-parallel ranks split a parameter, parts of each rank); (-1, 1): none.
+    """Return (dimension that tensor parallelism splits, parts per rank), or (-1, 1) if it does not split the parameter.
 
-    Gate and up projection are one tensor, of which every rank holds a part of each.
+    Gate and up projection are one tensor; every rank holds a part of each.
     """
     if not getattr(param, "tensor_model_parallel", False):
         return -1, 1

@@ -1,4 +1,4 @@
-"""The layer specs: which module stands where in a Megatron transformer layer, with and without fast weights."""
+"""Megatron layer specs of transformer layers with and without fast weights."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +27,17 @@ from inplace_ttt.megatron.norm import RMSNorm
 
 @dataclass(frozen=True)
 class BackendModules:
-    """The modules that layers are made of, from one implementation."""
+    """Name the layer modules of one backend (plain torch or Transformer Engine)."""
 
     column_linear: Any
     row_linear: Any
     norm: Any
-    norm_column_linear: Any | None  # a norm fused with the linear after it; None: they are two
+    norm_column_linear: Any | None  # norm fused with the next linear; None: two separate modules
     core_attention: Any
 
 
 def backend_modules(transformer_impl: str) -> BackendModules:
-    """Return the modules of layers. ``local``: plain torch, on any device. ``transformer_engine``: its own."""
+    """Return the layer modules of a backend: ``local`` (plain torch, on any device) or ``transformer_engine``."""
     if transformer_impl == "local":
         return BackendModules(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
     from megatron.core.extensions.transformer_engine import (
@@ -55,13 +55,14 @@ def backend_modules(transformer_impl: str) -> BackendModules:
 
 
 class TTTTransformerLayer(TransformerLayer):
-    """Hand the embedding output and the micro batch's context to the MLP, too.
+    """Pass the embedding output and the context of the micro batch to the MLP.
 
-    The embedding output arrives as ``context``: a decoder without cross-attention does not use it, and Megatron
-    carries it through every layer and, as a tracked argument, through full recompute.
+    The embedding output arrives as ``context``. A decoder without cross-attention does not use this argument, and
+    Megatron passes it through every layer and, as a tracked argument, through full recompute.
     """
 
     def forward(self, *args, **kwargs):
+        """Return (hidden states, embedding output), as Megatron's layer returns (hidden states, context)."""
         hidden_states, context = self._forward_attention(*args, **kwargs)
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         mlp = partial(self.mlp, batch_context=kwargs["packed_seq_params"])
@@ -72,7 +73,7 @@ class TTTTransformerLayer(TransformerLayer):
         return self._forward_post_mlp(out, hidden_states), context
 
 
-# Checkpoints have the names of Transformer Engine's fused modules, whatever wrote them: both read each other's.
+# Checkpoints of both backends use the parameter names of Transformer Engine's fused modules, so each loads the other's.
 NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -80,10 +81,10 @@ NORM_NAMES = {
 
 
 def layer_spec(parts: BackendModules, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
-    """Return the spec of one transformer layer; ``ttt`` gives it a TTT-MLP.
+    """Return the spec of one transformer layer, with a TTT-MLP unless ``ttt`` is None.
 
-    The norm before a TTT-MLP stands alone also with Transformer Engine: ``target: hidden_states`` is its output,
-    which the fused norm-and-linear does not give out.
+    The norm before a TTT-MLP is a separate module also with Transformer Engine: ``target: hidden_states`` uses its
+    output, which the fused norm and linear does not return.
     """
     fused = parts.norm_column_linear is not None
     attention = ModuleSpec(
@@ -126,7 +127,7 @@ def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
 
 
 def block_spec(config, parts: BackendModules, ttt: TTT, layers: list[int], pp_rank: int):
-    """Return the spec of one pipeline stage; ``layers`` (from 0, in the whole model) get fast weights."""
+    """Return the spec of one pipeline stage. ``layers``: indices of the TTT layers in the whole model, from 0."""
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     specs = [
         layer_spec(parts, config.qk_layernorm, ttt if number in layers else None)

@@ -1,7 +1,7 @@
-"""Cross-entropy of a vocabulary that is split over ranks, without ever holding the logits of all tokens.
+"""Vocabulary-parallel cross-entropy that never holds the logits of all tokens.
 
-Logits are made for some tokens at a time, in the forward for their log-sum-exp and again in the backward for their
-softmax: memory is that of one part, for one matrix product more.
+Logits are computed for a block of tokens at a time: in the forward for the log-sum-exp, and again in the backward for
+the softmax. Memory is that of one block; the cost is one additional matrix product.
 """
 
 import torch
@@ -15,23 +15,23 @@ from torch.autograd.function import once_differentiable
 
 
 def default_part_numel(device: torch.device) -> int:
-    """Return how many fp32 logits are held at a time: 256 MB, or 1 GB on a GPU, where small products are slow."""
+    """Return the number of fp32 logits in one block: 256 MB, or 1 GB on a GPU, where small products are slow."""
     return 2**28 if device.type == "cuda" else 2**26
 
 
 def linear_cross_entropy(
-    hidden: Tensor,  # (s, b, h); with sequence parallelism this rank's tokens
+    hidden: Tensor,  # (s, b, h); with sequence parallelism (s / TP, b, h), this rank's tokens
     weight: Tensor,  # (padded vocabulary / TP, h)
     labels: Tensor,  # (b, s)
     *,
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
-    part_numel: int | None = None,  # logits held at a time
+    part_numel: int | None = None,  # logits in one block; None: default_part_numel
 ) -> Tensor:  # (2, b, s) fp32
-    """Return -log softmax(hidden W^T)[label] of each token, and 1 where no entry is likelier than the label, else 0.
+    """Return for each token -log softmax(hidden W^T)[label], and 1 if the label has the highest logit, else 0.
 
-    Entries of the vocabulary from ``vocab_size`` on are padding and take no part.
+    Vocabulary entries from ``vocab_size`` on are padding and are ignored.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_size, group, part_numel):
         first = group.rank() * weight.shape[0]
-        here = min(weight.shape[0], vocab_size - first)  # entries of this rank that are not padding
+        here = min(weight.shape[0], vocab_size - first)  # vocabulary entries of this rank without padding
         mine = (labels >= first) & (labels < first + here)
         column = torch.where(mine, labels - first, 0)
         rows = max(1, part_numel // weight.shape[0])
@@ -64,8 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _logits(hidden[tokens], weight, here)
             picked[tokens] = logits.gather(1, column[tokens, None]).squeeze(1) if here > 0 else 0.0
             best[tokens] = logits.amax(dim=-1)
-            # exp in place: torch.logsumexp would hold the logits twice
-            shift = best[tokens, None].clamp(min=-torch.finfo(torch.float32).max)  # all padding: -inf less it is 0
+            # exp in place: torch.logsumexp would hold a second copy of the logits
+            shift = best[tokens, None].clamp(min=-torch.finfo(torch.float32).max)  # all padding: -inf - -inf is NaN
             log_sum[tokens] = logits.sub_(shift).exp_().sum(dim=-1).log_().add_(shift.squeeze(1))
         picked = torch.where(mine, picked, 0.0)
         if group.size() > 1:
@@ -101,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
-    """Return logits (tokens, vocabulary / TP) in fp32, -inf where the vocabulary is padding."""
+    """Return fp32 logits (tokens, vocabulary / TP), -inf for padding entries."""
     logits = _product(hidden, weight.t())
     if here < weight.shape[0]:
         logits[:, max(here, 0) :] = -torch.inf
@@ -109,7 +109,7 @@ def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a product in fp32, without intermediate rounding where the device can."""
+    """Return a matrix product in fp32, on a GPU without rounding to the dtype of the operands first."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()

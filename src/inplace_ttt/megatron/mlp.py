@@ -1,10 +1,10 @@
 """The TTT-MLP: a gated MLP whose down-projection is a fast weight (Feng et al., arXiv 2604.06169, section 3).
 
-What is exchanged, and when:
-    tensor parallel     fc1 splits f, so the state is (d, f / TP) and every rank needs the whole targets v. The output
+Communication:
+    tensor parallel     fc1 splits f, so the state is (d, f / TP) and every rank needs the full targets v. The output
                         is a partial sum over f, and so is dL/dv: both are summed over the group.
-    sequence parallel   each rank makes the targets of its own tokens; then they are gathered.
-    context parallel    chunk states, inside fast_weight_linear.
+    sequence parallel   each rank computes the targets of its own tokens; then they are all-gathered.
+    context parallel    fast_weight_linear exchanges carries (states at the edges of slices).
 """
 
 import itertools
@@ -27,26 +27,26 @@ from inplace_ttt.ttt.layout import SequenceLayout
 from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.target import chunk_target
 
-COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: the dtype of the sums
+COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: dtype of the sums of updates
 
 
 class _Weight(nn.Module):
-    """A parameter under a name of its own: ``ttt_conv.weight``, ``ttt_proj.weight``, as in the authors' checkpoints."""
+    """Hold one parameter with the name it has in the authors' checkpoints: ``ttt_conv.weight``, ``ttt_proj.weight``."""
 
     def __init__(self, *shape: int, config, tp_group):
         super().__init__()
         self.tp_group = tp_group
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        self.weight.is_ttt = True  # may have a learning rate and clipping of its own
-        # the same on all ranks of the group, each of which sees some of the tokens: Megatron sums such gradients
+        self.weight.is_ttt = True  # for ttt.lr_multiplier and ttt.clip_separately
+        # Replicated over the group, while each rank processes some of the tokens: Megatron then sums the gradients
         self.weight.sequence_parallel = config.sequence_parallel
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         return make_sharded_tensors_for_checkpoint(
             {"weight": self.weight},
             prefix,
-            {},  # whole on every tensor-parallel rank
+            {},  # replicated over tensor-parallel ranks
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -54,35 +54,35 @@ class _Weight(nn.Module):
 
 
 class TTTMLP(MLP):
-    """Megatron's MLP with fast weights in ``linear_fc2``."""
+    """Extend Megatron's MLP: the weight of ``linear_fc2`` is a fast weight."""
 
     def __init__(self, config, submodules: MLPSubmodules, ttt: TTT, *, pg_collection):
         super().__init__(
             config=config, submodules=submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size
         )
         self.ttt, self.cp_group = ttt, pg_collection.cp
-        self.clip = ttt.clip  # an evaluation may set another
-        self.bound: tuple[float, int] | None = None  # of an evaluation: bound and trained_chunks of bounded.py
+        self.clip = ttt.clip  # an evaluation may change it
+        self.bound: tuple[float, int] | None = None  # evaluation only: (bound, trained_chunks) of ttt/bounded.py
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
-        # Number of layers, times micro batches of the pipeline, whose saved chunk weights are alive at once where the
-        # MLP is not recomputed
+        # Number of layers whose saved chunk weights are alive at once without recompute, times the micro batches in
+        # flight in the pipeline
         self.kept_layers = 1
-        self.is_plain = False  # True: forwards leave the fast weights out, as a control in evaluation
-        # Squared norm of a document's state, the largest since it was last read; over tensor-parallel shards
+        self.is_plain = False  # True: forwards do not use the fast weights, as a control in evaluation
+        # Largest squared norm of a document's sum of updates since the last reset, over all tensor-parallel shards
         self.max_update_norm = torch.zeros((), device=self.linear_fc2.weight.device)
-        # While it is set, forwards count the norms of chunks' updates (see ttt/histogram.py)
+        # True: forwards add the norms of the chunks' updates to a histogram (ttt/histogram.py)
         self.counts_updates = False
         self.update_counts = torch.zeros(histogram.BINS, dtype=torch.int64, device=self.linear_fc2.weight.device)
 
     def forward(
         self,
         hidden_states: Tensor,  # (s, b, d); with sequence parallelism this rank's s / TP tokens
-        input_embed: Tensor | None,  # likewise
+        input_embed: Tensor | None,  # embedding output, same shape
         batch_context: BatchContext,
     ) -> tuple[Tensor, None]:
-        """Return the output, in the layout of hidden_states, and Megatron's bias, which there is none of."""
+        """Return the output, with the shape of hidden_states, and None for Megatron's bias."""
         if self.is_plain:
             return super().forward(hidden_states)
         layout = batch_context.layout
@@ -120,7 +120,7 @@ class TTTMLP(MLP):
         return self._reduce(out), None
 
     def _bounded(self, z: Tensor, v: Tensor | ChunkTargets) -> Tensor:
-        """Read one document a row, past the length that the model was trained at."""
+        """Apply the fast weights to one document per row, which may be longer than the training length."""
         bound, trained_chunks = self.bound
         return bounded_fast_weight_linear(
             z,
@@ -135,18 +135,18 @@ class TTTMLP(MLP):
         )
 
     def _reduce(self, out: Tensor) -> Tensor:
-        """Sum the tensor-parallel ranks' parts of the output, in the layout of hidden_states."""
+        """Sum the partial outputs over the tensor-parallel ranks. The result has the shape of hidden_states."""
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
     @torch.no_grad()
     def sum_of_updates(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
-        """Return the sum (d, f / TP) of the updates that some chunks write, without sequence parallelism.
+        """Return the sum (d, f / TP) of the updates of the given chunks. Does not support sequence parallelism.
 
         Args:
-            hidden_states, input_embed: (s, 1, d), as ``forward`` takes them.
-            tokens: (n,) numbers of the tokens of whole chunks, one chunk after the other.
+            hidden_states, input_embed: (s, 1, d), inputs of ``forward``.
+            tokens: (n,) positions of the tokens of complete chunks, chunk by chunk.
         """
         weight = self.linear_fc2.weight
         if not len(tokens):
@@ -168,16 +168,17 @@ class TTTMLP(MLP):
         return state.updates[0]
 
     def _activate(self, gate_and_up: Tensor) -> Tensor:
-        """Apply the activation as Megatron's MLP does: in one kernel where it may."""
+        """Apply the gated activation like Megatron's MLP: (..., 2 f) -> (..., f), in one fused kernel if configured."""
         if self.config.bias_activation_fusion:
             return bias_swiglu_impl(gate_and_up, None)
         gate, up = gate_and_up.chunk(2, dim=-1)
         return self.config.activation_func(gate) * up
 
     def _carry_cache(self, batch_context: BatchContext) -> tuple[CarryCache | None, bool]:
-        """Return where this forward's incoming carries are saved for its recompute, or found, if it is the recompute.
+        """Return (cache of incoming carries, whether this forward is a recompute).
 
-        A forward that will be recomputed runs without gradients; its recompute, with the same context, runs with them.
+        A forward that will be recomputed runs without gradients and fills the cache. Its recompute runs with gradients
+        and the same context, and reads the cache. (None, False): neither.
         """
         if not self.training:
             return None, False
@@ -188,7 +189,7 @@ class TTTMLP(MLP):
         return cache, False
 
     def _targets(self, u: Tensor, layout: SequenceLayout) -> Tensor | ChunkTargets:
-        """Return the targets (s, b, d) of all local tokens, from u in the layout of hidden_states."""
+        """Return the targets (s, b, d) of all local tokens. ``u`` has the shape of hidden_states."""
         plan, ids, kernel = layout.plan, layout.chunk_ids, self.ttt_conv.weight
         projection = None if self.ttt_proj is None else self.ttt_proj.weight
         if not self.config.sequence_parallel:
@@ -198,14 +199,14 @@ class TTTMLP(MLP):
         starts = set(itertools.accumulate(plan.chunk_lengths, initial=0))
         if starts.issuperset(range(0, plan.local_length, size)):
             v = chunk_target(u, kernel, projection, ids[shard])
-        else:  # a chunk lies on two ranks: the convolution needs its neighbours' tokens
+        else:  # a chunk spans two ranks: the convolution needs tokens of the neighbour
             c = chunk_target(gather_from_sequence_parallel_region(u, group=self.tp_group), kernel, None, ids)[shard]
             v = c if projection is None else c @ projection
         return gather_from_sequence_parallel_region(v, group=self.tp_group)
 
     @torch.no_grad()
     def _note_norms(self, norms: Tensor) -> None:
-        """Keep the largest squared norm, summed over the tensor-parallel shards."""
+        """Sum squared norms over the tensor-parallel shards and update the largest one."""
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(norms, group=self.tp_group)
         if norms.numel():

@@ -1,4 +1,4 @@
-"""The model: Megatron's GPTModel with TTT layers, positions by document, and a loss that never holds all logits."""
+"""The model: Megatron's GPTModel with TTT layers, positions per document, and a loss that never holds all logits."""
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -16,7 +16,12 @@ from inplace_ttt.ttt.layout import SequenceLayout
 
 
 def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
-    """Return Megatron's configuration of the model and of its parallel layout."""
+    """Return Megatron's configuration of the model and its parallel layout.
+
+    Args:
+        dtype: of parameters and activations.
+        transformer_impl: ``local`` or ``transformer_engine``.
+    """
     model, parallel, train = config.model, config.parallel, config.train
     recompute = {}
     if train.recompute == "full":
@@ -48,40 +53,40 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,  # the exact mean over all tokens of all data- and context-parallel ranks
-        hetereogenous_dist_checkpoint=True,  # (sic) layers differ: each has keys of its own in a checkpoint
-        perform_initialization=False,  # see initialize.py
+        calculate_per_token_loss=True,  # exact mean over the tokens of all data- and context-parallel ranks
+        hetereogenous_dist_checkpoint=True,  # (sic) layers differ: checkpoint keys are per layer
+        perform_initialization=False,  # initialize.py does it
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,  # compiled
-        gradient_accumulation_fusion=False,  # needs apex, or see build_model
+        bias_activation_fusion=on_gpu,  # a compiled kernel
+        gradient_accumulation_fusion=False,  # needs apex; _fuse_weight_gradients does it with Transformer Engine
         apply_rope_fusion=fused,
         softmax_scale=_softmax_scale(config),
-        bias_dropout_fusion=False,  # there is neither
+        bias_dropout_fusion=False,  # the model has neither bias nor dropout
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **family_of(model).megatron,
         **recompute,
     )
-    megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # ours
+    megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # see attention.py
     return megatron_config
 
 
 def _softmax_scale(config: Config) -> float:
-    """Return the scale of attention scores. It holds YaRN's attention factor, squared, because fused rotary embeddings
-    take no factor."""
+    """Return the scale of attention scores. It contains the square of YaRN's attention factor, because the fused rotary
+    embedding has no argument for it."""
     _, attention_factor = model_rope(config)
     return attention_factor**2 * config.model.kv_channels**-0.5
 
 
 def model_rope(config: Config) -> tuple[Tensor, float]:
-    """Return inverse frequencies and attention factor of a configuration's model."""
+    """Return RoPE's inverse frequencies (kv_channels / 2,) and YaRN's attention factor for a configuration."""
     return rope_frequencies(config.model, config.model.max_position_embeddings or config.data.seq_length)
 
 
 class TTTGPTModel(GPTModel):
-    """GPTModel that hands positions, layout and embedding output to whoever needs them.
+    """Extend Megatron's GPTModel: pass positions, sequence layout and embedding output to the layers.
 
-    With ``target: input_embed`` the embedding output X0 goes to every layer, and across pipeline stages beside the
+    With ``target: input_embed`` every layer gets the embedding output X0. Pipeline stages send it together with the
     hidden states, as (s, b, 2 h).
     """
 
@@ -96,7 +101,7 @@ class TTTGPTModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=config.model.tie_word_embeddings,
-            position_embedding_type="none",  # ours, from position_ids
+            position_embedding_type="none",  # self.rope computes it from position_ids
             pg_collection=pg_collection,
         )
         self.true_vocab_size, self.chunk_size = vocab_size, config.ttt.chunk_size
@@ -110,10 +115,11 @@ class TTTGPTModel(GPTModel):
 
     @property
     def ttt_modules(self) -> dict[int, TTTMLP]:
-        """Return the TTT-MLPs of this pipeline stage by layer number, from 0 in the whole model."""
+        """Return the TTT-MLPs of this pipeline stage by layer index in the whole model, from 0."""
         return {layer.layer_number - 1: layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, TTTMLP)}
 
     def set_input_tensor(self, input_tensor):
+        """Set the input of this pipeline stage. Split off the embedding output if the stages send it, (s, b, 2 h)."""
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         if self.carries_input_embed and tensor is not None:
             tensor, self._received_input_embed = tensor.chunk(2, dim=-1)
@@ -126,13 +132,18 @@ class TTTGPTModel(GPTModel):
 
     def forward(
         self,
-        input_ids: Tensor,  # (b, s) of this rank
+        input_ids: Tensor,  # (b, s), this rank's tokens
         position_ids: Tensor,  # (b, s)
         layout: SequenceLayout,
         labels: Tensor | None = None,  # (b, s)
     ) -> Tensor:
-        """Return loss of each token and whether its label is the likeliest (2, b, s) fp32, or without labels logits
-        (b, s, vocabulary / TP); on all but the last pipeline stage hidden states (s, b, h)."""
+        """Run this pipeline stage.
+
+        Returns:
+            The last stage with labels: (2, b, s) fp32, the loss of each token and 1 if its label has the highest
+            logit, else 0. The last stage without labels: logits (b, s, vocabulary / TP). Other stages: hidden states
+            (s, b, h), or (s, b, 2 h) with the embedding output.
+        """
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         context = None
         if self.carries_input_embed:
@@ -167,9 +178,9 @@ class TTTGPTModel(GPTModel):
 
 
 def _fuse_weight_gradients(model: TTTGPTModel) -> None:
-    """Make Transformer Engine's linears add to the fp32 gradients in their own products.
+    """Make Transformer Engine's linears accumulate weight gradients into the fp32 buffers in their own GEMMs.
 
-    Megatron's switch for it would also switch Megatron's own linears, which need apex for that.
+    Megatron's option for this would also apply to Megatron's own linears, which need apex for it.
     """
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
@@ -181,7 +192,13 @@ def _fuse_weight_gradients(model: TTTGPTModel) -> None:
 def build_model(
     config: Config, dtype: torch.dtype, transformer_impl: str, vocab_size: int, pg_collection
 ) -> TTTGPTModel:
-    """Build this rank's part of the model, its parameters not yet initialised."""
+    """Build this rank's shard of the model. Its parameters are not initialised.
+
+    Args:
+        dtype: of parameters and activations.
+        transformer_impl: ``local`` or ``transformer_engine``.
+        vocab_size: without padding.
+    """
     megatron_config = transformer_config(config, dtype, transformer_impl)
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(

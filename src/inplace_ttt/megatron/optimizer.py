@@ -1,4 +1,4 @@
-"""AdamW over Megatron's (distributed) optimizer, with the options that the new parameters have."""
+"""AdamW with Megatron's (distributed) optimizer, and separate options for the fast-weight parameters."""
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
@@ -13,7 +13,8 @@ TTT_NORM_GROUP = "ttt"
 
 
 def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
-    """Wrap a model: fp32 gradients, reduced over data and context parallel ranks; in bf16 weights and inputs too."""
+    """Wrap a model for data parallelism: fp32 gradients, reduced over data- and context-parallel ranks. For bf16, also
+    convert weights and inputs."""
     parallel = config.parallel
     if megatron_config.bf16:
         model = Float16Module(megatron_config, model)
@@ -24,14 +25,14 @@ def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDat
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
             grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=False,  # training/health.py says which layer
+            check_for_nan_in_grad=False,  # training/health.py names the layer
         ),
         model,
     )
 
 
 def build_optimizer(model: DistributedDataParallel, megatron_config, config: Config):
-    """Build the optimizer and its schedule: linear warm-up, then cosine to min_lr_ratio."""
+    """Build the optimizer and its learning rate schedule: linear warm-up, cosine decay to ``lr * min_lr_ratio``."""
     optim = config.optim
     overrides = get_standard_config_overrides(OptimizerConfig(lr=optim.lr))
     if config.ttt.enabled:
@@ -39,7 +40,7 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         overrides[ParamKey(attr="is_ttt")] = {
             "max_lr": optim.lr * multiplier,
             "min_lr": optim.lr * optim.min_lr_ratio * multiplier,
-            # tells this group from the model's own where the rates are the same: Megatron loads groups by their values
+            # Megatron matches checkpoint groups by their values: this separates the group if its rates equal the others
             "is_decoupled_lr": True,
         }
         if config.ttt.clip_separately:
@@ -58,7 +59,7 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(optimizer_config, [model], config_overrides=overrides)
-    # the schedule counts steps
+    # the unit of the schedule is steps
     warmup = warmup_steps(config)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -77,10 +78,10 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
 
 
 def keep_current_hyperparameters(optimizer, loaded: dict) -> dict:
-    """Return a loaded state whose parameter groups have this start's learning rates, betas, decay and the like.
+    """Return the loaded state with this start's hyperparameters (learning rates, betas, weight decay) in its groups.
 
-    Megatron finds a group of a checkpoint by its learning rates and takes all of its values. A run may be resumed with
-    others: of a saved group only its number of steps is what was computed, and that is the same for all.
+    Megatron matches a checkpoint's groups by their learning rates and loads all their values. A run may be resumed with
+    other hyperparameters, so only the step count is taken from the saved groups; it is the same in all of them.
     """
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     parts = [loaded] if len(chained) == 1 else [loaded[number] for number in range(len(chained))]
@@ -93,7 +94,7 @@ def keep_current_hyperparameters(optimizer, loaded: dict) -> dict:
 
 
 def _clip_separately(model) -> None:
-    """Give the new parameters a gradient norm of their own; Megatron clips each registered group by its norm."""
+    """Clip the gradients of the fast-weight parameters by their own norm: Megatron does so per registered group."""
     groups = megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS
     if TTT_NORM_GROUP not in groups:
         megatron_optimizer.SEPARATE_GRAD_NORM_GROUPS = (*groups, TTT_NORM_GROUP)

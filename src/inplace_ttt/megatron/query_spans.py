@@ -1,4 +1,4 @@
-"""Spans of local queries with the range of keys that they may see, in integers."""
+"""Spans of local queries and the range of keys that they may attend to."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,7 +8,7 @@ from inplace_ttt.ttt.plan import check_documents, document_parts, local_slices, 
 
 @dataclass(frozen=True)
 class QuerySpan:
-    """Consecutive local queries of one document, and the keys (in the whole sequence) that any of them may see."""
+    """Describe consecutive local queries of one document and the keys, in the whole sequence, that they attend to."""
 
     local: slice
     keys: slice
@@ -18,7 +18,13 @@ class QuerySpan:
 def query_spans(
     seq_length: int, documents: tuple[int, ...] | None, cp_size: int, cp_rank: int, window: int | None
 ) -> tuple[QuerySpan, ...]:
-    """Cut a rank's queries into spans that each have one range of keys; with a window, spans are as short as it."""
+    """Cut a rank's queries into spans with one range of keys each.
+
+    Args:
+        seq_length: length of the whole sequence.
+        documents: document bounds in the whole sequence; None: one document.
+        window: size of a sliding window, which also limits the span length (to max(window, 256)); None: no window.
+    """
     bounds, edges = check_documents(documents, seq_length), slice_bounds(seq_length, cp_size)
     spans, base = [], 0
     for index in local_slices(cp_size, cp_rank):
@@ -38,7 +44,7 @@ def query_spans(
 def query_runs(
     seq_length: int, documents: tuple[int, ...] | None, cp_size: int, cp_rank: int
 ) -> tuple[tuple[QuerySpan, ...], ...]:
-    """Return the query spans in runs whose queries, and whose keys, follow directly on each other."""
+    """Group the query spans into runs in which both queries and keys are contiguous. Arguments as in query_spans."""
     runs = []
     for span in query_spans(seq_length, documents, cp_size, cp_rank, None):
         last = runs[-1][-1] if runs else None

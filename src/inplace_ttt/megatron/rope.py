@@ -1,4 +1,4 @@
-"""Rotary position embedding by position, with transformers' own frequencies for every kind of scaling."""
+"""Rotary position embedding for given positions, with the frequencies of transformers for every kind of scaling."""
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ def rope_frequencies(model: Model, max_position_embeddings: int) -> tuple[Tensor
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles for given positions, in the form that Megatron's attention takes."""
+    """Compute the angles of positions in the shape that Megatron's attention expects."""
 
     def __init__(self, inv_freq: Tensor):
         super().__init__()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Return angles (s, 1, 1, kv_channels) fp32 of positions (b, s), which are the same in every row."""
+        """Return angles (s, 1, 1, kv_channels) fp32 of positions (b, s). All rows must have the same positions."""
         angles = torch.outer(position_ids[0].float(), self.inv_freq.float())
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

@@ -1,4 +1,4 @@
-"""Processes, devices and process groups: what must stand before a model is built."""
+"""Devices and process groups, set up before a model is built."""
 
 import math
 import os
@@ -13,12 +13,13 @@ from inplace_ttt.environment import World
 from inplace_ttt.megatron import cpu
 from inplace_ttt.resilience.rendezvous import Rendezvous, join
 
-# The watch ends a run that hangs after parallel.timeout_minutes and says why; collectives would not, so they end later
+# Timeout of collectives over parallel.timeout_minutes, after which the watchdog ends a run that hangs and says why. A
+# collective gives no reason, so its timeout is longer.
 COLLECTIVE_TIMEOUT_FACTOR = 1.5
 
 cpu.install()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after the stand-ins for CUDA)
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (after cpu.install)
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 
@@ -30,18 +31,18 @@ def device() -> torch.device:
 def start(
     parallel: Parallel, seed: int, world: World | None = None, rendezvous: Rendezvous | None = None
 ) -> ProcessGroupCollection:
-    """Join the process group and form Megatron's groups. Every rank calls it, after the configuration was checked.
+    """Join the process group and form Megatron's groups. Collective; the configuration must have been validated.
 
-    ``world`` and ``rendezvous``: by default those of the environment.
+    ``world`` and ``rendezvous``: default: from the environment variables of torchrun.
     """
     world = world or World.from_environment()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         if parallel.tensor_model_parallel_size > 1:
-            # Megatron overlaps tensor parallelism's communication with products by the order in which they are queued.
-            # Where there is none, streams are better left alone: one waiting in the only queue holds up all others.
+            # Megatron relies on the launch order to overlap tensor-parallel communication with GEMMs. Do not set this
+            # without tensor parallelism: in a single hardware queue, one waiting stream blocks all others.
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        # long samples make tensors of many sizes: without it a tenth of the memory is held and cannot be used
+        # long samples allocate tensors of many sizes: without this, fragmentation takes a tenth of the memory
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
@@ -54,7 +55,7 @@ def start(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, math.ceil(COLLECTIVE_TIMEOUT_FACTOR * parallel.timeout_minutes)),
-        # what passes between context-parallel ranks goes before products that could also run later
+        # transfers between context-parallel ranks are on the critical path, unlike many GEMMs
         high_priority_stream_groups=["cp"] if on_gpu else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -62,7 +63,10 @@ def start(
 
 
 def raise_on_all_ranks(error: Exception | None) -> None:
-    """Raise on every rank, as UserError, what went wrong on any, so that none waits for one that has stopped."""
+    """Raise UserError on all ranks if any rank passes an error, so that no rank waits for one that has stopped.
+
+    Collective. The message is that of the lowest rank with an error.
+    """
     messages = [None if error is None else str(error)]
     if dist.is_initialized():
         messages *= dist.get_world_size()
@@ -73,7 +77,7 @@ def raise_on_all_ranks(error: Exception | None) -> None:
 
 
 def on_first_rank(action: Callable[[], None]) -> None:
-    """Run an action on the first rank; raise its UserError on all."""
+    """Run an action on rank 0 and raise its UserError on all ranks (collective)."""
     error = None
     if dist.get_rank() == 0:
         try:
@@ -84,12 +88,12 @@ def on_first_rank(action: Callable[[], None]) -> None:
 
 
 def leave_groups() -> None:
-    """Forget Megatron's groups; ``start`` may form others."""
+    """Destroy Megatron's groups. ``start`` can then form new ones."""
     parallel_state.destroy_model_parallel()
 
 
 def stop() -> None:
-    """Leave all groups."""
+    """Destroy Megatron's groups and the process group."""
     leave_groups()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""Read sharded checkpoints as data: nothing in them runs, whoever wrote them.
+"""Load sharded checkpoints from untrusted sources: no code in them is executed.
 
-A ``torch_dist`` checkpoint holds pickles in three places: ``.metadata``, objects that are no tensors (Megatron's common
-state among them), and the tensors' own records. torch reads the first two with an unpickler that runs what they say.
-Here ``.metadata`` may name the classes that describe tensors and nothing else, objects may name no class at all, and
-tensors go through torch's weights-only reader without the classes that libraries have added to it. Importing this
-module puts its reader and its planner into Megatron's loading functions.
+A ``torch_dist`` checkpoint holds pickles in three places: ``.metadata``, non-tensor objects (such as Megatron's common
+state), and the records of the tensors. torch reads the first two with an unpickler that can execute code. Here
+``.metadata`` may name only the classes that describe tensors, objects may name no class, and tensors are read by
+torch's weights-only unpickler without the classes that libraries have added to it. Importing this module replaces the
+reader and the planner in Megatron's loading functions.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from inplace_ttt.config import UserError, one_line
 from inplace_ttt.files import read_json
 from inplace_ttt.megatron.runtime import raise_on_all_ranks
 
-COMMON_STATE = "common_state/shard_0_1"  # where Megatron keeps what is no tensor
-OPTIMIZER = "optimizer."  # how the names of its states begin
+COMMON_STATE = "common_state/shard_0_1"  # name of the non-tensor state in Megatron's checkpoints
+OPTIMIZER = "optimizer."  # prefix of the names of optimizer states
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LIMIT = 256 * 2**20  # bytes of metadata, or of an object
+LIMIT = 256 * 2**20  # maximal bytes of the metadata, or of an object
 _DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
-_DESCRIBING = {  # the classes whose objects have attributes
+_DESCRIBING = {  # classes whose objects may get attributes
     _StorageInfo,
     *(
         getattr(descriptions, name)
@@ -52,7 +52,7 @@ _DESCRIBING = {  # the classes whose objects have attributes
 _DESCRIPTIONS = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),  # where the checkpoint was written
+    ("pathlib", "PosixPath"),  # folder that the checkpoint was written to
     ("pathlib._local", "PosixPath"),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     *((one.__module__, one.__qualname__) for one in _DESCRIBING),
@@ -60,10 +60,10 @@ _DESCRIPTIONS = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be checked
-    """Resolve the names of an allow-list alone, and give attributes to descriptions alone.
+class _Unpickler(pickle._Unpickler):  # pure Python: its opcodes can be overridden
+    """Resolve only the names of an allow-list, and set attributes only of objects that describe tensors.
 
-    A pickle may also set attributes of any object that it has, such as the methods of an allowed class.
+    Both are needed: a pickle can set attributes of any object that it holds, such as the methods of an allowed class.
     """
 
     dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
@@ -76,8 +76,8 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be ch
         described = type(self.stack[-2])
         if described not in _DESCRIBING:
             raise UserError(
-                f"{self.place} gives attributes to a '{described.__name__}', which no checkpoint needs and which could "
-                f"change this program: it is not read; use a checkpoint from a source that you trust"
+                f"{self.place} sets attributes of a '{described.__name__}', which no checkpoint needs and which could "
+                f"modify this program: it was rejected; use a checkpoint from a trusted source"
             )
         super().load_build()
 
@@ -86,19 +86,22 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be ch
     def find_class(self, module: str, name: str):
         if (module, name) not in self.allowed:
             raise UserError(
-                f"{self.place} names '{module}.{name}', which no checkpoint needs and which could run code: it is not "
-                f"read; use a checkpoint from a source that you trust"
+                f"{self.place} names '{module}.{name}', which no checkpoint needs and which could run code: it was "
+                f"rejected; use a checkpoint from a trusted source"
             )
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
-        raise UserError(f"{self.place} refers to another object: it is not read")
+        raise UserError(
+            f"{self.place} has a persistent ID, which no checkpoint needs: it was rejected; use a checkpoint from a "
+            f"trusted source"
+        )
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return what ``.metadata`` says of the tensors of a checkpoint and where they lie.
+    """Return a checkpoint's ``.metadata``: the shapes, dtypes and file locations of its tensors.
 
-    Raises UserError where it cannot be read, names a class that it does not need, or a file outside the folder.
+    Raises UserError if it cannot be read, or names a class that it does not need or a file outside the folder.
     """
     path = folder / ".metadata"
     try:
@@ -111,13 +114,16 @@ def read_metadata(folder: Path) -> Metadata:
         raise
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): use another checkpoint") from error
-    except Exception as error:  # an unpickler raises anything at damaged bytes
+    except Exception as error:  # an unpickler may raise any exception for damaged bytes
         raise UserError(f"'{folder}' cannot be read: its .metadata is damaged ({one_line(error)})") from error
     return metadata
 
 
 def read_object(file, place: str) -> Any:
-    """Return an object of numbers, strings and containers out of what ``torch.save`` wrote. Raises UserError."""
+    """Return an object of numbers, strings and containers that ``torch.save`` wrote to ``file``.
+
+    ``place``: name of the object in error messages. Raises UserError if the file is damaged or names a class.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             (entry,) = (one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl")
@@ -131,7 +137,7 @@ def read_object(file, place: str) -> Any:
 
 
 def read_common_state(folder: str | Path) -> dict:
-    """Return what a checkpoint holds besides tensors. Raises UserError where it cannot be read as data."""
+    """Return the non-tensor state of a checkpoint. Raises UserError if it is missing, damaged or names a class."""
     folder = Path(folder)
     for index, info in read_metadata(folder).storage_data.items():
         if index.fqn == COMMON_STATE:
@@ -141,33 +147,33 @@ def read_common_state(folder: str | Path) -> dict:
             state = read_object(io.BytesIO(content), f"'{folder}': {COMMON_STATE}")
             if isinstance(state, list) and len(state) == 1 and isinstance(state[0], dict):
                 return state[0]
-            raise UserError(f"'{folder}': {COMMON_STATE} is not what Megatron writes: use another checkpoint")
-    raise UserError(f"'{folder}' has no {COMMON_STATE}: it is not a checkpoint of Megatron's torch_dist format")
+            raise UserError(f"'{folder}': {COMMON_STATE} is not in Megatron's format: use another checkpoint")
+    raise UserError(f"'{folder}' has no {COMMON_STATE}: use a checkpoint in Megatron's torch_dist format")
 
 
 def load(state: dict, folder: Path) -> dict:
-    """Load a Megatron state dict from a checkpoint. Every rank calls it; raises UserError for what cannot be read."""
+    """Load a Megatron state dict from a checkpoint (collective). Raises UserError if it cannot be read."""
     error = None
     try:
         described = read_json(folder / "metadata.json", "use another checkpoint")
         if described.get("sharded_backend") != "torch_dist":
             raise UserError(
-                f"'{folder / 'metadata.json'}' is not of Megatron's torch_dist format: use another checkpoint"
+                f"'{folder / 'metadata.json'}' does not name Megatron's torch_dist format: use another checkpoint"
             )
         read_common_state(folder)
     except UserError as caught:
         error = caught
-    raise_on_all_ranks(error)  # what follows is collective
+    raise_on_all_ranks(error)  # before the next collective
     with readable(folder):
         return serialization.load(state, str(folder))
 
 
 class Reader(FileSystemReader):
-    """Reads the files of a checkpoint folder as data."""
+    """Read the files of a checkpoint folder without executing code in them."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = None  # of the process that wrote it
+        metadata.storage_meta = None  # describes the process that wrote the checkpoint
         return metadata
 
     def read_data(self, plan, planner):
@@ -176,15 +182,15 @@ class Reader(FileSystemReader):
             with _tensors_alone():
                 return super().read_data(plan, planner)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            # torch's own words propose to read without its protection
+            # torch's own message suggests to load without weights_only
             raise UserError(
                 f"'{Path(self.path) / min(files)}'{' (or another file beside it)' if len(files) > 1 else ''} holds "
-                f"something that is no tensor, or is damaged: restore it, or use another checkpoint"
+                f"something other than tensors, or is damaged: restore it, or use another checkpoint"
             ) from error
 
 
 class Planner(strategy.MCoreLoadPlanner):
-    """Megatron's planner, reading objects as data."""
+    """Plan like Megatron's planner, but load objects without executing code in them."""
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -198,7 +204,7 @@ serialization.load_common_state_dict = read_common_state
 
 @contextlib.contextmanager
 def _tensors_alone() -> Iterator[None]:
-    """Take back the classes that libraries have allowed in torch's weights-only reader."""
+    """Remove the classes that libraries have allowed in torch's weights-only unpickler, inside the context."""
     added = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -209,12 +215,12 @@ def _tensors_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turn what readers raise at damaged files, which is of any kind, into a UserError."""
+    """Convert any exception that readers raise for damaged files into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except CheckpointException as error:  # not an Exception
+    except CheckpointException as error:  # not a subclass of Exception
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, UserError):
             raise cause from error
@@ -224,26 +230,26 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def _check(metadata: Metadata) -> None:
-    """Raise ValueError where the classes are right and what they hold is not."""
+    """Raise ValueError if values in the metadata are invalid."""
     if not isinstance(metadata, Metadata):
-        raise ValueError("it is no description of tensors")
+        raise ValueError("it does not describe tensors")
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
-            raise ValueError("it describes something that is no tensor")
+            raise ValueError("it describes something other than a tensor")
         if isinstance(entry, TensorStorageMetadata):
             dtype = entry.properties.dtype
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"'{name}' has no dtype")
             if not name.startswith(OPTIMIZER) and dtype not in WEIGHT_DTYPES:
-                raise ValueError(f"weight '{name}' is {dtype}, which no model of ours has")
+                raise ValueError(f"weight '{name}' has dtype {dtype}, which no weight has")
             held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
             if any(size < 0 for size in entry.size) or held != math.prod(entry.size):
-                raise ValueError(f"the parts of '{name}' do not make it up")
+                raise ValueError(f"the shards of '{name}' do not add up to its shape")
     for info in metadata.storage_data.values():
         name = info.relative_path
         if not isinstance(name, str) or "/" in name or "\0" in name or name in ("", ".", ".."):
-            raise ValueError(f"it places a tensor in '{name}', which is no file of the checkpoint")
+            raise ValueError(f"it places a tensor in '{name}', which is not a file of the checkpoint")
         if not (type(info.offset) is int and type(info.length) is int and info.offset >= 0 and info.length >= 0):
-            raise ValueError("it places a tensor at no place of a file")
+            raise ValueError("a tensor has an invalid offset or length")
         if info.transform_descriptors:
-            raise ValueError("it asks for a transformation of files")
+            raise ValueError("it requests a transformation of files")

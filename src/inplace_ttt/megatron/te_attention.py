@@ -1,9 +1,9 @@
-"""Transformer Engine's attention where it can do what is asked, document attention where it cannot.
+"""Attention by Transformer Engine where it supports the case, and by DocumentAttention otherwise.
 
-Transformer Engine cuts packed sequences per document under context parallelism, and this project cuts the whole
-sequence, so that chunks stay whole: packed samples with context parallelism gather keys and values instead, and so
-do sliding windows. Queries of a slice and the keys they may see are then sequences of different length whose ends
-meet, which its kernels know. fp32 has no fused kernel.
+With context parallelism Transformer Engine cuts packed sequences per document. This project cuts the whole sequence, so
+that chunks stay whole. Packed samples and sliding windows with context parallelism therefore gather keys and values.
+The queries of a slice and the keys they attend to are then sequences of different lengths with a common end, which
+Transformer Engine supports (bottom-right causal mask). fp32 has no fused kernel and uses DocumentAttention.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from inplace_ttt.megatron.query_spans import query_runs
 
 
 class TEDocumentAttention(DocumentAttention):
-    """Core attention of a Megatron layer; see DocumentAttention for shapes."""
+    """Compute the core attention of a Megatron layer with Transformer Engine; see DocumentAttention for shapes."""
 
     def __init__(self, config, layer_number, attn_mask_type, attention_type, **kwargs):
         super().__init__(config, layer_number, attn_mask_type, attention_type, **kwargs)
@@ -57,7 +57,7 @@ class TEDocumentAttention(DocumentAttention):
             return self._with_gathered_keys(query, key, value, context)
         if documents is None:
             return self.fused(query, key, value, None, AttnMaskType.causal)
-        tokens = [t.squeeze(1) for t in (query, key, value)]  # a packed micro batch is one row
+        tokens = [t.squeeze(1) for t in (query, key, value)]  # a packed micro batch has one row
         out = self.fused(*tokens, None, AttnMaskType.causal, packed_seq_params=_packed(context, query.device))
         return out.reshape(query.shape[0], 1, -1)
 
@@ -78,7 +78,7 @@ class TEDocumentAttention(DocumentAttention):
                     (name, number), lambda c=cumulated: torch.tensor(c, dtype=torch.int32), query.device
                 )
                 bounds[name] = on_device, max(lengths)
-            # Transformer Engine takes no tensor that begins within another's memory
+            # Transformer Engine needs storage_offset() == 0
             outputs.append(
                 self.of_documents(
                     query[local, 0].clone(),

@@ -1,4 +1,4 @@
-"""Single tensors of a sharded checkpoint, read and written one by one: memory for one, however large the model."""
+"""Read and write a sharded checkpoint tensor by tensor, with memory for one tensor only."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from inplace_ttt.megatron.safe_load import COMMON_STATE, OPTIMIZER, Reader, read
 
 @contextlib.contextmanager
 def _alone():
-    """Silence torch's warning that there is one process."""
+    """Silence torch's warning that torch.distributed is not initialised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -27,7 +27,7 @@ def _alone():
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is made when it is written."""
+    """Describe a tensor that is computed only when it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,13 +39,13 @@ class PlannedTensor:
 
 
 def write_tensors(folder: Path, entries: dict[str, PlannedTensor], done: Callable[[int], None]) -> None:
-    """Write a checkpoint that Megatron loads at any parallel layout; each tensor is made, written and forgotten.
+    """Write a checkpoint that Megatron can load at any parallel layout. Each tensor is computed, written and freed.
 
-    ``done`` is called with the bytes of each.
+    ``done`` is called with the number of bytes of each tensor.
     """
     state = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
     state[COMMON_STATE] = [{}]
-    # a file for each tensor: of a file that holds several, torch keeps all in memory
+    # one file per tensor: torch keeps all tensors of one file in memory
     writer = FileSystemWriter(folder, single_file_per_rank=False, thread_count=1)
     with _alone():
         dcp.save(state, storage_writer=writer, planner=_MakeWhenWritten(entries, done), no_dist=True)
@@ -70,14 +70,14 @@ class _MakeWhenWritten(DefaultSavePlanner):
 
 
 class TensorReader:
-    """The weights of a checkpoint folder, one at a time. Raises UserError where it cannot be read."""
+    """Read the weights of a checkpoint folder, one at a time. Raises UserError if the folder cannot be read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Return shape and dtype of each weight by name; the optimizer's state is left out."""
+        """Return shape and dtype of each weight by name, without optimizer states."""
         found = read_metadata(self.folder).state_dict_metadata
         return {
             name: (tuple(entry.size), entry.properties.dtype)
@@ -86,10 +86,12 @@ class TensorReader:
         }
 
     def nbytes(self, name: str) -> int:
+        """Return the size of a weight in bytes."""
         shape, dtype = self.shapes[name]
         return math.prod(shape) * dtype.itemsize
 
     def read(self, name: str) -> Tensor:
+        """Return a weight as a CPU tensor. Raises UserError if it cannot be read."""
         shape, dtype = self.shapes[name]
         state = {name: torch.empty(shape, dtype=dtype)}
         with _alone(), readable(self.folder):

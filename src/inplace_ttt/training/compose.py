@@ -1,4 +1,4 @@
-"""From ``recipe=NAME key=value ...`` to a checked Config; Hydra composes, we say what is wrong in one sentence."""
+"""Compose ``recipe=NAME key=value ...`` into a checked Config with Hydra, and explain errors in one sentence."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ from inplace_ttt.files import read_yaml, user_path
 
 KEYS = schema_keys()
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
-_PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # of SOURCE_LISTS
+_PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # a path in a value of SOURCE_LISTS
 
 KINDS = {
     int: "a whole number",
@@ -31,29 +31,30 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def _several_nodes() -> bool:
-    """Tell whether torchrun started ranks on several nodes."""
+    """Return whether torchrun started ranks on several nodes."""
     ranks, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return ranks.isdecimal() and here.isdecimal() and int(ranks) > int(here)
 
 
-# for parallel layouts that follow the length of the samples, and the machines
+# for recipes whose parallel layout depends on the sequence length and the number of nodes
 OmegaConf.register_new_resolver("ceil_div", lambda a, b: -(-a // b), replace=True)
 OmegaConf.register_new_resolver("several_nodes", _several_nodes, replace=True)
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """The folder of this program's recipes, and perhaps one of the user's own beside it."""
+    """List the recipes of this program (``folder``) and of the user (``own``; None: there are none)."""
 
     folder: Path
     own: Path | None = None
 
     def files(self, group: str) -> list[str]:
-        """Return the names of what can be chosen as ``group=NAME``."""
+        """Return the names that can be used as ``group=NAME``."""
         return sorted({path.stem for folder in self._folders for path in (folder / group).glob("*.yaml")})
 
     @property
     def groups(self) -> set[str]:
+        """Return the names of the config groups, such as ``recipe`` and ``parallel``."""
         return {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
 
     @property
@@ -62,8 +63,10 @@ class Recipes:
 
 
 def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Recipes]:
-    """Take ``--config-dir DIR`` out of a command line. Raises UserError where DIR is no folder, or has a file that
-    cannot be read or has a name that is taken."""
+    """Return a command line without ``--config-dir DIR``, and the recipes including those in DIR.
+
+    Raises UserError if DIR is not a folder, or holds a file that cannot be read or has the name of a built-in recipe.
+    """
     rest, own = [], None
     words = iter(arguments)
     for word in words:
@@ -75,24 +78,24 @@ def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Re
 
 
 def with_own(recipes: Path, own: str | None) -> Recipes:
-    """Return the recipes with those of a user's folder. Raises UserError as ``split_config_dir``."""
+    """Return the recipes including those of the user's folder ``own``. Raises UserError like ``split_config_dir``."""
     if own is None:
         return Recipes(recipes)
     if not own or not user_path(own).is_dir():
-        raise UserError(f"--config-dir '{own}' is no folder: name one that holds recipe/NAME.yaml")
+        raise UserError(f"--config-dir '{own}' is not a folder: name one that holds recipe/NAME.yaml")
     for file in sorted(user_path(own).rglob("*.yaml")):
         name = file.relative_to(user_path(own))
         if (recipes / name).is_file():
-            raise UserError(f"--config-dir '{own}': there is a {name} among the recipes already: use another name")
-        read_yaml(file, "mend it")
+            raise UserError(f"--config-dir '{own}': {name} is the name of a built-in recipe: use another name")
+        read_yaml(file, "repair it")
     return Recipes(recipes, user_path(own))
 
 
 def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:
-    """Return the configuration that the overrides make of ``recipes/config.yaml``, with types checked.
+    """Return ``recipes/config.yaml`` with the overrides applied and their types checked.
 
-    Text arrives as typed: the value of a key whose type is text is quoted for Hydra, whose grammar makes a number of
-    2026_01_01 and refuses /data/lr=1e-3. Raises UserError for an override that cannot be used.
+    Values of text keys are quoted for Hydra, so that they are used as typed. Without quotes Hydra's grammar parses
+    2026_01_01 as a number and rejects /data/lr=1e-3. Raises UserError if an override cannot be used.
 
     Example::
 
@@ -111,7 +114,7 @@ def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:
         return _compose(quoted, recipes)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, quoted, recipes)) from error
-    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # OmegaConf, of numbers such as 1e400
+    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # from OmegaConf, for numbers such as 1e400
         raise UserError(_explain(error, quoted, recipes)) from error
 
 
@@ -122,7 +125,7 @@ def _compose(overrides: list[str], recipes: Recipes) -> DictConfig:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Return plain dataclasses; raises UserError where a key that a recipe must give is missing."""
+    """Convert a composed configuration to dataclasses. Raises UserError if a required key has no value."""
     try:
         missing = sorted(_missing(OmegaConf.to_container(composed, resolve=False)))
         if missing:
@@ -153,34 +156,32 @@ def _check_recipe(overrides: list[str], recipes: Recipes) -> None:
 
 
 def _check_keys(overrides: list[str], recipes: Recipes) -> None:
-    """Every override is key=value with a key that there is; keys are neither added nor removed."""
+    """Raise UserError unless every override is key=value with an existing key. Keys cannot be added or removed."""
     groups = recipes.groups
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key or key[0] in "+~-":
             bare = key.lstrip("+~-")
             example = f"{bare}=..." if _plain(bare) in KEYS else "train.steps=100"
-            raise UserError(
-                f"'{_shown(override)}' is not understood: settings are written key=value, such as {example}"
-            )
+            raise UserError(f"'{_shown(override)}' is not understood: write settings as key=value, such as {example}")
         if key in groups:
             choices = recipes.files(key)
             if value not in choices:
-                raise UserError(f"{key}={value} does not exist; there is {', '.join(choices)}")
+                raise UserError(f"{key}={value} does not exist; use one of {', '.join(choices)}")
         elif key in REMOVED:
-            raise UserError(f"{_shown(override)}: there is no key '{key}' any more: {REMOVED[key]}")
+            raise UserError(f"{_shown(override)}: key '{key}' was removed: {REMOVED[key]}")
         elif _plain(key) not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
             last = key.rsplit(".", 1)[-1]
             near = near or [known for known in sorted(KEYS) if known.rsplit(".", 1)[-1] == last]
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{_shown(override)}: there is no key '{key[:100]}'{hint}")
+            raise UserError(f"{_shown(override)}: unknown key '{key[:100]}'{hint}")
         elif value == "null" and not KEYS[_plain(key)].optional and key != "ttt.layers":
-            raise UserError(f"{key}=null cannot be used: it needs a value of its own")
+            raise UserError(f"{key}=null cannot be used: the key must have a value")
 
 
 def _quote(override: str) -> str:
-    """Quote what is text, unless it is quoted already, or null where null means something."""
+    """Quote the value of a text key, unless it is already quoted, or is null and the key may be null."""
     key, _, value = override.partition("=")
     key = re.sub(r"\[(\d+)\]", r".\1", key)
     if key in SOURCE_LISTS:
@@ -203,18 +204,18 @@ def _quoted(value: str) -> str:
 
 
 def _check_grammar(override: str) -> None:
-    """Raise UserError for what Hydra's grammar does not take."""
+    """Raise UserError if Hydra's grammar rejects the override."""
     try:
         OverridesParser.create().parse_override(override).value()
     except (HydraException, ValueError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{_shown(override)} is not understood: text with other characters than letters, digits and ./_- is "
-            f"written in quotes, such as \"{override.partition('=')[0]}='...'\""
+            f"{_shown(override)} is not understood: put text with other characters than letters, digits and ./_- in "
+            f"quotes, such as \"{override.partition('=')[0]}='...'\""
         ) from error
 
 
 def _explain(error: BaseException, overrides: list[str], recipes: Recipes) -> str:
-    """One sentence that names the override at fault: the first that fails also without the others."""
+    """Return a sentence that names the override at fault: the first that also fails without the others."""
     recipe = [override for override in overrides if override.startswith("recipe=")]
     for override in overrides:
         try:
@@ -236,7 +237,7 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     said = first_line(error)
-    if said.endswith("raised while composing config:"):  # of a recipe, and what is wrong stands in the lines behind
+    if said.endswith("raised while composing config:"):  # for a recipe: the next lines give the reason
         where, (_, what, *more) = said.rpartition(": ")[0], str(error).strip().splitlines()
         key = next((line.strip() for line in more if line.strip().startswith("full_key:")), "")
         said = f"{where}: {what.strip()}{' ' if key else ''}{key}"
@@ -244,5 +245,5 @@ def _cause(error: BaseException) -> str:
 
 
 def _plain(key: str) -> str:
-    """Return a key's name in the schema: without the number of a list's element."""
+    """Return a key's name in the schema, without list indices."""
     return re.sub(r"[.\[]\d+\]?", "", key)

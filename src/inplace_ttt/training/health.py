@@ -1,4 +1,4 @@
-"""Find the layer of a run whose numbers are not finite."""
+"""Find the layer that produces non-finite values."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ import torch.distributed as dist
 
 from inplace_ttt.megatron.model import TTTGPTModel
 
-NO_LAYER = 1_000_000  # larger than any layer's number
+NO_LAYER = 1_000_000  # larger than any layer number
 
 
 def first_nonfinite_layer(model: TTTGPTModel, forward: Callable[[], None]) -> str:
-    """Run ``forward`` again and name the first module, in order of the model, whose output is not finite.
+    """Run ``forward`` again and return the name of the first module of the model with a non-finite output.
 
-    Every rank must call it.
+    Collective: all ranks must call it.
     """
     broken = [NO_LAYER]
 
@@ -40,7 +40,10 @@ def first_nonfinite_layer(model: TTTGPTModel, forward: Callable[[], None]) -> st
 
 
 def last_nonfinite_gradient(model: TTTGPTModel) -> str:
-    """The module nearest to the loss with a gradient that is not finite: the backward pass came to it first."""
+    """Return the name of the last module of the model with a non-finite gradient: the backward reached it first.
+
+    Collective: all ranks must call it.
+    """
     broken = -1
     for name, param in model.named_parameters():
         gradient = getattr(param, "main_grad", None)

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and every reason to stop."""
+"""The training loop: steps, evaluations, checkpoints, and the conditions that end a run."""
 
 import contextlib
 import itertools
@@ -36,12 +36,12 @@ from inplace_ttt.training.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.training.tensorboard import TensorBoard
 from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
 
-FULL = 16 * 2**20  # bytes that are free on a disk that is full for a checkpoint
-EVAL_GROUP = 8  # micro batches between two looks for a request to stop
+FULL = 16 * 2**20  # free bytes below which a disk counts as full
+EVAL_GROUP = 8  # micro batches between two checks for a stop request
 
 
 class Recorder:
-    """Rank 0's outputs; on other ranks every call does nothing. All ranks make theirs together."""
+    """Write the outputs of a run on rank 0; on other ranks all calls do nothing. The constructor is collective."""
 
     def __init__(self, config: Config, resolved: dict, folder: RunFolder, first_step: int):
         self.outputs, error, hosts = [], None, [None] * dist.get_world_size()
@@ -61,6 +61,7 @@ class Recorder:
         raise_on_all_ranks(error)
 
     def write(self, record: dict) -> None:
+        """Write a record of metrics.jsonl to all outputs."""
         if self.outputs:
             self.metrics.write(record)
             self.wandb.write(record)
@@ -69,7 +70,10 @@ class Recorder:
                 self.screen.step(record)
 
     def ranks(self, step: int, compute: list[float], data: list[float], seconds: float) -> None:
-        """Note each rank's probe and reading times; say so when other ranks than before hold the run up."""
+        """Record each rank's probe and data loading times (seconds). Report stragglers when their set changes.
+
+        ``seconds``: duration of the step.
+        """
         if not self.outputs:
             return
         self.detector.add(compute, data, seconds)
@@ -90,39 +94,42 @@ class Recorder:
         )
         if [one.rank for one in slow] != self.named:
             self.named = [one.rank for one in slow]
-            self.say("\n".join(map(str, slow[:4])) or "no rank holds up the others any more")
+            self.say("\n".join(map(str, slow[:4])) or "no stragglers any more")
 
     def say(self, message: str) -> None:
+        """Print a message."""
         if self.outputs:
             self.screen.say(message)
 
     def has_evaluated(self, step: int) -> bool:
-        """Tell whether there are records of an evaluation after this step; the same on all ranks."""
+        """Return, on all ranks, whether an evaluation after this step is already recorded (collective)."""
         found = [self.metrics.evaluated == step if self.outputs else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def keep(self) -> None:
-        """Have the disk hold what was written: a checkpoint must not outlive the records of its steps."""
+        """Flush the records to disk before a checkpoint is published: no checkpoint may be newer than its records."""
         if self.outputs:
             self.metrics.flush()
 
     def histograms(self) -> dict[str, dict]:
-        """Return the files of a checkpoint that hold the last histograms of update norms."""
+        """Return the additional checkpoint files, by name, with the last histograms of update norms."""
         content = self.metrics.histograms.contents() if self.outputs else None
         return {} if content is None else {HISTOGRAMS: content}
 
     def end(self, why: str) -> None:
+        """Record the end of the run and its reason in timeline.jsonl."""
         if self.outputs:
             self.timeline.end(why)
 
     def close(self) -> None:
+        """Close all outputs."""
         for output in reversed(self.outputs):
             output.close()
 
 
 class Trainer:
-    """Everything a step needs, already built."""
+    """Run the steps, evaluations and checkpoints of a run."""
 
     def __init__(
         self,
@@ -144,15 +151,18 @@ class Trainer:
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
         self.device = device()
         self.probe, self.reading = MatmulProbe(self.device), 0.0
-        self.flops = config.train.global_batch_size * forward_flops(config).training  # of a step
+        self.flops = config.train.global_batch_size * forward_flops(config).training  # FLOPs per step
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        self.peak = (peak_flops(name) or 0.0) * dist.get_world_size()  # 0: not known
+        self.peak = (peak_flops(name) or 0.0) * dist.get_world_size()  # FLOP/s of all ranks; 0: unknown
 
     def run(self, step: int) -> bool:
-        """Train from after ``step`` to the end; False if asked to stop before it."""
+        """Train from step ``step`` + 1 to the last step. Return False if the run was stopped on request before that.
+
+        Raises JobStopped if the run must end early (non-finite loss, full disk, too large updates).
+        """
         train, checkpoint = self.config.train, self.config.checkpoint
         if self._evaluates(step) and not self.recorder.has_evaluated(step) and self._evaluate(step):
-            return self._asked_to_stop(step)  # once more, where the start before had been
+            return self._asked_to_stop(step)  # again at the step where the previous start ended
         per_rank = train.global_batch_size // self.groups.dp.size()
         micro = per_rank // train.micro_batch_size
         stream = self._training_stream(step)
@@ -163,7 +173,7 @@ class Trainer:
             batches = list(itertools.islice(stream, micro))
             self.reading = time.perf_counter() - started
             stopped = self._step(step, batches)
-            self.watchdog.set_phase(f"looking after a checkpoint after step {step}")
+            self.watchdog.set_phase(f"finishing a checkpoint after step {step}")
             self._writing(self.checkpointer.poll)
             last = step == train.steps
             if not stopped and self._evaluates(step):
@@ -182,7 +192,7 @@ class Trainer:
         return step == train.steps or bool(step and train.eval_interval and step % train.eval_interval == 0)
 
     def _asked_to_stop(self, step: int) -> bool:
-        self.recorder.say(f"asked to stop: saved step {step}; the same command goes on from here")
+        self.recorder.say(f"stopped on request: checkpoint saved at step {step}; rerun the same command to resume")
         self.recorder.end(f"asked to stop after step {step}")
         return False
 
@@ -205,7 +215,7 @@ class Trainer:
         )
 
     def _step(self, step: int, batches: list[MicroBatch]) -> bool:
-        """One update of the parameters; True if any rank was asked to stop."""
+        """Run one optimizer step and write its record. Return True if any rank received a stop request."""
         started = time.perf_counter()
         modules, interval = unwrap(self.stepper.model).ttt_modules, self.config.ttt.histogram_interval
         counts_updates = bool(self.layers and interval and step % interval == 0)
@@ -216,16 +226,14 @@ class Trainer:
             where = first_nonfinite_layer(
                 unwrap(self.stepper.model), lambda: self.stepper.evaluate(iter(batches), len(batches))
             )
-            self._give_up(
-                f"loss is {totals.loss} at step {step}: the output of {where} is the first that is not finite"
-            )
+            self._give_up(f"loss is {totals.loss} at step {step}; first non-finite output: {where}")
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.clip_grad_norm(self.config.optim.clip_grad))
         if not math.isfinite(norm):
             where = last_nonfinite_gradient(unwrap(self.stepper.model))
-            self._give_up(f"gradient norm is {norm} at step {step}: {where} is the first whose gradient is not finite")
-        self.watchdog.set_phase(f"the agreement of all ranks in step {step}")
+            self._give_up(f"gradient norm is {norm} at step {step}; first non-finite gradient: {where}")
+        self.watchdog.set_phase(f"the all-reduce of measurements in step {step}")
         self.probe.run()
         stopped, ratios, detector = self._agree()
         self.watchdog.set_phase(f"the optimizer of step {step}")
@@ -261,9 +269,9 @@ class Trainer:
         if limit is not None and over:
             ratio, layer = max(over)
             self._give_up(
-                f"at step {step} the fast weights of layer {layer} grow to {ratio:.2f} times the norm of its "
-                f"down-projection, over ttt.max_update_ratio={limit}: resume with a lower optim.lr or "
-                f"ttt.lr_multiplier, or with ttt.clip, or begin another run with a lower ttt.eta"
+                f"step {step}: the sum of updates in layer {layer} is {ratio:.2f} times the norm of W_down, above "
+                f"ttt.max_update_ratio={limit}: resume with a lower optim.lr or ttt.lr_multiplier, or with ttt.clip, "
+                f"or start a new run with a lower ttt.eta"
             )
         return stopped
 
@@ -273,12 +281,15 @@ class Trainer:
             yield batch
 
     def _learning_rate(self) -> float:
-        """Return the learning rate of the model's own parameters; the new ones have ttt.lr_multiplier times that."""
+        """Return the learning rate of the pretrained parameters. Fast-weight parameters: times lr_multiplier."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
     def _agree(self) -> tuple[bool, list[float], tuple[list[float], list[float]]]:
-        """Return what all ranks agree on: whether any was asked to stop; each TTT layer's |sum of updates| / |W_down|,
-        the largest of the step; the seconds of each rank's probe and of its reading of data.
+        """All-reduce the measurements of a step.
+
+        Returns:
+            Whether any rank received a stop request; for each TTT layer the largest |sum of updates| / |W_down| of the
+            step; for each rank the seconds of its probe, and the seconds of its data loading.
         """
         report = torch.zeros(1 + len(self.layers), device=self.device)
         report[0] = self.stop.received is not None
@@ -297,13 +308,14 @@ class Trainer:
         return bool(stopped), ratios, (rest[:ranks], rest[ranks:])
 
     def _evaluate(self, step: int) -> bool:
-        """Loss on held-out samples, the same at any number of ranks; True if any rank was asked to stop meanwhile."""
+        """Compute and record the held-out loss, which does not depend on the number of ranks. Return True if any rank
+        received a stop request meanwhile."""
         count, micro = self.config.train.eval_samples, self.config.train.micro_batch_size
         if self.sets.validation is None or not count:
             return False
         size, rank = self.groups.dp.size(), self.groups.dp.rank()
         share = math.ceil(count / (size * micro)) * micro
-        self.watchdog.set_phase(f"reading data to evaluate after step {step}")
+        self.watchdog.set_phase(f"reading the held-out data after step {step}")
         batches = list(
             self._micro_batches(_Padded(self.sets.validation, count), rank_sample_indices(0, share * size, size, rank))
         )
@@ -334,7 +346,7 @@ class Trainer:
         return False
 
     def _totals_of(self, step: int, batches: list[MicroBatch], ranges: PositionRanges, **options) -> Totals | None:
-        """Return the totals of an evaluation, or None if any rank was asked to stop meanwhile."""
+        """Return the totals of an evaluation, or None if any rank received a stop request meanwhile."""
         totals, names = Totals(), self.sets.held_out
         sources = len(names) if len(names) > 1 else 0
         for first in range(0, len(batches), EVAL_GROUP):
@@ -359,24 +371,24 @@ class Trainer:
         self._writing(lambda: self.checkpointer.save(progress, files=files, wait=wait))
 
     def _writing(self, action: Callable[[], None]) -> None:
-        """Do something that writes checkpoints; a disk that is full or gone ends the run in one sentence."""
+        """Run an action that writes checkpoints. If it fails, end the run with one sentence on the cause."""
         try:
             action()
-        except (Exception, CheckpointException) as error:  # the latter is not an Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
             if lost_rank(error):
                 raise
             folder, cause = self.folder.checkpoints, _root_cause(error)
             free = shutil.disk_usage(folder).free
-            # what a writer in another process says of a full disk may be anything: the disk itself says more
+            # the error of a writer process may not mention a full disk, so check the disk itself
             lasting = free < FULL or any(os.strerror(number) in str(error) for number in PERMANENT_ERRNOS)
             self._give_up(
-                f"a checkpoint could not be written to '{folder}', where {free / 1e6:,.0f} MB are free ({cause})",
+                f"a checkpoint could not be written to '{folder}' with {free / 1e6:,.0f} MB free ({cause})",
                 code=3 if lasting else 4,
             )
 
     def _give_up(self, why: str, code: int = 3) -> None:
-        """End the run on every rank; a checkpoint of an earlier step that is still being written is finished."""
-        with contextlib.suppress(Exception, CheckpointException):  # `why` is what the user must hear
+        """End the run on every rank, after the checkpoint that is still being written is finished."""
+        with contextlib.suppress(Exception, CheckpointException):  # report `why`, not this error
             self.checkpointer.poll(blocking=True)
         whole, _ = whole_checkpoints(self.folder.checkpoints)
         saved = f"the last good checkpoint is '{whole[0]}'" if whole else "no checkpoint was written yet"
@@ -389,20 +401,20 @@ class Trainer:
 
 
 def _by_name(names: Sequence[str], sums: Pairs) -> list[dict]:
-    """Return for each source that holds tokens: its name, the number of tokens, their mean loss."""
+    """Return name, number of tokens and mean loss (nats per token) of each source with tokens."""
     found = zip(names, sums, strict=True)
     return [dict(name=name, tokens=int(tokens), loss=loss / tokens) for name, (loss, tokens) in found if tokens]
 
 
 def _root_cause(error: BaseException) -> str:
-    """The line that says what went wrong, out of what writers on other processes and ranks wrapped around it."""
+    """Return the line of an error message with the cause, without the traces that writer processes and ranks add."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line and not line.startswith("Traceback")]
     return (telling or lines or [type(error).__name__])[-1][:300]
 
 
 class _Padded:
-    """Samples beyond ``count`` exist to fill up ranks and do not count."""
+    """Pad ``count`` samples with copies that do not count in the loss, so that all ranks have equally many."""
 
     def __init__(self, samples, count: int):
         self.samples, self.count = samples, count

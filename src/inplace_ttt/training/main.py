@@ -1,4 +1,4 @@
-"""``launch/train.py``: from the command line to a trained model, and every error in one sentence."""
+"""Implement ``launch/train.py``: parse the command line, train, and report errors in one sentence."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +17,17 @@ torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=va
   recipe=NAME   one of {recipes}
   key=value     any key of the configuration, such as train.steps=100 or parallel.context_parallel_size=2
   --cfg         print the configuration and stop
-  --config-dir DIR   your own recipes, as DIR/recipe/NAME.yaml, beside these
+  --config-dir DIR   also use your own recipes, DIR/recipe/NAME.yaml
 
-Without torchrun it runs one process. A run goes on from the last checkpoint in its run.dir."""
+Without torchrun it runs one process. A run resumes from the last checkpoint in its run.dir."""
 
 
 def main(arguments: list[str], recipes: Path) -> int:
-    """Run the command line and return the exit code: 0 trained or saved and stopped as asked, 2 the user must change
-    something, 3 stopped itself, 4 something failed that may pass: another rank, a file system."""
+    """Run the command line and return the exit code.
+
+    0: training is done, or was stopped on request after saving a checkpoint. 2: the user must change something.
+    3: the run stopped itself. 4: a failure that may be temporary (another rank, a file system).
+    """
     from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
     from inplace_ttt.validation import validate
 
@@ -49,7 +52,7 @@ def main(arguments: list[str], recipes: Path) -> int:
 
 
 def train(config: Config, world: World) -> int:
-    """Build everything, train, save. All ranks call it with the same configuration."""
+    """Train a validated configuration and return the exit code. Collective, with equal arguments on all ranks."""
     from inplace_ttt.job import run_job
     from inplace_ttt.training.timeline import Timeline
 
@@ -117,12 +120,13 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     if folder.resume_from is not None:
         step = checkpointer.resume(folder.resume_from).step
         scheduler.step(increment=step)
-        notes.append(f"going on from step {step} ('{folder.resume_from}')")
+        notes.append(f"resuming from step {step} ('{folder.resume_from}')")
         if step >= config.train.steps:
-            notes.append(f"train.steps={config.train.steps} are done: raise it to train on")
+            notes.append(f"all train.steps={config.train.steps} steps are done: raise train.steps to continue")
     elif config.checkpoint.load is not None:
         new, stored = checkpointer.load_weights(user_path(config.checkpoint.load))
-        notes.append(f"weights from '{config.checkpoint.load}'" + (f"; new: {len(new)} tensors" if new else ""))
+        initialised = f"; {len(new)} tensors are newly initialised" if new else ""
+        notes.append(f"initialised from '{config.checkpoint.load}'{initialised}")
         notes += _dropped(config, stored)
 
     watchdog.set_phase("opening metrics and W&B")
@@ -141,7 +145,7 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     if finished and recorder.outputs:
         watchdog.set_phase("drawing loss.png")
         plot_loss(folder.metrics, folder.path / "loss.png", config.run.name)
-        print(f"done: '{folder.path}' holds metrics.jsonl, loss.png and checkpoints/", flush=True)
+        print(f"done: see metrics.jsonl, loss.png and checkpoints/ in '{folder.path}'", flush=True)
     return 0
 
 
@@ -153,7 +157,7 @@ def _describe(config: Config, model, groups) -> str:
     return (
         f"{config.run.name}: {total_parameters(config) / 1e6:,.1f}M parameters, {dist.get_world_size()} x {where}, "
         f"TP {groups.tp.size()} PP {groups.pp.size()} CP {groups.cp.size()} DP {groups.dp.size()}, "
-        f"{config.train.global_batch_size} x {config.data.seq_length} tokens a step, "
+        f"{config.train.global_batch_size} x {config.data.seq_length} tokens per step, "
         + (
             f"fast weights in layers {ttt_layers(config.ttt, config.model.num_layers)}"
             if config.ttt.enabled
@@ -163,21 +167,21 @@ def _describe(config: Config, model, groups) -> str:
 
 
 def _notes_of_data(config: Config, sets) -> list[str]:
-    """Tell what a user may not expect of the data: that they repeat, and that nothing is held out."""
+    """Return notes on the data: sources that repeat, keys that are ignored, and a missing held-out loss."""
     notes = []
     for source, epochs in zip(config.data.sources, sets.epochs, strict=False):
         if epochs > 1.0:
             notes.append(f"'{source.path}' is read {epochs:.1f} times in {config.train.steps} steps")
     if config.data.kind == "recall" and (config.data.sources or config.data.tokenizer):
-        notes.append("data.kind=recall makes its own data: data.sources and data.tokenizer are not read")
+        notes.append("data.kind=recall generates its data: data.sources and data.tokenizer are ignored")
     if sets.validation is None:
-        why = "train.eval_samples=0" if not config.train.eval_samples else "no document is held out of some source"
+        why = "train.eval_samples=0" if not config.train.eval_samples else "a source has no held-out documents"
         notes.append(f"no held-out loss: {why}")
     return notes
 
 
 def _dropped(config: Config, stored: list[str]) -> list[str]:
-    """Name the fast-weight tensors of loaded weights that this run's model has no place for."""
+    """Return a note on the fast-weight tensors of a checkpoint that this run's model does not have."""
     layers = ttt_layers(config.ttt, config.model.num_layers)
 
     def has_place(name: str) -> bool:
@@ -187,4 +191,4 @@ def _dropped(config: Config, stored: list[str]) -> list[str]:
     if not dropped:
         return []
     more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
-    return [f"not loaded, for the model has no such fast weights: {dropped[0]}{more}"]
+    return [f"not loaded, because the model has no such fast weights: {dropped[0]}{more}"]

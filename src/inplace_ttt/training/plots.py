@@ -1,4 +1,4 @@
-"""The picture of a run: loss against tokens."""
+"""Plots: the shared style and helpers, and loss.png of a run."""
 
 import itertools
 import os
@@ -8,12 +8,12 @@ from inplace_ttt.training.records import read_metrics
 
 WITHOUT, WITHOUT_LABEL = "loss_without_fast_weights", "held out, fast weights off"
 INK, GRID = "#333333", "#dddddd"
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")  # Okabe and Ito's
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")  # Okabe and Ito
 
 
 def pyplot():
-    """Return matplotlib's pyplot, drawing into files whatever backend the environment names."""
-    os.environ["MPLBACKEND"] = "Agg"  # matplotlib does not load with a backend that it does not know
+    """Return matplotlib's pyplot with the Agg backend, which draws to files."""
+    os.environ["MPLBACKEND"] = "Agg"  # an unknown backend in the environment would fail the import
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,19 +23,20 @@ def pyplot():
 
 
 def axes(title: str, xlabel: str, ylabel: str, subtitle: str = ""):
-    """Return an empty figure in the project's style."""
+    """Return an empty figure and its axes in the project's style."""
     figure, (ax,) = panels(1)
     style(ax, title, xlabel, ylabel, subtitle)
     return figure, ax
 
 
 def panels(count: int):
-    """Return a figure with some panels side by side."""
+    """Return a figure and ``count`` axes side by side."""
     figure, found = pyplot().subplots(1, count, figsize=(8 if count == 1 else 5.5 * count, 4.8), dpi=150, squeeze=False)
     return figure, list(found[0])
 
 
 def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
+    """Set the titles, labels, grid and frame of axes."""
     ax.set_title(title, loc="left", fontweight="bold", color=INK, pad=22 if subtitle else None)
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=9, color="#666666")
     ax.set_xlabel(xlabel, color=INK)
@@ -47,40 +48,40 @@ def style(ax, title: str, xlabel: str, ylabel: str, subtitle: str = "") -> None:
 
 
 def save(figure, path: Path, tight: bool = True) -> None:
-    """Write a picture whole or not at all. ``tight``: False for figures that lay themselves out."""
+    """Write a figure to a PNG file atomically. ``tight``: False for figures with their own layout."""
     plt = pyplot()
     if tight:
         figure.tight_layout()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format="png")
-        os.replace(partial, path)  # the name itself, wherever a link of that name leads
+        os.replace(partial, path)  # replaces a link of that name, not its target
     finally:
         partial.unlink(missing_ok=True)
         plt.close(figure)
 
 
 def window_of(values: list[float]) -> int:
-    """Return over how many steps curves are averaged: a twentieth of the run, 50 at the most."""
+    """Return the number of steps that curves are averaged over: a twentieth of the run, at most 50."""
     return max(1, min(50, len(values) // 20))
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Return the mean of the last ``window`` values at each place; of fewer at the start."""
+    """Return the mean of the last ``window`` values (fewer at the start) at each position."""
     sums = list(itertools.accumulate(values, initial=0.0))
     return [(sums[end] - sums[max(0, end - window)]) / min(end, window) for end in range(1, len(sums))]
 
 
 def label_last(ax, x: list[float], y: list[float], color: str, above: bool = True) -> None:
-    """Write the last value of a curve beside its end."""
+    """Annotate the end of a curve with its last value."""
     if x:
         place = (6, 6 if above else -12)
         ax.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), textcoords="offset points", xytext=place, color=color, fontsize=9)
 
 
 def plot_loss(metrics: Path, picture: Path, name: str) -> None:
-    """Draw the loss of each step with the mean of the last ones and the held-out loss, against millions of tokens, and
-    beside them the last held-out loss by position."""
+    """Plot training loss, its running mean and held-out loss over tokens, and beside it the last held-out loss by
+    position. Draw nothing if ``metrics`` (metrics.jsonl) has no steps."""
     records = read_metrics(metrics)
     steps = [r for r in records if not r.get("eval")]
     if not steps:
@@ -102,7 +103,7 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
     if held_out:
         without = [
             (at[r["step"]], r[WITHOUT]) for r in evaluations if WITHOUT in r
-        ]  # drawn first: where both are alike, the run's own is seen
+        ]  # drawn first, below the other curve
         if without:
             ax.plot(
                 *zip(*without, strict=True), "o:", color=COLORS[4], linewidth=1.5, markersize=4, label=WITHOUT_LABEL
@@ -126,7 +127,7 @@ def plot_loss(metrics: Path, picture: Path, name: str) -> None:
 
 
 def _ranges(record: dict) -> list[dict]:
-    """Return the ranges of an evaluation; none where its line was written by something else."""
+    """Return the position ranges of an evaluation record, or [] if it has no valid ones."""
     found = record.get("position")
     whole = isinstance(found, list) and all(
         isinstance(one, dict) and {"from", "to", "loss"} <= set(one) for one in found
@@ -135,7 +136,7 @@ def _ranges(record: dict) -> list[dict]:
 
 
 def draw_positions(ax, ranges: list[dict], key: str, label: str, color: str, line: str) -> None:
-    """Draw a loss by position: a step for each range of ``PositionRanges.records``."""
+    """Plot a loss by position: one horizontal line for each range of ``PositionRanges.records``."""
     for number, one in enumerate(ranges):
         ax.plot(
             [one["from"], one["to"]], [one[key]] * 2, line, color=color, linewidth=2, label=None if number else label

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, the terminal, W&B. Only rank 0 writes."""
+"""Records of a run: metrics.jsonl, terminal output and W&B. Only rank 0 writes them."""
 
 import json
 import os
@@ -17,19 +17,22 @@ from inplace_ttt.files import read_json_lines, write_text
 from inplace_ttt.resilience.signals import block_stop_signals
 from inplace_ttt.training.scalars import scalars_of
 
-TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # of a step, by the machine's speed
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib")  # measurements of a step that depend on the machine
 
 
 class MetricsFile:
-    """One JSON object a line: a training step, or with the key ``eval`` an evaluation after it."""
+    """Write metrics.jsonl, one JSON object per line: a training step, or an evaluation after it if ``eval`` is set."""
 
     def __init__(self, path: Path, last_step: int):
-        """Goes on after ``last_step``: what an earlier run wrote beyond its last checkpoint is taken back."""
-        from inplace_ttt.training.update_histograms import LastHistograms  # torch: status.py does without
+        """Open the file to append after ``last_step``. Remove records beyond it, which a previous start wrote after its
+        last checkpoint."""
+        from inplace_ttt.training.update_histograms import LastHistograms  # imports torch, which status.py avoids
 
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-        self.evaluated = max((line["step"] for line in kept if line.get("eval")), default=0)  # the last step that was
+        self.evaluated = max(
+            (line["step"] for line in kept if line.get("eval")), default=0
+        )  # last step with an evaluation
         self.histograms = LastHistograms()
         for line in kept:
             self.histograms.add(line)
@@ -37,10 +40,12 @@ class MetricsFile:
         self.file = path.open("a", buffering=1)
 
     def write(self, record: dict) -> None:
+        """Append a record."""
         self.file.write(json.dumps(record) + "\n")
         self.histograms.add(record)
 
     def flush(self) -> None:
+        """Flush the file to disk (fsync)."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -48,12 +53,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the records of a metrics.jsonl; lines that are none, cut off or damaged, are left out."""
+    """Return the valid records of a metrics.jsonl. Skip incomplete and damaged lines."""
     return [record for record in read_json_lines(path)[0] if _is_record(record)]
 
 
 def _is_record(record: dict) -> bool:
-    """Return whether a line has the numbers that every record has."""
+    """Return whether a line has all numbers that a record must have."""
     needed = ("loss",) if record.get("eval") else ("loss", "grad_norm", *TIMES)
     needed += tuple(key for key in record if key.startswith(("update_ratio/", "loss_")))
     step = record.get("step")
@@ -61,11 +66,11 @@ def _is_record(record: dict) -> bool:
 
 
 def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # neither NaN nor infinite: such a step is not recorded
+    return type(value) in (int, float) and abs(value) < 1e300  # finite: other steps are not recorded
 
 
 class ProgressLog:
-    """A line that lives where there is a terminal, and one every so many steps where there is none."""
+    """Show the progress: a live line in a terminal, otherwise one line every ``log.interval`` steps."""
 
     def __init__(self, config: Config, first_step: int):
         self.config, self.first = config, first_step
@@ -89,9 +94,11 @@ class ProgressLog:
             self.live.start()
 
     def say(self, message: str) -> None:
+        """Print a message above the live line."""
         self.console.print(message, highlight=False, soft_wrap=True)
 
     def step(self, record: dict) -> None:
+        """Show the record of a training step."""
         done = record["step"] - self.first
         left = (time.monotonic() - self.started) / max(done, 1) * (self.config.train.steps - record["step"])
         ratios = [value for key, value in record.items() if key.startswith("update_ratio/")]
@@ -114,13 +121,14 @@ class ProgressLog:
 
 
 def duration(seconds: float) -> str:
+    """Format seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class WandB:
-    """Weights & Biases; the same run goes on after a restart."""
+    """Log to Weights & Biases. A restart resumes the same W&B run."""
 
     def __init__(self, config: Config, resolved: dict, folder: Path):
         mode = config.log.wandb
@@ -131,14 +139,14 @@ class WandB:
             import wandb
         except ImportError as error:
             raise UserError(
-                f"log.wandb={mode}: the package wandb cannot be loaded ({one_line(error)}): install it, or use "
+                f"log.wandb={mode}: the package wandb cannot be imported ({one_line(error)}): install it, or use "
                 f"log.wandb=disabled"
             ) from error
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or _has_wandb_login() else "offline"
         remembered = folder / "wandb_id"
         known = remembered.read_bytes().decode(errors="replace").strip() if remembered.is_file() else ""
-        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):  # none yet, or damaged
+        if not re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):  # no ID yet, or a damaged one
             known = uuid.uuid4().hex[:12]
             write_text(remembered, known)
         try:
@@ -155,30 +163,33 @@ class WandB:
                 )
         except Exception as error:
             raise UserError(
-                f"log.wandb={config.log.wandb}: W&B does not start ({one_line(error)}): repair that, or use "
-                f"log.wandb=offline, which keeps its numbers in the run's folder"
+                f"log.wandb={config.log.wandb}: W&B did not start ({one_line(error)}): repair that, or use "
+                f"log.wandb=offline, which stores its data in the run's folder"
             ) from error
 
     def write(self, record: dict) -> None:
+        """Log the scalars and histograms of a record of metrics.jsonl."""
         if self.run is not None:
             numbers = scalars_of(record) | _histograms(record.get("update_histogram", {}))
             self._carefully(lambda: self.run.log(numbers, step=record["step"]))
 
     def close(self) -> None:
+        """Finish the W&B run."""
         if self.run is not None:
             self._carefully(self.run.finish)
 
     def _carefully(self, action: Callable[[], None]) -> None:
-        """Training does not end because W&B's own process has: a scheduler that ends a job may ask that one first."""
+        """Run an action of W&B; if it fails, continue without W&B. Its process may end before training does, for
+        example when a scheduler signals all processes of a job."""
         try:
             action()
         except Exception as error:
             self.run = None
-            print(f"W&B gets no more numbers ({one_line(error)}); metrics.jsonl has them all", flush=True)
+            print(f"W&B logging stopped ({one_line(error)}); metrics.jsonl is complete", flush=True)
 
 
 def _histograms(layers: dict[str, dict[str, int]]) -> dict:
-    """Return W&B's histograms of update norms, over powers of ten, by layer."""
+    """Return W&B histograms of log10 of the update norms, by layer."""
     if not layers:
         return {}
     import wandb

@@ -1,4 +1,4 @@
-"""Open the folder of a run: lock it, compare the run in it with the configuration, find the checkpoint to resume."""
+"""Open the folder of a run: lock it, compare its run with the configuration, and find the checkpoint to resume."""
 
 import json
 import tempfile
@@ -22,24 +22,27 @@ KEYS = schema_keys()
 
 
 class RunFolder:
-    """``run.dir``: config.yaml, metrics.jsonl, checkpoints/, loss.png, wandb/.
+    """Manage ``run.dir``: config.yaml, metrics.jsonl, checkpoints/, loss.png, wandb/.
 
-    Opening it writes nothing of a run; ``record`` does, when training begins.
+    Opening the folder writes no files of the run; ``record`` does when training begins.
     """
 
     def __init__(self, config: Config, identity: list[dict]):
-        """Every rank opens it together. ``identity``: of the run's sources, see data/identity.py.
+        """Lock and check the folder (collective).
 
-        Raises UserError, on all ranks, where another process writes to the folder, or the run in it is another one.
+        ``identity``: identities of the configuration's data sources (data/identity.py).
+
+        Raises UserError, on all ranks, if another process uses the folder, it holds a different run, it has no sound
+        checkpoint to resume, or it cannot be written.
         """
         names = [str(user_path(config.run.dir))]
-        dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: the first one's counts
+        dist.broadcast_object_list(names, src=0)  # ${now:...} may differ between ranks: use that of rank 0
         self.path = Path(names[0])
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
-        self.corrupt: list[Path] = []  # checkpoints that look whole and are not
-        self.notes: list[str] = []  # what the user should hear
+        self.corrupt: list[Path] = []  # complete checkpoints with wrong checksums
+        self.notes: list[str] = []  # messages for the user
         self._lock: Lock | None = None
-        self._made: list[Path] = []  # folders that were not there before
+        self._made: list[Path] = []  # folders that this object has created
         self.identity = identity
         try:
             candidates, faults, notes = self._first_rank(lambda: self._open(config))
@@ -51,7 +54,7 @@ class RunFolder:
         self.notes += notes + more
 
     def record(self, config: Config) -> None:
-        """Write config.yaml and keep what an export takes along: the run begins, or goes on, with these values."""
+        """Write config.yaml and the auxiliary files of an export. Call this when the run starts or resumes."""
 
         def write() -> None:
             write_yaml(self._config_file, asdict(config))
@@ -61,18 +64,18 @@ class RunFolder:
         self._made = []
 
     def close(self) -> None:
-        """Let other processes write to the folder; one that was made for a run that never began is removed."""
+        """Release the lock, and remove folders that were created for a run that did not start."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
         for folder in reversed(self._made):
             try:
                 folder.rmdir()
-            except OSError:  # something is in it
+            except OSError:  # not empty
                 break
 
     def _first_rank(self, action: Callable):
-        """Return what ``action`` returns on the first rank, on all; raise its errors on all."""
+        """Run ``action`` on rank 0 and return its result on all ranks; raise its errors on all ranks as UserError."""
         result, error = [None], None
         if dist.get_rank() == 0:
             try:
@@ -83,29 +86,31 @@ class RunFolder:
                 where = "" if caught.filename is None else f"'{caught.filename}': "
                 error = UserError(
                     f"run.dir='{self.path}' cannot be written ({where}{caught.strerror}): "
-                    f"choose a folder that can, with room for checkpoints"
+                    f"choose a writable folder with space for checkpoints"
                 )
         raise_on_all_ranks(error)
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
     def _open(self, config: Config) -> tuple[list[Path], list[str], list[str]]:
-        """Return the checkpoints that are whole at a glance, the newest first, what is wrong with others, and what the
-        user should hear."""
+        """Return the complete checkpoints (newest first, checksums not verified), descriptions of the incomplete ones,
+        and messages for the user."""
         for folder in (self.path, *self.path.parents):
             if (folder / "manifest.json").is_file() and (folder / ".metadata").is_file():
-                raise UserError(f"run.dir='{self.path}' lies in the checkpoint '{folder}': choose another folder")
+                raise UserError(f"run.dir='{self.path}' is inside the checkpoint '{folder}': choose another folder")
         self._make(self.checkpoints)
         self._lock = Lock(self.path / ".lock", f"run.dir='{self.path}'")
         notes = [self._lock.warning] if self._lock.warning else []
-        # abandoned checkpoints first: they may be what fills the disk
+        # remove abandoned checkpoints first: they may fill the disk
         for foreign in remove_abandoned(self.checkpoints):
-            notes.append(f"left alone: '{foreign}', which no run of ours has begun to write")
+            notes.append(
+                f"ignored: '{foreign}' looks like an unfinished checkpoint but was not written by this program"
+            )
         with tempfile.TemporaryFile(dir=self.path) as probe:
             probe.write(b"\0" * 65536)
             probe.flush()
         whole, faults = whole_checkpoints(self.checkpoints)
-        # keys are compared before checkpoints are read to the last byte, which takes its time
+        # compare keys before the checksums of checkpoints are verified, which takes long
         return whole, faults, notes + self._changes(config, bool(whole))
 
     def _make(self, folder: Path) -> None:
@@ -114,10 +119,15 @@ class RunFolder:
             one.mkdir(exist_ok=True)
             self._made.append(one)
         if not folder.is_dir():
-            raise UserError(f"run.dir='{self.path}' cannot be written ('{folder}' is no folder): choose another folder")
+            raise UserError(
+                f"run.dir='{self.path}' cannot be written ('{folder}' is not a folder): choose another folder"
+            )
 
     def _newest_sound(self, candidates: list[Path], faults: list[str]) -> Path | None:
-        """The first in which every byte is what was written; all ranks look together."""
+        """Return the first checkpoint whose checksums are right, or None if there is no checkpoint (collective).
+
+        Raises UserError if there are checkpoints, but none is sound.
+        """
         for folder in candidates:
             fault = corruption(folder)
             if fault is None:
@@ -127,8 +137,8 @@ class RunFolder:
             faults = [*faults, fault]
         if faults:
             raise UserError(
-                f"run.dir='{self.path}' holds no whole checkpoint ({faults[0]}): restore it, or "
-                f"remove '{self.checkpoints}' to begin anew"
+                f"run.dir='{self.path}' has no complete checkpoint ({faults[0]}): restore one, or "
+                f"remove '{self.checkpoints}' to start from step 0"
             )
         return None
 
@@ -137,46 +147,47 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def _changes(self, config: Config, resumes: bool) -> list[str]:
-        """Return what is not as it was when the run began; raise UserError where that makes it another run.
+        """Return messages on keys that changed since the run started. Raises UserError if a change is not allowed.
 
-        A key that the run did not know has its default; one that is no key any more is left out.
+        Keys that the run's config.yaml lacks count as their defaults; removed keys in it are ignored.
         """
         if not resumes or not self._config_file.is_file():
             return []
-        before = read_yaml(self._config_file, "restore it, or remove it to go on with the keys given")
+        before = read_yaml(self._config_file, "restore it, or remove it to resume with the given keys")
         known = _flat(before)
         was, here = _flat(asdict(Config())) | known, _flat(json.loads(json.dumps(asdict(config))))
         changes = []
-        # the vocabulary last: it may follow from other keys, which are the ones to be named
+        # the vocabulary last: it may depend on other keys, and the message should name those
         for key, value in sorted(here.items(), key=lambda item: item[0] == "model.vocab_size"):
             if was[key] == value or KEYS[key].on_resume is OnResume.LAYOUT:
                 continue
             if key not in known and was[key] in (MISSING, None):
-                continue  # a damaged file that does not say it
+                continue  # config.yaml is damaged and lacks the key
             if KEYS[key].on_resume is OnResume.REFUSED:
                 if key in SOURCE_LISTS and _weights(was[key]) == _weights(value):
-                    continue  # a source is its content, wherever it lies
+                    continue  # sources are compared by content (_compare_progress), not by path
                 raise UserError(
-                    f"{key}={value}, but the run in run.dir='{self.path}' was begun with {was[key]}: "
-                    f"use that value to go on, or another run.dir (checkpoint.load takes its weights along)"
+                    f"{key}={value}, but the run in run.dir='{self.path}' was started with {was[key]}: use that value "
+                    f"to resume, or use a new run.dir (checkpoint.load=... initialises it from this run's weights)"
                 )
-            changes.append(f"changed since the run began: {key} was {was[key]}, is {value}")
+            changes.append(f"changed since the run started: {key} was {was[key]}, is {value}")
         return changes
 
     def _compare_progress(self, config: Config) -> tuple[int, list[str]]:
-        """Return the run's version of packing, and what the user should hear of its data."""
+        """Return the run's packing version and messages for the user. Raises UserError if the data have changed, or the
+        checkpoint is from a later version of this program or beyond train.steps."""
         if self.resume_from is None:
             return PACKING, []
         progress, place = read_progress(self.resume_from), f"run.dir='{self.path}'"
         if progress.packing > PACKING:
-            raise UserError(f"{place} was begun by a later version of this program: go on with that one")
+            raise UserError(f"{place} was started by a later version of this program: use that version to resume")
         if progress.step > config.train.steps:
             raise UserError(
-                f"train.steps={config.train.steps}, but the run in {place} has gone to step {progress.step}: use "
+                f"train.steps={config.train.steps}, but the run in {place} is at step {progress.step}: use "
                 f"{progress.step} or more"
             )
         if progress.data is None:
-            notes = ["the run's data are known by their content from now on"] if self.identity else []
+            notes = ["the identity of the run's data is recorded from now on"] if self.identity else []
             return progress.packing, notes
         named = [(key, one.path) for key in SOURCE_LISTS for one in getattr(config.data, key.removeprefix("data."))]
         for (key, path), was, here in zip(named, progress.data, self.identity, strict=False):
@@ -184,8 +195,8 @@ class RunFolder:
                 facts = ("tokenizer", "documents", "tokens", "digest")
                 what = next(fact for fact in facts if was.get(fact) != here[fact])
                 raise UserError(
-                    f"{key}: '{path}' is not what the run in {place} was begun with ({what} {was.get(what)} then, "
-                    f"{here[what]} now): name the data it was begun with, or use another run.dir"
+                    f"{key}: '{path}' is not the data that the run in {place} was started with ({what} was "
+                    f"{was.get(what)}, is {here[what]}): use the original data, or use another run.dir"
                 )
         return progress.packing, []
 
@@ -196,7 +207,7 @@ def _weights(sources) -> list:
 
 
 def _flat(tree, prefix: str = "") -> dict:
-    """Return the values of a nested configuration by their keys' full names; leave out what is no key."""
+    """Return the values of a nested configuration by full key name, without unknown keys."""
     if prefix and not (isinstance(tree, dict) and any(key.startswith(f"{prefix}.") for key in KEYS)):
         return {prefix: tree} if prefix in KEYS else {}
     flat = {}

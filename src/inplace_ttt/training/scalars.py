@@ -1,8 +1,9 @@
-"""The numbers of a record of metrics.jsonl by the names that W&B and TensorBoard show them under."""
+"""Names of the scalars in W&B and TensorBoard."""
 
 
 def scalars_of(record: dict) -> dict[str, float]:
-    """Return ``train/loss``, ``eval/loss``, ``eval_loss/position_0_2048``, ``eval_loss/source_web`` and so on."""
+    """Return the scalars of a record of metrics.jsonl, named such as ``train/loss``, ``eval/loss``,
+    ``eval_loss/position_0_2048`` and ``eval_loss/source_web``."""
     prefix = "eval/" if record.get("eval") else "train/"
     found = {key if "/" in key else prefix + key: value for key, value in record.items() if type(value) in (int, float)}
     parts = {f"position_{one['from']}_{one['to']}": one for one in record.get("position", [])}

@@ -1,4 +1,4 @@
-"""The status of a run, read from its folder alone: what a terminal shows, and a picture of it."""
+"""The status of a run, read only from its folder: as text for a terminal, and as a picture."""
 
 import itertools
 import statistics
@@ -18,25 +18,27 @@ from inplace_ttt.training.records import duration, read_metrics
 from inplace_ttt.training.timeline import RestartCost, read_timeline
 
 BARS = "▁▂▃▄▅▆▇█"
-RECENT = 20  # steps that speed is the median of
+RECENT = 20  # number of last steps that speeds are medians of
 
 
 @dataclass
 class Status:
+    """Hold the records of a run."""
+
     folder: Path
     config: dict
     steps: list[dict]
     evals: list[dict]
     timeline: list[dict]
     age: float | None  # seconds since the last record
-    fault: str | None = None  # what is wrong with config.yaml
+    fault: str | None = None  # error in config.yaml
 
     @classmethod
     def read(cls, folder: Path) -> "Status":
-        """Raises UserError where the folder is not a run's. What is damaged in it is left out."""
+        """Read the files of a run folder and skip damaged parts. Raises UserError if it is not a run folder."""
         record, metrics = folder / "config.yaml", folder / "metrics.jsonl"
         if not record.is_file():
-            raise UserError(f"'{folder}' is no run: there is no '{record}'; name the run.dir of one")
+            raise UserError(f"'{folder}' is not a run folder ('{record}' does not exist): name the run.dir of a run")
         try:
             config, fault = read_yaml(record), None
         except UserError as error:
@@ -49,40 +51,44 @@ class Status:
 
     @property
     def total(self) -> int:
-        """Steps of the run; those that there are where its configuration does not say."""
+        """Return train.steps, or the last step if the configuration lacks that."""
         steps = self.key("train", "steps")
         return steps if type(steps) is int and steps > 0 else max(1, self.last.get("step", 1))
 
     @property
     def name(self) -> str:
+        """Return run.name, or the name of the folder."""
         return str(self.key("run", "name") or self.folder.name)
 
     def key(self, section: str, name: str):
+        """Return the value of the key ``section.name``, or None if config.yaml lacks it."""
         values = self.config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
     @property
     def last(self) -> dict:
+        """Return the record of the last step, or {} before the first step."""
         return self.steps[-1] if self.steps else {}
 
     @property
     def step_seconds(self) -> float:
-        """Median of the last steps; 0 before the first."""
+        """Return the median seconds per step of the last steps, or 0 before the first step."""
         return statistics.median([one["step_seconds"] for one in self.steps[-RECENT:]] or [0.0])
 
     @property
     def ratios(self) -> dict[str, list[float]]:
-        """|sum of updates| / |W_down| at each step, by TTT layer."""
+        """Return |sum of updates| / |W_down| at each step, by TTT layer."""
         keys = [key for key in self.last if key.startswith("update_ratio/")]
         return {key.removeprefix("update_ratio/"): [one.get(key, 0.0) for one in self.steps] for key in keys}
 
     @property
     def lost(self) -> RestartCost:
+        """Return the cost of restarts after crashes."""
         return RestartCost.of(self.timeline)
 
     @property
     def slow(self) -> list[dict]:
-        """Ranks that held up the others when they were last compared, in the present start."""
+        """Return the stragglers of the last comparison of ranks since the last start."""
         seen = []
         for event in self.timeline:
             if event["event"] in ("start", "ranks"):
@@ -90,7 +96,7 @@ class Status:
         return seen
 
     def state(self) -> tuple[str, str]:
-        """(what the run does, a colour for it)"""
+        """Return (description of the state, colour)."""
         if not self.timeline:
             return "not started", "yellow"
         event = self.timeline[-1]
@@ -100,16 +106,17 @@ class Status:
             return "starting", "yellow"
         patience = max(60.0, 5 * self.step_seconds)
         if self.age > patience:
-            return f"silent for {duration(self.age)}: hanging, evaluating, or killed", "red"
+            return f"no record for {duration(self.age)}: hanging, evaluating, or killed", "red"
         return "running", "green"
 
     def eta(self) -> str:
+        """Return the time left as text, or "-" if it is unknown or the run is done."""
         left = self.total - self.last.get("step", 0)
         return duration(left * self.step_seconds) if self.steps and left else "-"
 
 
 def screen(status: Status, width: int) -> Group:
-    """The whole status for a terminal."""
+    """Return the status as text for a terminal of ``width`` columns."""
     says, color = status.state()
     last, lost = status.last, status.lost
     head = Text()
@@ -127,7 +134,7 @@ def screen(status: Status, width: int) -> Group:
         numbers.add_row("loss", loss, "gradient norm", f"{last['grad_norm']:.3f}")
         speed = statistics.median([one["tokens_per_second"] for one in status.steps[-RECENT:]])
         numbers.add_row(
-            "speed", f"{speed:,.0f} tokens/s, {status.step_seconds:.2f} s a step", "memory", f"{peak:.1f} GiB"
+            "speed", f"{speed:,.0f} tokens/s, {status.step_seconds:.2f} s per step", "memory", f"{peak:.1f} GiB"
         )
     parts = [Panel(Group(head, numbers), title=str(status.folder), title_align="left")]
     if last:
@@ -143,7 +150,7 @@ def screen(status: Status, width: int) -> Group:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """Means of as many equal parts as there is room for, as bars."""
+    """Return ``values`` as at most ``width`` bars; longer lists are averaged in equal parts."""
     if len(values) > width:
         edges = [round(i * len(values) / width) for i in range(width + 1)]
         values = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
@@ -167,7 +174,7 @@ def _events(status: Status, lost: RestartCost) -> Text:
         text.append(
             f"{lost.restarts} restart{'s' if lost.restarts > 1 else ''} cost {duration(lost.seconds)} "
             f"({share:.1%} of the time): {duration(lost.down_seconds)} without a step, "
-            f"{duration(lost.redone_seconds)} in {lost.redone_steps} steps that were done twice\n"
+            f"{duration(lost.redone_seconds)} for {lost.redone_steps} repeated steps\n"
         )
         for event in starts[-3:]:
             when = time.strftime("%F %T", time.localtime(event["time"]))
@@ -178,13 +185,14 @@ def _events(status: Status, lost: RestartCost) -> Text:
         for one in status.slow[:4]:
             text.append(f"{one.get('says', '') if isinstance(one, dict) else one}\n", style="red")
     elif len(starts) and starts[-1]["ranks"] > 1:
-        text.append("no rank holds up the others\n")
+        text.append("no stragglers\n")
     text.rstrip()
     return text
 
 
 def picture(status: Status, path: Path) -> None:
-    """Draw loss, speed, learning rate and gradient norm, update ratios with the guard's limit, memory, time lost."""
+    """Plot loss, speed, update ratios with ttt.max_update_ratio, gradient norm and learning rate, memory, and the time
+    lost by restarts, to the PNG file ``path``."""
     figure, places = pyplot().subplots(2, 3, figsize=(16, 8), dpi=120)
     (loss, speed, ratios), (gradient, memory, spent) = places
     x, steps = [one["step"] for one in status.steps], status.steps
@@ -200,14 +208,16 @@ def picture(status: Status, path: Path) -> None:
         loss.plot(at, held_out, "o-", color=COLORS[1], markersize=4, label="held out")
         label_last(loss, at, held_out, COLORS[1], above=not mean or held_out[-1] > mean[-1])
     style(speed, "Speed", "step", "tokens per second")
-    speed.plot(x, [one["tokens_per_second"] for one in steps], color=COLORS[2], linewidth=1.2, label="tokens a second")
+    speed.plot(
+        x, [one["tokens_per_second"] for one in steps], color=COLORS[2], linewidth=1.2, label="tokens per second"
+    )
     speed.set_ylim(bottom=0)
     style(ratios, "Fast weights", "step", "|updates of a document| / |W_down|")
     for (name, series), color in zip(status.ratios.items(), COLORS * 8, strict=False):
         ratios.plot(x, series, linewidth=1.2, color=color, label=name.replace("_", " "))
     limit = status.key("ttt", "max_update_ratio")
     if status.ratios and isinstance(limit, int | float):
-        ratios.axhline(limit, color=INK, linestyle="--", linewidth=1, label="the guard's limit")
+        ratios.axhline(limit, color=INK, linestyle="--", linewidth=1, label="max_update_ratio")
         ratios.set_yscale("symlog", linthresh=1e-3)
         ratios.set_ylim(bottom=0)
     style(gradient, "Gradient norm and learning rate", "step", "gradient norm")
@@ -242,14 +252,14 @@ def picture(status: Status, path: Path) -> None:
 
 
 def _time(ax, status: Status) -> None:
-    """Draw what the run's time went to."""
+    """Plot the time spent in steps, in repeated steps, and down after crashes."""
     lost, trained = status.lost, sum(one["step_seconds"] for one in status.steps)
     everything = trained + lost.seconds
     unit, name = (3600, "hours") if everything > 7200 else (60, "minutes") if everything > 120 else (1, "seconds")
     style(ax, "Time", name, "")
     spans = {
         "steps": trained / unit,
-        "steps done twice": lost.redone_seconds / unit,
+        "repeated steps": lost.redone_seconds / unit,
         "down after crashes": lost.down_seconds / unit,
     }
     bars = ax.barh(list(spans), list(spans.values()), color=[COLORS[2], COLORS[4], COLORS[1]])

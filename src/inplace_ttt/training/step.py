@@ -1,4 +1,4 @@
-"""One training step and one evaluation over Megatron's pipeline schedule, and what they measure."""
+"""Run training and evaluation steps with Megatron's pipeline schedule, and sum their losses."""
 
 import contextlib
 import itertools
@@ -28,13 +28,13 @@ def _added(some: Pairs, others: Pairs) -> Pairs:
 
 @dataclass
 class Totals:
-    """Sums over tokens that count in the loss, of all micro batches and ranks."""
+    """Hold sums over the tokens that count in the loss, over all micro batches and ranks."""
 
     loss: float = 0.0
     tokens: float = 0.0
-    correct: float = 0.0  # predicted right; counted in evaluation only
-    by_position: Pairs = ()  # (loss, tokens) of each range, if any was asked for
-    by_source: Pairs = ()  # (loss, tokens) of each source of the data, likewise
+    correct: float = 0.0  # number of tokens whose label has the highest logit
+    by_position: Pairs = ()  # (loss, tokens) of each position range; empty if not requested
+    by_source: Pairs = ()  # (loss, tokens) of each data source; empty if not requested
 
     def __add__(self, other: "Totals") -> "Totals":
         return Totals(
@@ -47,15 +47,17 @@ class Totals:
 
     @property
     def mean_loss(self) -> float:
+        """Return the mean loss in nats per token."""
         return self.loss / self.tokens if self.tokens else 0.0
 
     @property
     def accuracy(self) -> float:
+        """Return the fraction of tokens whose label has the highest logit."""
         return self.correct / self.tokens if self.tokens else 0.0
 
 
 class Stepper:
-    """Runs the model forward, or forward and backward, over the micro batches of a step."""
+    """Run the model forward, or forward and backward, over the micro batches of a step."""
 
     def __init__(self, config: Config, model, megatron_config, pg_collection):
         self.config, self.model, self.groups = config, model, pg_collection
@@ -63,7 +65,10 @@ class Stepper:
         self.run = get_forward_backward_func(pp_size=pg_collection.pp.size(), vp_size=None)
 
     def train(self, batches: Iterator[MicroBatch], count: int) -> Totals:
-        """Leaves the gradients of the mean loss per token, over all ranks, in place."""
+        """Run forward and backward over ``count`` micro batches (collective).
+
+        The gradient buffers then hold the gradient of the mean loss per token over all ranks.
+        """
         self.model.zero_grad_buffer()
         return self._forward(batches, count, forward_only=False)
 
@@ -76,12 +81,12 @@ class Stepper:
         sources: int = 0,
         fast_weights: bool = True,
     ) -> Totals:
-        """Return loss and right predictions, without gradients.
+        """Return loss and number of correct predictions over ``count`` micro batches, without gradients (collective).
 
         Args:
-            ranges: of positions whose loss is summed apart.
-            sources: number of the data's sources whose loss is summed apart; 0: of none.
-            fast_weights: False switches them off, so that TTT layers are plain MLPs.
+            ranges: position ranges whose losses are summed separately; None: none.
+            sources: number of data sources whose losses are summed separately; 0: none.
+            fast_weights: False: TTT layers run as plain MLPs.
         """
         with self._evaluating(fast_weights):
             return self._forward(batches, count, forward_only=True, ranges=ranges, sources=sources)
@@ -89,8 +94,11 @@ class Stepper:
     def range_losses(
         self, batches: Sequence[MicroBatch], ranges: Sequence[PositionRanges], *, fast_weights: bool = True
     ) -> list[list[list[float]]]:
-        """Return [loss, tokens] of each range of each micro batch: of this data-parallel rank's alone, and the same on
-        all ranks that share it. Every micro batch has as many ranges."""
+        """Return [loss, tokens] of each position range of each micro batch of this data-parallel rank.
+
+        All tensor-, pipeline- and context-parallel ranks return the same. All micro batches must have equally many
+        ranges.
+        """
         with self._evaluating(fast_weights):
             reports = self._run(iter(batches), len(batches), iter(ranges), forward_only=True)
         shape = len(batches), 3 + 2 * len(ranges[0])
@@ -104,6 +112,7 @@ class Stepper:
 
     @property
     def device(self) -> torch.device:
+        """Return the device of the model."""
         return next(self.model.parameters()).device
 
     @contextlib.contextmanager
@@ -126,7 +135,7 @@ class Stepper:
         forward_only: bool,
         sources: int = 0,
     ) -> list[dict[str, Tensor]]:
-        """Return what the last pipeline stage reports of each micro batch; on others nothing."""
+        """Return the reports of all micro batches on the last pipeline stage, and [] on other stages."""
         return self.run(
             forward_step_func=partial(_forward_step, ranges=ranges, sources=sources),
             data_iterator=batches,
@@ -137,7 +146,7 @@ class Stepper:
         )
 
     def _tell_stages(self, sums: Tensor) -> None:
-        """Broadcast what only the last pipeline stage knows."""
+        """Broadcast sums from the last pipeline stage to the other stages, in place."""
         if self.groups.pp.size() > 1:
             dist.broadcast(sums, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=self.groups.pp)
 
@@ -161,10 +170,10 @@ class Stepper:
         return Totals(loss, tokens, correct, pairs[:positions], pairs[positions:])
 
     def _shapes(self) -> dict:
-        """Return the shape that pipeline stages send: Megatron divides the length by the ranks that split it."""
+        """Return the shapes that pipeline stages send. Megatron divides the length by the ranks that split it."""
         data, rows = self.config.data, self.config.train.micro_batch_size
         shapes = dict(seq_length=data.seq_length, micro_batch_size=rows)
-        if data.reset_at_documents:  # samples lie one after the other in one row
+        if data.reset_at_documents:  # samples are packed into one row
             shapes = dict(seq_length=data.seq_length * rows, micro_batch_size=1)
         if self.groups.pp.size() > 1 and unwrap(self.model).carries_input_embed:
             shapes["adjust_tensor_shapes_fn"] = _twice_as_wide
@@ -172,7 +181,7 @@ class Stepper:
 
 
 def unwrap(model) -> TTTGPTModel:
-    """The model inside Megatron's wrappers for data parallelism and bf16."""
+    """Return the model without Megatron's wrappers for data parallelism and bf16."""
     while hasattr(model, "module"):
         model = model.module
     return model
@@ -187,9 +196,9 @@ def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[Posi
 def _sums(
     batch: MicroBatch, ranges: PositionRanges | None, sources: int, out: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return what Megatron asks of a loss: the sum over tokens, their number, and what to report.
+    """Return what Megatron expects of a loss function: sum over tokens, number of tokens, and values to report.
 
-    Tokens that do not count are left out by selection, not by a product: their loss may be anything.
+    Tokens that do not count are masked by selection, not by a product, because their loss may be NaN.
     """
     losses, correct = out
     counts = batch.loss_mask > 0
@@ -206,5 +215,5 @@ def _sums(
 
 
 def _twice_as_wide(receive, send):
-    """Hidden states travel with the embedding output beside them."""
+    """Double the hidden size of all shapes, because the embedding output is sent together with the hidden states."""
     return tuple([(s, b, 2 * h) for s, b, h in shapes] for shapes in (receive, send))

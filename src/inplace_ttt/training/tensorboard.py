@@ -1,4 +1,4 @@
-"""The numbers of a run for TensorBoard."""
+"""Log the scalars and histograms of a run to TensorBoard."""
 
 from pathlib import Path
 
@@ -6,15 +6,17 @@ from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.resilience.signals import block_stop_signals
 from inplace_ttt.training.scalars import scalars_of
 
-FOLDER = "tensorboard"  # of a run
+FOLDER = "tensorboard"  # subfolder of a run folder
 
 
 class TensorBoard:
-    """Event files in ``RUN/tensorboard``, with the names that W&B has; a run that goes on writes another one."""
+    """Write event files to ``RUN/tensorboard``, with the same names as in W&B. Each start writes a new file."""
 
     def __init__(self, config: Config, folder: Path, first_step: int):
-        """Goes on after ``first_step``: what was written beyond it is no longer shown. Raises UserError without the
-        package."""
+        """Open a new event file. TensorBoard hides earlier events after ``first_step``.
+
+        Raises UserError if log.tensorboard is true and the package is not installed.
+        """
         self.writer = None
         if not config.log.tensorboard:
             return
@@ -22,7 +24,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(
-                f"log.tensorboard=true: the package tensorboard cannot be loaded ({one_line(error)}): install it, or "
+                f"log.tensorboard=true: the package tensorboard cannot be imported ({one_line(error)}): install it, or "
                 f"use log.tensorboard=false"
             ) from error
         with block_stop_signals():
@@ -42,7 +44,7 @@ class TensorBoard:
     def _add_histogram(self, name: str, sparse: dict[str, int], step: int) -> None:
         from inplace_ttt.training.update_histograms import dense, log10_edges
 
-        limits, counts = log10_edges()[1:], dense(sparse)  # upper edges of bins
+        limits, counts = log10_edges()[1:], dense(sparse)  # upper edges of the bins
         kept = [number for number, count in enumerate(counts) if count]
         if not kept:
             return
@@ -59,6 +61,6 @@ class TensorBoard:
         )
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the event file."""
         if self.writer is not None:
             self.writer.close()

@@ -1,12 +1,13 @@
-"""``timeline.jsonl``: when a run started and started again, what that cost, and which ranks held it up.
+"""``timeline.jsonl``: starts and restarts of a run, their cost, and stragglers.
 
-metrics.jsonl is what a run computes, the same however often it was interrupted; this is what happened to it. Records:
+metrics.jsonl holds what a run computes, which does not depend on interruptions. timeline.jsonl holds the interruptions.
+Records:
 
-- ``start``: ``time`` (Unix seconds), ``step`` after which it goes on, ``hosts``, ``ranks``; of a restart also
-  ``down_seconds`` (from the last step of the start before to the first of this one), ``redone_steps`` and
-  ``redone_seconds`` (what was done after the checkpoint and is done again)
-- ``ranks``: ``step``, ``spread`` (the slowest rank's arithmetic over the median's), ``slow`` (see stragglers.py)
-- ``end``: ``time``, ``why``; a run that was killed has none
+- ``start``: ``time`` (Unix seconds), ``step`` (last finished step), ``hosts``, ``ranks`` (number of ranks); a restart
+  also has ``down_seconds`` (from the last record of the previous start to this start), ``redone_steps`` and
+  ``redone_seconds`` (number and duration of the steps after the checkpoint, which are repeated)
+- ``ranks``: ``step``, ``spread`` (probe time of the slowest rank over the median), ``slow`` (see stragglers.py)
+- ``end``: ``time``, ``why``; missing if the run was killed
 """
 
 import contextlib
@@ -21,53 +22,57 @@ from inplace_ttt.files import read_json_lines
 from inplace_ttt.training.records import read_metrics
 
 NAME = "timeline.jsonl"
-ON_PURPOSE = ("done", "asked to stop")  # how the reasons begin of ends that nothing failed in
+ON_PURPOSE = ("done", "asked to stop")  # prefixes of ``why`` if nothing failed
 
 
 class Timeline:
-    """Written by the first rank."""
+    """Append records to timeline.jsonl. Only rank 0 uses it."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
 
     def start(self, metrics: Path, step: int, hosts: list[str]) -> None:
-        """To be called before what is in ``metrics`` beyond ``step`` is taken back."""
+        """Record a start after ``step`` on ``hosts`` (one entry per rank).
+
+        Call this before the records beyond ``step`` are removed from ``metrics`` (metrics.jsonl).
+        """
         now, record = time.time(), dict(step=step, ranks=len(hosts), hosts=sorted(set(hosts)))
         before = [r for r in read_metrics(metrics) if not r.get("eval")]
         if read_timeline(self.path.parent):
             redone = [r for r in before if r["step"] > step]
             alive = metrics.stat().st_mtime if before else self.path.stat().st_mtime
             record |= dict(
-                down_seconds=round(max(0.0, now - alive), 1),  # a clock may have jumped
+                down_seconds=round(max(0.0, now - alive), 1),  # the clock may have been set back
                 redone_steps=len(redone),
                 redone_seconds=round(sum(r["step_seconds"] for r in redone), 1),
             )
         self.write("start", time=round(now, 1), **record)
 
     def end(self, why: str) -> None:
-        """Why the run ends; if even that cannot be written, nothing is lost."""
+        """Record the reason of the end of a run. Ignore an OSError."""
         with contextlib.suppress(OSError):
             self.write("end", time=round(time.time(), 1), why=why)
 
     def write(self, event: str, **values) -> None:
+        """Append a record of an event."""
         with open(self.path, "ab+", opener=_own_file) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            cut_off = file.read(1) not in (b"", b"\n")  # by a full disk, or a machine that lost its power
+            cut_off = file.read(1) not in (b"", b"\n")  # by a full disk or a power failure
             file.write(b"\n" * cut_off + json.dumps(dict(event=event, **values)).encode() + b"\n")
 
 
 def _own_file(path: str, flags: int) -> int:
-    """Open a file of the run's folder; a link there may lead to a file of the user's that is none of the run's."""
+    """Open a file in the run folder. Do not follow links, which may point to a user's file outside it."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read_timeline(folder: Path) -> list[dict]:
-    """Return all records but those that were cut off or damaged."""
+    """Return all records except incomplete and damaged ones."""
     return [record for record in read_json_lines(folder / NAME)[0] if _is_event(record)]
 
 
 def _is_event(record: dict) -> bool:
-    """Return whether a line has what its kind of event has."""
+    """Return whether a record has the fields of its event."""
     kinds = {
         "start": dict(step=int, ranks=int, hosts=list, time=float),
         "ranks": dict(step=int, slow=list),
@@ -84,18 +89,19 @@ def _is_event(record: dict) -> bool:
 
 @dataclass(frozen=True)
 class RestartCost:
-    """Sum the time that went to restarts after crashes.
+    """Hold the number and the cost of restarts after crashes.
 
-    A run that was done, or stopped as asked, lost nothing until its next start.
+    The time between a regular end (done, or stopped on request) and the next start does not count.
     """
 
     restarts: int = 0
-    down_seconds: float = 0.0
+    down_seconds: float = 0.0  # time without a running step
     redone_steps: int = 0
-    redone_seconds: float = 0.0
+    redone_seconds: float = 0.0  # time of the repeated steps
 
     @classmethod
     def of(cls, timeline: Iterable[dict]) -> "RestartCost":
+        """Sum the cost of the restarts in the records of a timeline.jsonl."""
         again, on_purpose = [], False
         for event in timeline:
             if event["event"] == "start" and "down_seconds" in event and not on_purpose:
@@ -107,4 +113,5 @@ class RestartCost:
 
     @property
     def seconds(self) -> float:
+        """Return the total time lost in seconds."""
         return self.down_seconds + self.redone_seconds

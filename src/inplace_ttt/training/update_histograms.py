@@ -1,4 +1,4 @@
-"""Histograms of the norms of chunks' updates in a step, by TTT layer, over all ranks: for metrics and checkpoints."""
+"""Histograms of the update norms of all chunks in a step, per TTT layer and over all ranks."""
 
 from collections import deque
 
@@ -8,28 +8,28 @@ import torch.distributed as dist
 from inplace_ttt.megatron.runtime import device
 from inplace_ttt.ttt import histogram
 
-NOTED = 32  # histograms of one run that a checkpoint holds, the last ones
+NOTED = 32  # number of last histograms that a checkpoint holds
 
 Sparse = dict[str, int]  # bin -> count; bins without counts are absent
 
 
 def watch_updates(modules: dict[int, torch.nn.Module], on: bool) -> None:
-    """Make the TTT layers of this rank count the updates of the forwards that follow, or stop that."""
+    """Switch the counting of update norms in the forwards of this rank's TTT layers on or off."""
     for module in modules.values():
         module.counts_updates = on
 
 
 def take_counts(modules: dict[int, torch.nn.Module], layers: list[int], groups) -> dict[str, Sparse]:
-    """Return each TTT layer's histogram over all ranks, and begin anew. Every rank calls it.
+    """Return the histogram of each TTT layer over all ranks, and reset the counts (collective).
 
     Args:
-        modules: this rank's, by layer number.
-        layers: all TTT layers' numbers.
+        modules: TTT layers of this rank by layer index.
+        layers: indices of all TTT layers of the model.
         groups: Megatron's process groups.
     """
     counts = torch.zeros(len(layers), histogram.BINS, dtype=torch.int64, device=device())
     for layer, module in modules.items():
-        if groups.tp.rank() == 0:  # tensor-parallel ranks all know the norms of whole updates
+        if groups.tp.rank() == 0:  # all tensor-parallel ranks count the same norms, of full updates
             counts[layers.index(layer)] = module.update_counts
         module.update_counts.zero_()
     dist.all_reduce(counts)
@@ -40,42 +40,42 @@ def take_counts(modules: dict[int, torch.nn.Module], layers: list[int], groups) 
 
 
 def quantiles(histograms: dict[str, Sparse]) -> dict[str, float]:
-    """Return the records of metrics.jsonl that follow from histograms: layers without counts have none."""
+    """Return the quantiles of histograms for metrics.jsonl. Layers without counts have none."""
     found = {}
     for layer, sparse in histograms.items():
         if sparse:
             counts = dense(sparse)
             for name, q in histogram.QUANTILES.items():
-                # what lies above all bins is infinite, which JSON does not know
+                # the quantile is infinite above the highest bin, and JSON has no infinity
                 found[f"update_norm_{name}/layer_{layer}"] = min(histogram.quantile(counts, q), 10.0**histogram.HIGHEST)
     return found
 
 
 def dense(sparse: Sparse) -> list[int]:
-    """Return the counts of all bins."""
+    """Return the counts of all bins as a list of length histogram.BINS."""
     return [sparse.get(str(number), 0) for number in range(histogram.BINS)]
 
 
 def log10_edges() -> list[float]:
-    """Return the edges of all bins as powers of ten; the outer bins, which have no end, are as wide as the others."""
+    """Return log10 of the edges of all bins. The two outer bins are unbounded; here they are as wide as the others."""
     inner = histogram.edges().log10().tolist()
     width = inner[1] - inner[0]
     return [inner[0] - width, *inner, inner[-1] + width]
 
 
 class LastHistograms:
-    """The last histograms of a run, as a checkpoint holds them."""
+    """Collect the last NOTED histograms of a run for the checkpoint."""
 
     def __init__(self):
         self.noted: deque[dict] = deque(maxlen=NOTED)
 
     def add(self, record: dict) -> None:
-        """Note those of a record of metrics.jsonl, if it has any."""
+        """Add the histograms of a record of metrics.jsonl, if it has any."""
         if isinstance(record.get("update_histogram"), dict):
             self.noted.append({"step": record["step"], "layers": record["update_histogram"]})
 
     def contents(self) -> dict | None:
-        """Return what the checkpoint's file says, or None where nothing was noted."""
+        """Return the content of the checkpoint's file, or None if there are no histograms."""
         if not self.noted:
             return None
         return {"bins": histogram.SCALE, "histograms": list(self.noted)}
