@@ -17,7 +17,15 @@ JSON_LIMIT = 64 * 1024 * 1024  # maximal bytes
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Load YAML without aliases: with them a file of a few lines can expand to any size."""
+    """Load YAML without aliases, with which a few lines can expand to any size, and without duplicate keys."""
+
+    def compose_mapping_node(self, anchor):
+        node, names = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if key.value in names if isinstance(key, yaml.ScalarNode) else False:
+                raise yaml.composer.ComposerError(None, None, f"it has the key '{key.value}' twice", key.start_mark)
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):

@@ -71,6 +71,9 @@ def test_training_from_an_empty_folder(installed, tmp_path):
     [
         ("foo: [", "is damaged"),
         ("- a", "holds no keys"),
+        ("# @package _global_\ntrain: {steps: 3}\ntrain: {steps: 4}\n", "has the key 'train' twice"),
+        ("train: {steps: 3}\n", "first line of recipe/mine.yaml must be '# @package _global_'"),
+        ("# @package _global_\ndefaults: [mine]\n", "refer to each other in a circle"),
         ("# @package _global_\ntrain:\n  stepz: 3\n", "Key 'stepz' not in 'Train'"),
         ("# @package _global_\ntrain: {steps: abc}\n", "could not be converted to Integer"),
         ("# @package _global_\ndefaults: [nothing]\n", "Could not load 'recipe/nothing'"),
@@ -84,10 +87,16 @@ def test_recipes_that_cannot_be_used(tmp_path, content, sentence):
 
 def test_folders_that_cannot_be_used(tmp_path):
     write_recipe(tmp_path / "taken", name="tiny")
+    (write_recipe(tmp_path / "yml") / "recipe/mine.yaml").rename(tmp_path / "yml/recipe/mine.yml")
+    (write_recipe(tmp_path / "schema") / "schema.yaml").write_text("train: {seed: 7}")
+    (tmp_path / "schema/docker.yaml").write_text("a: &b 1\nc: *b\n")  # no file of a config group: not read
     for words, sentence in [
         (["--config-dir"], "is not a folder"),
         (["--config-dir", str(tmp_path / "none")], "is not a folder"),
         ([f"--config-dir={tmp_path / 'taken'}"], "recipe/tiny.yaml is the name of a built-in recipe"),
+        ([f"--config-dir={tmp_path / 'yml'}"], "Hydra does not read recipe/mine.yml: name it recipe/mine.yaml"),
+        ([f"--config-dir={tmp_path / 'schema'}"], "schema.yaml would replace a file of this program"),
+        ([f"--config-dir={tmp_path / 'taken'}", "--config-dir", "b"], "--config-dir is given twice"),
     ]:
         with pytest.raises(UserError, match=sentence):
             split_config_dir(words, RECIPES)

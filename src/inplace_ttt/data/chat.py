@@ -156,14 +156,13 @@ class Encoder:
         """Return the text of all messages, or of some. Raises ValueError if the template refuses them."""
         messages = conversation.messages if messages is None else messages
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tools=conversation.tools, tokenize=False, **options)
-            )
+            options = dict(tools=conversation.tools, tokenize=False) | options
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template raises anything
             raise ValueError(f"is not accepted by the chat template ({one_line(error)})") from error
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
-        """Raise ValueError if a message, in any of its fields, has the name of a token that controls the conversation."""
+        """Raise ValueError if a message has, in any field, the name of a token that controls the conversation."""
         if self.forbidden is None:
             self.forbidden = sorted(_control_tokens(self.tokenizer, self._turn_end() + self._header("user")))
         for number, message in enumerate(conversation.messages):
@@ -175,10 +174,8 @@ class Encoder:
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, separators: str) -> set[str]:
     """Return the special tokens, and the other added tokens that the template puts between messages."""
-    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-    return set(tokenizer.all_special_tokens) | {
-        token for token, special in added.items() if special or token in separators
-    }
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(str(one) for one in added if one.special or str(one) in separators)}
 
 
 def _names(calls) -> list[str]:

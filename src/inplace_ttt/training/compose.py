@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +18,7 @@ from inplace_ttt.config import REMOVED, SOURCE_LISTS, Config, UserError, first_l
 from inplace_ttt.files import read_yaml, user_path
 
 KEYS = schema_keys()
+GLOBAL = ("recipe", "parallel", "stage")  # groups whose files set keys of all sections
 TEXT = tuple(name for name, key in KEYS.items() if key.type is str)
 _PATH_IN_LIST = re.compile(r"(\bpath:\s*)([^\s,}'\"][^,}'\"]*?)(?=\s*[,}])")  # a path in a value of SOURCE_LISTS
 
@@ -71,6 +73,8 @@ def split_config_dir(arguments: list[str], recipes: Path) -> tuple[list[str], Re
     words = iter(arguments)
     for word in words:
         if word == "--config-dir" or word.startswith("--config-dir="):
+            if own is not None:
+                raise UserError("--config-dir is given twice: use one folder")
             own = word.partition("=")[2] if "=" in word else next(words, "")
         else:
             rest.append(word)
@@ -83,11 +87,20 @@ def with_own(recipes: Path, own: str | None) -> Recipes:
         return Recipes(recipes)
     if not own or not user_path(own).is_dir():
         raise UserError(f"--config-dir '{own}' is not a folder: name one that holds recipe/NAME.yaml")
-    for file in sorted(user_path(own).rglob("*.yaml")):
+    groups = [path.name for path in recipes.iterdir() if path.is_dir()]
+    for file in sorted(file for group in groups for file in user_path(own).glob(f"{group}/*.y*ml")):
         name = file.relative_to(user_path(own))
+        if file.suffix == ".yml":
+            raise UserError(f"--config-dir '{own}': Hydra does not read {name}: name it {name.with_suffix('.yaml')}")
         if (recipes / name).is_file():
             raise UserError(f"--config-dir '{own}': {name} is the name of a built-in recipe: use another name")
         read_yaml(file, "repair it")
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        if file.parent.name in GLOBAL and not first.replace(" ", "").startswith("#@package_global_"):
+            raise UserError(f"--config-dir '{own}': the first line of {name} must be '# @package _global_'")
+    for name in ("schema.yaml", "config.yaml"):
+        if (user_path(own) / name).exists():
+            raise UserError(f"--config-dir '{own}': {name} would replace a file of this program: move it away")
     return Recipes(recipes, user_path(own))
 
 
@@ -114,7 +127,11 @@ def compose_config(overrides: list[str], recipes: Path | Recipes) -> DictConfig:
         return _compose(quoted, recipes)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, quoted, recipes)) from error
-    except (ValueError, OverflowError, TypeError, RecursionError) as error:  # from OmegaConf, for numbers such as 1e400
+    except RecursionError as error:
+        raise UserError(
+            "the defaults lists of the recipes refer to each other in a circle: remove one entry"
+        ) from error
+    except (ValueError, OverflowError, TypeError, yaml.YAMLError) as error:  # from OmegaConf, for numbers such as 1e400
         raise UserError(_explain(error, quoted, recipes)) from error
 
 

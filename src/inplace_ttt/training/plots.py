@@ -17,6 +17,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names of runs and models are text, also those with a $
     import matplotlib.pyplot
 
     return matplotlib.pyplot

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
 from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.files import read_json_lines, write_text
@@ -79,12 +79,9 @@ class ProgressLog:
         self.live = self.bar = None
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                TextColumn("{task.description}", style="bold", markup=False),
                 TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[numbers]}"),
-                TextColumn("elapsed"),
-                TimeElapsedColumn(),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=self.console,
             )
             self.task = self.bar.add_task(
@@ -95,25 +92,31 @@ class ProgressLog:
 
     def say(self, message: str) -> None:
         """Print a message above the live line."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def step(self, record: dict) -> None:
         """Show the record of a training step."""
         done = record["step"] - self.first
         left = (time.monotonic() - self.started) / max(done, 1) * (self.config.train.steps - record["step"])
         ratios = [value for key, value in record.items() if key.startswith("update_ratio/")]
-        numbers = (
-            f"loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  lr {record['lr']:.1e}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-            + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
-            + (f"  update ratio {max(ratios):.3f}" if ratios else "")
-            + (f"  elapsed {duration(time.monotonic() - self.started)}" if self.bar is None else "")
-            + f"  left {duration(left)}"
-        )
+        # the most important ones first: a narrow terminal shows as many as it has room for
+        numbers = [
+            f"loss {record['loss']:.4f}",
+            f"left {duration(left)}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            *([f"MFU {record['mfu']:.1%}"] if "mfu" in record else []),
+            f"grad {record['grad_norm']:.2f}",
+            *([f"update ratio {max(ratios):.3f}"] if ratios else []),
+            f"lr {record['lr']:.1e}",
+            f"elapsed {duration(time.monotonic() - self.started)}",
+        ]
         if self.bar is not None:
-            self.bar.update(self.task, completed=record["step"], numbers=numbers)
+            room = self.console.width - len(f"{self.config.run.name} {record['step']}/{self.config.train.steps} ")
+            while len(numbers) > 2 and len("  ".join(numbers)) > room:
+                numbers.pop()
+            self.bar.update(self.task, completed=record["step"], numbers="  ".join(numbers))
         elif record["step"] % self.config.log.interval == 0 or record["step"] == self.config.train.steps:
-            self.say(f"step {record['step']:>6}/{self.config.train.steps}  {numbers}")
+            self.say(f"step {record['step']:>6}/{self.config.train.steps}  {'  '.join(numbers)}")
 
     def close(self) -> None:
         if self.live is not None:

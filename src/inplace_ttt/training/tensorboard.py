@@ -1,5 +1,6 @@
 """Log the scalars and histograms of a run to TensorBoard."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from inplace_ttt.config import Config, UserError, one_line
@@ -28,18 +29,21 @@ class TensorBoard:
                 f"use log.tensorboard=false"
             ) from error
         with block_stop_signals():
-            self.writer = SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1 if first_step else None)
+            self._carefully(lambda: SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1))
 
     def write(self, record: dict) -> None:
         """Add a record of metrics.jsonl."""
-        if self.writer is None:
-            return
+        if self.writer is not None:
+            self._carefully(lambda: self._write(record))
+
+    def _write(self, record: dict) -> object:
         step = record["step"]
         for name, value in scalars_of(record).items():
             self.writer.add_scalar(name, value, step)
         for layer, sparse in record.get("update_histogram", {}).items():
             self._add_histogram(f"update_norm_log10/layer_{layer}", sparse, step)
         self.writer.flush()
+        return self.writer
 
     def _add_histogram(self, name: str, sparse: dict[str, int], step: int) -> None:
         from inplace_ttt.training.update_histograms import dense, log10_edges
@@ -63,4 +67,13 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         if self.writer is not None:
-            self.writer.close()
+            self._carefully(self.writer.close)
+
+    def _carefully(self, action: Callable) -> None:
+        """Run an action that returns the writer; if it fails, continue without TensorBoard. A full disk or a removed
+        folder must not stop a run."""
+        try:
+            self.writer = action()
+        except Exception as error:
+            self.writer = None
+            print(f"TensorBoard logging stopped ({one_line(error)}); metrics.jsonl is complete", flush=True)
