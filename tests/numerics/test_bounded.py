@@ -125,7 +125,7 @@ def test_damaged_limits(tmp_path, limits):
     about = dict(format=exported.BOOK, texts=[], chunks=[3, 3])
     for change in (dict(limits=limits), dict(chunks=[1]), dict(chunks=[-1, 2]), dict(chunks={})):
         save_file(load_file(tmp_path / "book"), tmp_path / "bad", metadata={"about": json.dumps(about | change)})
-        with pytest.raises(ValueError, match="holds no fast weights"):
+        with pytest.raises(ValueError, match="is not a valid file of fast weights"):
             model.load_fast_weights(tmp_path / "bad")
 
 

@@ -97,7 +97,7 @@ def test_exported_and_read(tmp_path):
         (tmp_path / "out/config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(UserError, match=f"says {key}.*a number for each TTT layer"):
             import_checkpoint(tmp_path / "out", tmp_path / "damaged")
-    with pytest.raises(ValueError, match="has not one number for each"):
+    with pytest.raises(ValueError, match="must be one number, or one for each"):
         exported.InPlaceTTTQwen3ForCausalLM(exported.InPlaceTTTQwen3Config(**{**config, "ttt_clip": [0.1]}))
 
 
