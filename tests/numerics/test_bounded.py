@@ -131,7 +131,7 @@ def test_damaged_limits(tmp_path, limits):
 
 def test_words_of_bound():
     assert choose_bound("none", None, "x") is None and choose_bound("0.5", 100, "x") == 0.5
-    for word, length, message in [("0.5", None, "does not say the length"), ("p50", 9, "is not understood")]:
+    for word, length, message in [("0.5", None, "the training length of x is not known"), ("p50", 9, "is not valid")]:
         with pytest.raises(UserError, match=message):
             choose_bound(word, length, "x")
 

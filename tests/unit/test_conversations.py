@@ -88,9 +88,9 @@ def test_what_a_template_does_not_take():
     loud = CHATML.replace("m['content']", "m['content'] | upper")
     forgets = PLAIN.replace("{% for m in messages %}", "{% for m in messages[-1:] %}")
     for template, sentence in [
-        (loud, "an answer is not in its text"),
-        (forgets, "what precedes an answer"),
-        ("{{ raise_exception('no') }}", "is not taken by the chat template"),
+        (loud, "does not contain an answer"),
+        (forgets, "the text before an answer"),
+        ("{{ raise_exception('no') }}", "is rejected by the chat template"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             encoded(template, TALK)
@@ -106,10 +106,10 @@ ROWS = [
     (dict(messages=TALK), TALK),
     (dict(prompt="a?", completion="b"), [dict(role="user", content="a?"), dict(role="assistant", content="b")]),
     (dict(prompt=TALK[:2], completion=TALK[2:3], text="x"), TALK[:3]),
-    (dict(messages=[]), "where there should be a list"),
+    (dict(messages=[]), "it must be a list"),
     (dict(messages="x"), "has str under 'messages'"),
-    (dict(messages=[dict(role="user")]), "a message 0 without"),
-    (dict(messages=[dict(role="assistant", content=[1])]), "a message 0 without"),
+    (dict(messages=[dict(role="user")]), "'messages', message 0"),
+    (dict(messages=[dict(role="assistant", content=[1])]), "'messages', message 0"),
     (dict(messages=TALK[:2]), "has no answer"),
     (dict(messages=[dict(role="assistant", content=" ")]), "has no answer"),
     (dict(prompt="a"), "has neither"),
@@ -140,7 +140,7 @@ def test_tables_and_other_files(tmp_path):
     assert [len(json.loads(one)) for one in found] == [5, 2]
     assert [place.split("'")[0] for place in report.places] and report.bad == 3
     assert "has no answer" in report.places[0] and "has no column 'messages', or" in report.places[1]
-    assert "where there should be rows" in report.places[2]
+    assert "conversations need rows" in report.places[2]
 
 
 def prepare_data(*words):
@@ -162,8 +162,8 @@ def corpus(tmp_path_factory):
     code, printed = prepare_data(
         base / "chats.jsonl", "--supervised", "--tokenizer", base / "tokenizer", "--output", base / "chats"
     )
-    assert code == 0 and "60 documents" in printed and "1 documents left out" in printed, printed
-    assert "holds <|im_end|> in a message" in printed
+    assert code == 0 and "60 documents" in printed and "1 unusable documents skipped" in printed, printed
+    assert "contains <|im_end|> in a message" in printed
     return base, talks
 
 
@@ -229,6 +229,6 @@ def test_what_is_refused(corpus, tmp_path, refused):
     assert "has no chat template" in refused(*words)
     answers = (base / "chats.answers.bin").read_bytes()
     (base / "chats.answers.bin").unlink()
-    with pytest.raises(UserError, match=r"which says supervised, names .*answers"):
+    with pytest.raises(UserError, match=r"which has supervised=true, names .*answers"):
         open_answers(str(base / "chats"), open_indexed(str(base / "chats")))
     (base / "chats.answers.bin").write_bytes(answers)
