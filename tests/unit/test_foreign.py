@@ -111,7 +111,7 @@ def test_the_home_of_nobody():
 def test_outputs_without_a_name(name, tmp_path):
     from pathlib import Path
 
-    with pytest.raises(UserError, match="is no name for what is to be written"):
+    with pytest.raises(UserError, match="is not a valid output name"):
         lock_beside(Path(name), "--output")
 
 
