@@ -128,7 +128,7 @@ def test_fast_weights_are_on_where_a_configuration_does_not_say(folders, tmp_pat
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (dict(ttt_mode="false"), "says ttt_mode='false'"),
+        (dict(ttt_mode="false"), "has ttt_mode='false'"),
         (dict(ttt_target="nosuch"), "says ttt_target='nosuch'"),
         (dict(ttt_chunk=0), "says ttt_chunk=0"),
         (dict(ttt_chunk="x"), "says ttt_chunk='x'"),

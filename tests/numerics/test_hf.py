@@ -228,7 +228,7 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
     index.write_bytes(b"x" * 100)
     write_manifest(tmp_path / "imported")  # as it would be after damage that no checksum knows of
     assert "imported' cannot be read: " in refused()
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
 
 

@@ -113,7 +113,7 @@ ROWS = [
     (dict(messages=TALK[:2]), "has no answer"),
     (dict(messages=[dict(role="assistant", content=" ")]), "has no answer"),
     (dict(prompt="a"), "has neither"),
-    (dict(text="a"), "there is: text"),
+    (dict(text="a"), "found: text"),
     ([1], "is list"),
 ]
 
@@ -219,7 +219,7 @@ def refused(monkeypatch, capsys):
 def test_what_is_refused(corpus, tmp_path, refused):
     base, _ = corpus
     for words, sentence in [
-        (["--python-packages", "--supervised", "--tokenizer", base / "tokenizer"], "rows of conversations"),
+        (["--python-packages", "--supervised", "--tokenizer", base / "tokenizer"], "a dataset of conversations"),
         ([base / "chats.jsonl", "--supervised", "--train-tokenizer", "300"], "--tokenizer with a chat template"),
         ([base / "chats.jsonl", "--supervised", "--text-key", "t", "--tokenizer", base / "tokenizer"], "--text-key t"),
     ]:
