@@ -174,7 +174,7 @@ def test_a_rank_that_hangs_while_another_is_done_is_noticed(store):
     hangs._send_heartbeat()
     hangs._ended.set()  # as if it were stopped
     done.finish()
-    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heard of in drawing")
+    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heartbeat in drawing")
 
 
 def test_a_store_that_is_gone_ends_the_wait():

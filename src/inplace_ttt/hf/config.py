@@ -86,7 +86,7 @@ class _Keys:
         return self._read(key, default, "a number above 0", lambda value: _is_number(value) and value > 0)
 
     def factor(self, key: str, *default: float) -> float:
-        return self._read(key, default, "a number", _is_number)
+        return self._read(key, default, "a number that fp32 can represent", _is_number)
 
     def one_of(self, choices: tuple[str, ...], key: str, *default: str) -> str:
         return self._read(key, default, f"one of {', '.join(choices)}", lambda value: value in choices)

@@ -620,7 +620,7 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
         attention_mask: (rows, 1, tokens, length), True where a token attends.
 
     Returns:
-        The output (rows, tokens, heads, size), and None in the place of attention weights.
+        The output (rows, tokens, heads, size), and None for the attention weights.
     """
     plain = options.get("position_bias") is None and not options.get("dropout")
     groups = getattr(module, "num_key_value_groups", 1)
