@@ -1,4 +1,4 @@
-"""Make a folder in Hugging Face's format out of a run, a checkpoint or an imported model.
+"""Export a run, a checkpoint or an imported model to a folder in Hugging Face format.
 
 python launch/export_hf.py runs/my_run exported/
 python launch/export_hf.py runs/my_run/checkpoints/step_00001000 exported/ --base checkpoints/qwen3_4b/hf
@@ -17,23 +17,25 @@ from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a run's folder (its last whole checkpoint), or a checkpoint's")
-    parser.add_argument("output", type=Path, help="folder to make")
-    parser.add_argument("--base", type=Path, help="folder whose tokenizer and generation config come along")
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of a run (its last complete checkpoint is used) or of a checkpoint"
+    )
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--base", type=Path, help="folder with config, tokenizer and generation config to copy")
     parser.add_argument(
         "--clip",
         default=READING_CLIP,
         metavar="WORD",
-        help=f"how updates are clipped while the model reads: trained, none, p50, p95, p99 (quantiles of the updates "
-        f"in training, layer by layer) or a number ({READING_CLIP})",
+        help=f"clip of updates at inference: trained, none, p50, p95, p99 (quantiles of update norms in training, "
+        f"per layer) or a number ({READING_CLIP})",
     )
     parser.add_argument(
         "--bound",
         metavar="WORD",
-        help=f"what the sum of updates is kept to past the length that the model was trained at: none, or a share of "
-        f"its norm there such as 0.5 ({READING_BOUND})",
+        help=f"bound of the sum of updates beyond the training length: none, or a fraction of its norm at that length, "
+        f"such as 0.5 ({READING_BOUND})",
     )
-    parser.add_argument("--no-tokenizer", action="store_true", help="take no tokenizer along")
+    parser.add_argument("--no-tokenizer", action="store_true", help="do not copy a tokenizer")
     arguments = parser.parse_args()
     return run_command(lambda: export(arguments))
 
@@ -56,7 +58,7 @@ def export(arguments: argparse.Namespace) -> None:
         )
     has_tokenizer = any((output / name).is_file() for name in TOKENIZER)
     console.print(
-        f"'{output}' is written" + ("" if has_tokenizer else ", without a tokenizer: none is known of this model"),
+        f"'{output}' is written" + ("" if has_tokenizer else ", without a tokenizer (none was found or requested)"),
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -1,9 +1,9 @@
-"""Make a checkpoint to train from out of a model in Hugging Face's format (Qwen3, Llama and their like).
+"""Convert a model in Hugging Face format (Qwen3, Qwen2.5, Llama) to a checkpoint for training.
 
 python launch/import_hf.py Qwen/Qwen3-4B-Base checkpoints/qwen3_4b
 torchrun ... launch/train.py ... checkpoint.load=checkpoints/qwen3_4b
 
-OUTPUT/model.yaml has the model's keys: copy it to recipes/model/ for sizes that have none.
+OUTPUT/model.yaml contains the model's keys: copy it to recipes/model/ if there is no recipe for this model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, .gguf file, or name of a model on the hub")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("output", type=Path, help="folder to create")
     arguments = parser.parse_args()
     return run_command(lambda: convert(arguments))
 
@@ -38,7 +38,7 @@ def convert(arguments: argparse.Namespace) -> None:
         with bytes_bar(console, "importing") as advance:
             model = import_checkpoint(source, output, advance)
     console.print(
-        f"'{output}': {model.num_layers} layers of {model.hidden_size}, vocabulary {model.vocab_size:,}; "
+        f"'{output}': {model.num_layers} layers, hidden size {model.hidden_size}, vocabulary {model.vocab_size:,}; "
         f"train from it with checkpoint.load={output}",
         markup=False,
         highlight=False,
@@ -47,7 +47,10 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def local_folder(name: str, unpacked: Path) -> Path:
-    """The folder itself, what a GGUF file holds, or what the hub has under the name."""
+    """Return a local folder with the model: ``name`` itself, an unpacked GGUF file, or a download from the hub.
+
+    Raises UserError if the model does not exist or cannot be downloaded.
+    """
     if name.endswith(".gguf"):
         from inplace_ttt.hf.gguf import unpack
 
@@ -67,8 +70,8 @@ def local_folder(name: str, unpacked: Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=FILES, local_files_only=not reached))
     except Exception as error:
-        why = one_line(error) if reached else "the hub is out of reach"
-        raise UserError(f"'{name}' is no folder, and the hub does not give it ({why})") from error
+        why = one_line(error) if reached else "the hub cannot be reached"
+        raise UserError(f"'{name}' is not a folder and cannot be downloaded from the hub ({why})") from error
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Say what this machine has for training, what each part gives and what its lack costs.
+"""Check if training can run on this node, or on all nodes of a job together.
 
-python launch/preflight.py                                                      # this node; exits 1 if none can run
-torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]               # all nodes of a job, together; exits 2,
-                                                                                # and 4 where a node does not answer
+python launch/preflight.py                                          # this node; exit code 1 if training cannot run
+torchrun ... launch/preflight.py [--folder RUN_DIR] [--minutes 3]   # all nodes of a job; exit code 2 if a check fails,
+                                                                    # 4 if a node does not respond
 """
 
 import argparse
@@ -26,9 +26,13 @@ COLORS = {State.THERE: "green", State.LACKING: "yellow", State.BROKEN: "red"}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="that all nodes must see and write (runs)")
-    parser.add_argument("--minutes", type=float, default=3.0, help="until a node that does not answer is named (3)")
-    parser.add_argument("--light", action="store_true", help="this node, without work for its GPUs: for health checks")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs"), help="folder that all nodes must be able to read and write (runs)"
+    )
+    parser.add_argument("--minutes", type=float, default=3.0, help="time limit for a node to respond (3)")
+    parser.add_argument(
+        "--light", action="store_true", help="check this node without using its GPUs, for health checks"
+    )
     arguments = parser.parse_args()
     if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
         parser.error(f"--minutes {arguments.minutes}: use a number above 0")
@@ -43,14 +47,14 @@ def look(arguments: argparse.Namespace) -> int:
     together = "TORCHELASTIC_RUN_ID" in os.environ
     console = Console(width=None if sys.stdout.isatty() else 160)
     if not together:
-        with console.status("looking"):
+        with console.status("checking"):
             findings = examine(arguments.light)
     else:
         findings = look_together(arguments.folder, arguments.minutes)
         if World.from_environment().rank:
-            return 0  # the first speaks for all
+            return 0  # only rank 0 prints
     table = Table(title="preflight", title_justify="left")
-    for name in ("part", "", "found", "what it gives, or what its lack costs"):
+    for name in ("part", "", "found", "effect"):
         table.add_column(name)
     for finding in findings:
         state = f"[{COLORS[finding.state]}]{finding.state.value}[/]"

@@ -1,16 +1,16 @@
-"""Turn text into Megatron's indexed format with document boundaries.
+"""Tokenize text into Megatron's indexed format, with document boundaries.
 
 python launch/prepare_data.py --output data/mine --tokenizer Qwen/Qwen3-4B-Base books/ code.jsonl.zst notes.parquet
 python launch/prepare_data.py --output data/web --tokenizer DIR --dataset HuggingFaceFW/fineweb-edu --split train
 python launch/prepare_data.py --output data/python --python-packages --train-tokenizer 2048
 
-Conversations (rows of messages, or of a prompt and its completion) become text by the tokenizer's chat template, and
-their answers alone count in the loss:
+Conversations (rows of messages, or of a prompt and its completion) are rendered with the tokenizer's chat template.
+Only answers count in the loss:
 
 python launch/prepare_data.py --output data/chats --tokenizer Qwen/Qwen3-4B --supervised chats.jsonl
 
-Documents that cannot be used (cut off, no text in them, another encoding) are left out, counted, and the first ten
-named. Stopped, the same command goes on; parts that are done stay done when a file is mended.
+Unusable documents (truncated, empty, wrong encoding) are skipped and counted; the first ten are listed. Rerun the same
+command to resume after an interruption; finished parts are reused, even if an input file was repaired.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError
 from inplace_ttt.files import user_path
 
-MOST_ENTRIES = 2**20
+MOST_ENTRIES = 2**20  # largest vocabulary of --train-tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,47 +35,53 @@ def parse_arguments() -> argparse.Namespace:
         "inputs", nargs="*", help="files or folders: text, .jsonl, .ndjson, .json, .parquet, also .zst or .gz"
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json, .tokenizer/")
-    parser.add_argument("--overwrite", action="store_true", help="make anew what is there already")
-    parser.add_argument("--if-missing", action="store_true", help="do nothing where the output is there already")
-    parser.add_argument("--strict", action="store_true", help="stop at the first document that cannot be used")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--if-missing", action="store_true", help="do nothing if the output exists")
+    parser.add_argument("--strict", action="store_true", help="stop at the first unusable document")
     source = parser.add_argument_group("text")
     source.add_argument(
-        "--format", choices=["text", "jsonl", "json", "parquet"], help="of files whose endings do not say it"
+        "--format",
+        choices=["text", "jsonl", "json", "parquet"],
+        help="format of all input files (default: by extension)",
     )
     source.add_argument("--text-key", default="text", help="field or column that holds the text (text)")
-    source.add_argument("--dataset", metavar="NAME", help="a dataset of the `datasets` library instead of files")
-    source.add_argument("--dataset-config", metavar="CONFIG")
-    source.add_argument("--split", default="train", help="of the dataset (train)")
-    source.add_argument("--python-packages", action="store_true", help="the sources of the installed Python packages")
-    source.add_argument("--max-megabytes", type=float, default=32.0, help="of --python-packages (32)")
+    source.add_argument("--dataset", metavar="NAME", help="dataset of the `datasets` library, instead of files")
+    source.add_argument("--dataset-config", metavar="CONFIG", help="configuration of the dataset")
+    source.add_argument("--split", default="train", help="split of the dataset (train)")
+    source.add_argument("--python-packages", action="store_true", help="sources of the installed Python packages")
+    source.add_argument(
+        "--max-megabytes", type=float, default=32.0, help="largest size for --python-packages, in MB (32)"
+    )
     source.add_argument(
         "--supervised",
         action="store_true",
-        help="rows hold conversations (messages, or prompt and completion), of which the answers alone count",
+        help="rows are conversations (messages, or prompt and completion); only answers count in the loss",
     )
     tokens = parser.add_argument_group("tokens")
-    tokens.add_argument("--tokenizer", metavar="NAME", help="folder or Hugging Face name")
+    tokens.add_argument("--tokenizer", metavar="NAME", help="tokenizer folder or Hugging Face name")
     tokens.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of SIZE entries")
     tokens.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="begin documents with the begin-of-text token (as the tokenizer does by itself: Llama yes, Qwen no)",
+        help="put the begin-of-text token before each document (default: as the tokenizer does; Llama yes, Qwen no)",
     )
-    tokens.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-text token")
+    tokens.add_argument("--no-eos", action="store_true", help="do not put the end-of-text token after each document")
     tokens.add_argument(
         "--special-tokens",
         choices=["text", "control"],
         default="text",
-        help="what the name of a special token inside text is: text like any other, or that token (text)",
+        help="names of special tokens inside text become ordinary text, or the special (control) token (text)",
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (one per core)"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
     arguments, console = parse_arguments(), Console(stderr=True)
-    return run_command(lambda: run(arguments, console), "stopped; the same command goes on from here")
+    return run_command(lambda: run(arguments, console), "stopped; rerun the same command to resume")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -86,34 +92,36 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError("give exactly one of --tokenizer NAME and --train-tokenizer SIZE")
     size = arguments.train_tokenizer
     if size is not None and not 257 <= size <= MOST_ENTRIES:
-        raise UserError(f"--train-tokenizer {size}: 256 bytes and an end need 257, and {MOST_ENTRIES:,} are enough")
+        raise UserError(f"--train-tokenizer {size}: use 257 (256 bytes and end of text) to {MOST_ENTRIES:,}")
     most = 4 * (os.cpu_count() or 1)
     if not 1 <= arguments.workers <= most:
         raise UserError(f"--workers {arguments.workers}: use 1 to {most}")
     if not (math.isfinite(arguments.max_megabytes) and arguments.max_megabytes > 0):
         raise UserError(f"--max-megabytes {arguments.max_megabytes}: use a number above 0")
     if not Path(arguments.output).name or arguments.output.endswith("/"):
-        raise UserError(f"--output '{arguments.output}' is a folder: name a prefix in it, such as data/mine")
+        raise UserError(f"--output '{arguments.output}' is a folder: use a path prefix, such as data/mine")
     if arguments.supervised and (arguments.python_packages or arguments.train_tokenizer is not None):
-        raise UserError("--supervised needs rows of conversations, and a --tokenizer with a chat template")
+        raise UserError(
+            "--supervised needs files or a dataset of conversations, and a --tokenizer with a chat template"
+        )
     if arguments.supervised and arguments.text_key != "text":
-        raise UserError(f"--text-key {arguments.text_key} names a field of text, which --supervised does not read")
+        raise UserError(f"--text-key {arguments.text_key} has no effect with --supervised: remove one of them")
     if not arguments.text_key:
-        raise UserError("--text-key '' is empty: name the key or column that holds the text")
+        raise UserError("--text-key '' is empty: name the field or column that contains the text")
     for option, value in (("--dataset-config", arguments.dataset_config), ("--split", arguments.split)):
         if not arguments.dataset and value not in (None, "train"):
-            raise UserError(f"{option} {value} is for --dataset NAME, which is not given: leave it out")
+            raise UserError(f"{option} {value} needs --dataset NAME: add that, or remove {option}")
     if Path(arguments.output).name in ("..", ".") or len(os.fsencode(Path(arguments.output).name)) > 200:
-        raise UserError(f"--output '{arguments.output}' is no prefix of files: use one such as data/mine")
+        raise UserError(f"--output '{arguments.output}' is not a valid path prefix: use one such as data/mine")
     if arguments.overwrite and arguments.if_missing:
-        raise UserError("--overwrite and --if-missing contradict each other: give one of them")
+        raise UserError("--overwrite and --if-missing exclude each other: use one of them")
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     check(arguments)
     output = user_path(arguments.output)
     if arguments.if_missing and all(Path(f"{output}.{end}").is_file() for end in ("bin", "idx", "json")):
-        console.print(f"{output} is there", markup=False)
+        console.print(f"{output} already exists", markup=False)
         return
 
     from inplace_ttt.data import documents, prepare
@@ -140,7 +148,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         settings = {}
         files = documents.find_files(arguments.inputs, report, output)
         for file in files if arguments.format is None else ():
-            documents.format_of(file)  # raises for what it does not know
+            documents.format_of(file)  # raises UserError for unknown extensions
         if not any(f.suffix in (".zst", ".gz", ".parquet") for f in files):
             total = sum(f.stat().st_size for f in files)
 
@@ -151,7 +159,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         with console.status(f"training a byte-level BPE of {arguments.train_tokenizer} entries"):
-            first = documents.SkipReport(strict=arguments.strict)  # what is left out is counted when all is read
+            first = documents.SkipReport(strict=arguments.strict)  # counts are discarded: the main pass counts again
             tokenizer = train_tokenizer(_first_bytes(read(first), 8_000_000), arguments.train_tokenizer)
     options = prepare.Options(
         begin=adds_bos(tokenizer) if arguments.bos is None else arguments.bos,

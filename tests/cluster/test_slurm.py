@@ -121,7 +121,7 @@ exec unshare --mount bash -c 'mount -t tmpfs none {run} && exec "$@"' _ {sys.exe
     number = submit(slurm, run, INPLACE_TTT_PYTHON=str(python))
     log = finished(slurm, number, run)
     assert slurm.job(number)["JobState"] == "FAILED" and slurm.job(number)["Restarts"] == "0", log
-    assert f"run.dir: node2: '{run}' is not the first node's" in log and "not requeued" in log
+    assert f"run.dir: node2: '{run}' differs from that of the first node" in log and "not requeued" in log
     assert not (run / "metrics.jsonl").exists()
 
 

@@ -125,13 +125,13 @@ def test_damaged_limits(tmp_path, limits):
     about = dict(format=exported.BOOK, texts=[], chunks=[3, 3])
     for change in (dict(limits=limits), dict(chunks=[1]), dict(chunks=[-1, 2]), dict(chunks={})):
         save_file(load_file(tmp_path / "book"), tmp_path / "bad", metadata={"about": json.dumps(about | change)})
-        with pytest.raises(ValueError, match="holds no fast weights"):
+        with pytest.raises(ValueError, match="is not a valid file of fast weights"):
             model.load_fast_weights(tmp_path / "bad")
 
 
 def test_words_of_bound():
     assert choose_bound("none", None, "x") is None and choose_bound("0.5", 100, "x") == 0.5
-    for word, length, message in [("0.5", None, "does not say the length"), ("p50", 9, "is not understood")]:
+    for word, length, message in [("0.5", None, "the training length of x is not known"), ("p50", 9, "is not valid")]:
         with pytest.raises(UserError, match=message):
             choose_bound(word, length, "x")
 

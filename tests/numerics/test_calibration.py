@@ -62,8 +62,8 @@ def test_words_of_clip():
     assert choose_clip("trained", 0.5, norms, "x") == 0.5 and choose_clip("none", 0.5, norms, "x") is None
     assert choose_clip("p99", None, norms, "x") == [0.4, 0.5] and choose_clip("0.01", None, None, "x") == 0.01
     for word, kept, message in [
-        ("p95", norms, "wrote next to nothing"), ("p50", None, "holds no histograms"), ("p90", norms, "p50, p95, p99"),
-        ("0", norms, "is not understood"), ("nan", norms, "is not understood"), ("1e39", norms, "is not understood"),
+        ("p95", norms, "close to zero"), ("p50", None, "has no histograms"), ("p90", norms, "p50, p95, p99"),
+        ("0", norms, "is not valid"), ("nan", norms, "is not valid"), ("1e39", norms, "is not valid"),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=message):
             choose_clip(word, None, kept, "x")
@@ -95,9 +95,9 @@ def test_exported_and_read(tmp_path):
     for key, value in [("ttt_clip", [0.1]), ("ttt_clip", [0.1, -1]), ("ttt_update_norms", {"p50": [1]}),
                        ("ttt_update_norms", [1, 2])]:  # fmt: skip
         (tmp_path / "out/config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(UserError, match=f"says {key}.*a number for each TTT layer"):
+        with pytest.raises(UserError, match=f"has {key}.*a number for each TTT layer"):
             import_checkpoint(tmp_path / "out", tmp_path / "damaged")
-    with pytest.raises(ValueError, match="has not one number for each"):
+    with pytest.raises(ValueError, match="must be one number, or one for each"):
         exported.InPlaceTTTQwen3ForCausalLM(exported.InPlaceTTTQwen3Config(**{**config, "ttt_clip": [0.1]}))
 
 

@@ -144,11 +144,11 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
 
     name = "model.layers.1.self_attn.q_proj"
     write({f"{name}.bias": torch.zeros(96)})
-    assert f"'{name}.bias'" in refusal(folder, tmp_path) and "would be lost" in refusal(folder, tmp_path)
+    assert f"'{name}.bias'" in refusal(folder, tmp_path) and "has an unknown tensor" in refusal(folder, tmp_path)
     write({f"{name}.weight": torch.zeros(8, 48)})
-    assert f"{name}.weight is (8, 48)" in refusal(folder, tmp_path)
+    assert f"{name}.weight has shape (8, 48)" in refusal(folder, tmp_path)
     write({"lm_head.weight": torch.zeros(199, 48)})
-    assert "lm_head.weight is not" in refusal(folder, tmp_path)
+    assert "lm_head.weight differs from" in refusal(folder, tmp_path)
     write(num_hidden_layers=5)
     assert "model.layers.4." in refusal(folder, tmp_path)
     write(model_type="gpt2")
@@ -160,31 +160,31 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
         file.truncate(20000)
     assert "is damaged" in refusal(folder, tmp_path)
     (folder / "model.safetensors").unlink()
-    assert "holds neither" in refusal(folder, tmp_path)
+    assert "has neither" in refusal(folder, tmp_path)
 
 
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(hidden_size="abc"), "hidden_size='abc', where there should be a whole number above 0"),
+        (dict(hidden_size="abc"), "hidden_size='abc': it must be an integer above 0"),
         (dict(hidden_size=None), "hidden_size=None"),
-        (dict(hidden_size=64), "model.embed_tokens.weight is (199, 48), but its config.json makes it (199, 64)"),
-        (dict(intermediate_size=96), "mlp.gate_proj.weight is (80, 48), but its config.json makes it (96, 48)"),
+        (dict(hidden_size=64), "model.embed_tokens.weight has shape (199, 48), but config.json gives (199, 64)"),
+        (dict(intermediate_size=96), "mlp.gate_proj.weight has shape (80, 48), but config.json gives (96, 48)"),
         (dict(num_attention_heads=7), "model.num_query_groups=2 does not divide"),
         (dict(head_dim=15), "model.kv_channels=15 is odd"),
         (dict(vocab_size=True), "vocab_size=True"),
-        (dict(rms_norm_eps=0), "rms_norm_eps=0, where there should be a number above 0"),
-        (dict(tie_word_embeddings="yes"), "tie_word_embeddings='yes', where there should be true or false"),
+        (dict(rms_norm_eps=0), "rms_norm_eps=0: it must be a number above 0"),
+        (dict(tie_word_embeddings="yes"), "tie_word_embeddings='yes': it must be true or false"),
         (dict(rope_parameters=[1]), "rope_parameters=[1]"),
         (dict(rope_parameters=dict(rope_type="longrope")), "rope_type=longrope is not known"),
         (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "needs model.rope_scaling.original_max_position"),
         (dict(rope_parameters=dict(rope_type="linear", factor="4x")), "factor='4x'"),
         (dict(rope_parameters=dict(rope_theta=-1.0)), "rope_theta=-1.0"),
         (dict(rope_parameters=dict(rope_type=["yarn"])), "rope_type"),
-        (dict(rms_norm_eps=10**400), "where there should be a number above 0"),
-        (dict(model_type=["qwen3"]), "where there should be a name such as qwen3"),
-        (dict(ttt_mode="yes", ttt_layers=[0]), "ttt_mode='yes', where there should be true or false"),
-        (dict(ttt_mode=True, ttt_layers=[0], ttt_lr=10**400), "where there should be a number"),
+        (dict(rms_norm_eps=10**400), "it must be a number above 0"),
+        (dict(model_type=["qwen3"]), "it must be a name such as qwen3"),
+        (dict(ttt_mode="yes", ttt_layers=[0]), "ttt_mode='yes': it must be true or false"),
+        (dict(ttt_mode=True, ttt_layers=[0], ttt_lr=10**400), "it must be a number"),
         (dict(ttt_mode=True, ttt_layers=[0], ttt_clip=-1), "ttt_clip=-1"),
         (dict(ttt_mode=True, ttt_layers="all"), "ttt_layers='all'"),
         (dict(ttt_mode=True, ttt_layers=[0], ttt_chunk=0), "ttt_chunk=0"),
@@ -218,7 +218,7 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
     config = tmp_path / "imported/hf/config.json"
     kept = config.read_text()
     config.write_text(kept.replace('"intermediate_size": 80', '"intermediate_size": 96'))
-    assert "linear_fc1.weight is (160, 48), but its configuration makes it (192, 48)" in refused()
+    assert "linear_fc1.weight has shape (160, 48), but its configuration gives (192, 48)" in refused()
     config.write_text(json.dumps({**json.loads(kept), "partial_rotary_factor": 0.5}))
     write_manifest(tmp_path / "imported")
     assert "partial_rotary_factor=0.5" in refused()
@@ -228,7 +228,7 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
     index.write_bytes(b"x" * 100)
     write_manifest(tmp_path / "imported")  # as it would be after damage that no checksum knows of
     assert "imported' cannot be read: " in refused()
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -244,4 +244,4 @@ def test_commands(tmp_path):
     assert command("import_hf.py", tmp_path / "model", tmp_path / "imported")[0] == 0
     assert command("export_hf.py", tmp_path / "imported", tmp_path / "back")[0] == 0
     code, text = command("export_hf.py", tmp_path / "imported", tmp_path / "back")
-    assert code == 2 and "is there already" in text and "Traceback" not in text
+    assert code == 2 and "already exists" in text and "Traceback" not in text

@@ -307,9 +307,9 @@ def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
         assert process.wait(timeout=90) == 1
         text = log.read_text()
         if fault == signal.SIGSTOP:
-            assert "stopped: rank 1" in text and "does not answer any more" in text and "goes on" in text
+            assert "stopped: rank 1" in text and "no longer responds" in text and "to resume" in text
         else:
-            assert "stopped: rank 1 was ended by SIGKILL; the same command goes on" in text
+            assert "stopped: rank 1 was killed by SIGKILL; rerun the same command" in text
             assert "Traceback" not in text
         done = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("samples.rank_*.jsonl"))
         arguments[arguments.index("200")] = "4"  # some of which are done

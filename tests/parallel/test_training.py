@@ -190,8 +190,8 @@ def test_a_rank_that_dies_is_named_and_no_process_is_left(tmp_path):
     assert process.wait(timeout=40) != 0
     _, left = psutil.wait_procs(started, timeout=10)
     assert not left
-    said = f"rank 1 ({socket.gethostname()}, process {victim.pid}) does not answer any more, last heard of in "
-    assert said in log.read_text() and "the same command goes on from what was saved" in log.read_text()
+    said = f"rank 1 ({socket.gethostname()}, process {victim.pid}) no longer responds; last heartbeat in "
+    assert said in log.read_text() and "rerun the same command to resume" in log.read_text()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def damaged_copy(unbroken, folder: Path, *, both: bool, how: str) -> Path:
     return run
 
 
-HOW = dict(missing="is missing", truncated="bytes where", corrupt="is corrupt: its checksum is")
+HOW = dict(missing="is missing", truncated="bytes instead of", corrupt="is corrupt: its checksum is")
 
 
 @pytest.mark.parametrize("how", HOW)

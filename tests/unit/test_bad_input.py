@@ -223,20 +223,20 @@ def prefix(tmp_path):
 
 def test_data_that_is_missing_or_damaged(prefix):
     source = f"data.sources=[{{path: {prefix}}}]"
-    assert "does not exist: make it with" in refused_data("data.sources=[{path: /nowhere/x}]")
+    assert "does not exist: create it with" in refused_data("data.sources=[{path: /nowhere/x}]")
     assert "data.sources is empty" in refused_data("data.sources=[]")
     assert "model.vocab_size is not known" in refused_data(source)
-    assert "nothing is left to train on" in refused_data(source, "model.vocab_size=300", "data.validation_fraction=0.9")
+    assert "none is left for training" in refused_data(source, "model.vocab_size=300", "data.validation_fraction=0.9")
     assert "no tokenizer could be loaded" in refused_data(source, "data.tokenizer=/nowhere/tokenizer")
     with open(f"{prefix}.bin", "r+b") as file:
         file.truncate(100)
-    assert "has 100 bytes where its index needs 1000" in refused_data(source, "model.vocab_size=300")
+    assert "has 100 bytes but its index needs 1000" in refused_data(source, "model.vocab_size=300")
     with open(f"{prefix}.idx", "r+b") as file:
         file.truncate(40)
-    assert "is not a whole Megatron index" in refused_data(source, "model.vocab_size=300")
+    assert "is not a complete Megatron index" in refused_data(source, "model.vocab_size=300")
     with open(f"{prefix}.idx", "wb") as file:
         file.write(b"not an index at all, but some text that is long enough")
-    assert "is not a whole Megatron index" in refused_data(source, "model.vocab_size=300")
+    assert "is not a complete Megatron index" in refused_data(source, "model.vocab_size=300")
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(prefix):

@@ -226,7 +226,7 @@ def test_tables_and_other_files(tmp_path):
     assert [len(Conversation.from_json(one).messages) for one in found] == [5, 2]
     assert [place.split("'")[0] for place in report.places] and report.bad == 3
     assert "has no answer" in report.places[0] and "has no column 'messages', or" in report.places[1]
-    assert "where there should be rows" in report.places[2]
+    assert "conversations need rows" in report.places[2]
 
 
 def prepare_data(*words):
@@ -248,7 +248,7 @@ def corpus(tmp_path_factory):
     code, printed = prepare_data(
         base / "chats.jsonl", "--supervised", "--tokenizer", base / "tokenizer", "--output", base / "chats"
     )
-    assert code == 0 and "60 documents" in printed and "1 documents left out" in printed, printed
+    assert code == 0 and "60 documents" in printed and "1 unusable documents skipped" in printed, printed
     assert "has <|im_end|> in message 0" in printed and "chats.jsonl" in printed
     return base, talks
 
@@ -305,7 +305,7 @@ def refused(monkeypatch, capsys):
 def test_what_is_refused(corpus, tmp_path, refused):
     base, _ = corpus
     for words, sentence in [
-        (["--python-packages", "--supervised", "--tokenizer", base / "tokenizer"], "rows of conversations"),
+        (["--python-packages", "--supervised", "--tokenizer", base / "tokenizer"], "a dataset of conversations"),
         ([base / "chats.jsonl", "--supervised", "--train-tokenizer", "300"], "--tokenizer with a chat template"),
         ([base / "chats.jsonl", "--supervised", "--text-key", "t", "--tokenizer", base / "tokenizer"], "--text-key t"),
     ]:
@@ -315,6 +315,6 @@ def test_what_is_refused(corpus, tmp_path, refused):
     assert "has no chat template" in refused(*words)
     answers = (base / "chats.answers.bin").read_bytes()
     (base / "chats.answers.bin").unlink()
-    with pytest.raises(UserError, match=r"which says supervised, names .*answers"):
+    with pytest.raises(UserError, match=r"which has supervised=true, names .*answers"):
         open_answers(str(base / "chats"), open_indexed(str(base / "chats")))
     (base / "chats.answers.bin").write_bytes(answers)

@@ -193,7 +193,7 @@ def test_a_dataset_on_disk_is_read(kind, tmp_path):
         saved = rows if kind == "saved" else datasets.DatasetDict(train=rows)
         saved.save_to_disk(tmp_path)
     assert list(read_hub_dataset(str(tmp_path), None, "train", "words")) == ["one", "two"]
-    with pytest.raises(UserError, match="--text-key names the field"):
+    with pytest.raises(UserError, match="set --text-key to the field"):
         list(read_hub_dataset(str(tmp_path), None, "train", "text"))
 
 
@@ -202,7 +202,7 @@ def test_unreadable_input_is_named(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl:2 is not JSON"):
         list(read_documents([tmp_path / "a.jsonl"], "text"))
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(UserError, match=r"no text under 'text'.*body"):
+    with pytest.raises(UserError, match=r"no field 'text'.*body"):
         list(read_documents([tmp_path / "a.jsonl"], "text"))
     (tmp_path / "b.jsonl.zst").write_bytes(b"not zstandard")
     with pytest.raises(UserError, match="cannot be read"):
@@ -217,17 +217,17 @@ def test_unreadable_input_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "texts", "said"),
     [
-        ("a.jsonl", b'{"text": "a\\ud800b"}\n', ["a\ufffdb"], "halves of characters"),
-        ("a.jsonl", b'{"text": null}\n{"text": "x"}\n', ["x"], "without text"),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n', ["a\ufffdb"], "lone surrogates"),
+        ("a.jsonl", b'{"text": null}\n{"text": "x"}\n', ["x"], "1 empty documents"),
         ("a.jsonl", b'\xef\xbb\xbf{"text": "x"}\n', ["x"], None),
         ("a.txt", b"\xef\xbb\xbfx\r\ny", ["x\ny"], None),
         ("a.ndjson", b'{"text": "x"}\n{"text": "y"}\n', ["x", "y"], None),
-        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n[]\n', ["x"], "a.jsonl:2 has int under 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n[]\n', ["x"], "a.jsonl:2 has int in field 'text'"),
         ("a.jsonl", b'{"n": ' + b"1" * 5000 + b'}\n{"text": "x"}\n', ["x"], "a.jsonl:1 is not JSON (a number has"),
         ("a.jsonl", b"[" * 100_000 + b'\n{"text": "x"}\n', ["x"], "nested too deep"),
         ("a.jsonl", b'{"text": "\xff"}\n{"text": "x"}\n', ["x"], "a.jsonl:1 is not JSON (byte 11 is not UTF-8)"),
         ("a.json", b"[" * 100_000, [], "nested too deep"),
-        ("a.json", b'[{"text": "x"}, {"no": 1}]', ["x"], "element 2 has no text under 'text'"),
+        ("a.json", b'[{"text": "x"}, {"no": 1}]', ["x"], "element 2 has no field 'text'"),
         ("a.txt", "größer".encode("latin-1"), [], "a.txt' cannot be read"),
         ("a.txt.gz", b"\x1f\x8b\x08\x00garbage", [], "a.txt.gz' cannot be read"),
     ],
@@ -245,14 +245,16 @@ def test_parquet_of_another_type_and_with_nulls(tmp_path):
     pq.write_table(pa.table({"text": ["x", None, ""]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"text": pa.array(["y", "y"]).dictionary_encode()}), tmp_path / "c.parquet")
     assert list(read_documents(find_files([str(tmp_path)]), "text", report)) == ["x", "y", "y"]
-    assert report.bad == 1 and report.empty == 2 and "has int64 in its column 'text'" in report.places[0]
+    assert report.bad == 1 and report.empty == 2 and "has type int64 in column 'text'" in report.places[0]
 
 
 def test_only_the_first_ten_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n" * 30)
     report = SkipReport()
     assert list(read_documents([tmp_path / "a.jsonl"], "text", report)) == []
-    assert report.bad == 30 and len(report.places) == 10 and report.lines()[0].startswith("30 documents left out")
+    assert (
+        report.bad == 30 and len(report.places) == 10 and report.lines()[0].startswith("30 unusable documents skipped")
+    )
 
 
 def test_hidden_and_unknown_files_are_left_out_and_counted(tmp_path):
@@ -262,7 +264,7 @@ def test_hidden_and_unknown_files_are_left_out_and_counted(tmp_path):
     report = SkipReport()
     assert [path.name for path in find_files([str(tmp_path)], report)] == ["a.txt"] and report.skipped_files == 3
     (tmp_path / "t.csv").write_text("a,b")
-    with pytest.raises(UserError, match=r"t\.csv' has an ending that is not known \(\.csv\).*--format"):
+    with pytest.raises(UserError, match=r"t\.csv' has an unknown extension \(\.csv\).*--format"):
         list(read_documents([tmp_path / "t.csv"], "text"))
     assert list(read_documents([tmp_path / "t.csv"], "text", None, "text")) == ["a,b"]
 
@@ -313,7 +315,7 @@ def test_begin_and_end_and_special_tokens(tokenizer, tmp_path):
 
 def test_a_corpus_is_not_overwritten_unasked(tokenizer, tmp_path):
     first = prepared(tmp_path / "a", ["x"], tokenizer)
-    with pytest.raises(UserError, match=r"a\.bin' is there already: --overwrite"):
+    with pytest.raises(UserError, match=r"a\.bin' already exists: use --overwrite"):
         prepared(tmp_path / "a", ["y"], tokenizer)
     assert prepared(tmp_path / "a", ["y"], tokenizer, overwrite=True) != first
 

@@ -98,7 +98,7 @@ def test_too_few_files(monkeypatch):
 def test_an_agents_store_that_is_not_there(variables, monkeypatch):
     monkeypatch.setattr("inplace_ttt.resilience.rendezvous.ANSWERS", 1.0)
     variables(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", TORCHELASTIC_USE_AGENT_STORE="True")
-    with pytest.raises(UserError, match=r"nothing answers at MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=1"):
+    with pytest.raises(UserError, match=r"no response from MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=1"):
         Rendezvous(World(1, 2, 1), 0.02)
 
 
@@ -129,7 +129,7 @@ def test_our_own_store_listens_on_one_address(variables):
 
 def test_ranks_that_do_not_come_are_named(variables):
     variables(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    with pytest.raises(UserError, match=r"1 of 2 ranks \(1\) have not come"):
+    with pytest.raises(UserError, match=r"1 of 2 ranks \(1\) did not connect"):
         Rendezvous(World(0, 2, 0), 0.01).wait_for_all()
 
 

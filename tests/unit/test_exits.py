@@ -67,4 +67,4 @@ def test_torchrun_names_the_cause_and_not_whom_it_ended():
     for ended in (terminated, killed):  # who is ended by somebody else is the cause of what the others say
         failures = {0: failure(ended, 1), 1: failure(4, 2, "contact with another rank was lost")}
         lost, cause = _sentences(SimpleNamespace(failures=failures))
-        assert "was lost" in lost and f"rank 0 was ended by {signal.Signals(-ended).name}" in cause
+        assert "was lost" in lost and f"rank 0 was killed by {signal.Signals(-ended).name}" in cause

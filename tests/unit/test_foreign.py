@@ -41,7 +41,7 @@ def test_a_tokenizer_folder_of_the_users_is_left_alone(tokenizer, tmp_path):
     tokenizer.save_pretrained(folder)
     (folder / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"own\.tokenizer' would be replaced, and was not made by this program"):
+        with pytest.raises(UserError, match=r"own\.tokenizer' would be replaced but was not made by this program"):
             make(tmp_path / "own", load_tokenizer(str(folder)), overwrite=overwrite)
     assert (folder / "thesis.txt").read_text() == "precious"
     make(tmp_path / "mine", tokenizer)
@@ -111,7 +111,7 @@ def test_the_home_of_nobody():
 def test_outputs_without_a_name(name, tmp_path):
     from pathlib import Path
 
-    with pytest.raises(UserError, match="is no name for what is to be written"):
+    with pytest.raises(UserError, match="is not a valid output name"):
         lock_beside(Path(name), "--output")
 
 

@@ -127,7 +127,7 @@ def test_a_conversation(folder, capsys, monkeypatch, tmp_path, book):
         (["--prompt", "x", "--top-p", "0"], "--top-p 0"),
         (["--prompt", "x", "--system", "y"], "add --chat"),
         (["--prompt", "x", "--book", "no"], "'no' is not a file"),
-        (["--prompt", "x", "--book", "MODEL/config.json"], "holds no fast weights"),
+        (["--prompt", "x", "--book", "MODEL/config.json"], "is not a valid file of fast weights"),
         (["--prompt", "x", "--book", "BOOK", "--fast-weights", "off"], "cannot be used with --fast-weights off"),
         (["--prompt", "x", "--book", "OTHER"], "another model"),
         (["--prompt", "x", "MODEL"], "name one model, not 2"),

@@ -51,7 +51,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with Lock(tmp_path / "lock", "the run") as lock:
-        assert "has no locks" in lock.warning and "the run" in lock.warning
+        assert "does not support locks" in lock.warning and "the run" in lock.warning
 
 
 def test_a_link_under_the_locks_name_is_not_followed(tmp_path):

@@ -50,13 +50,13 @@ def test_good_nodes_are_good():
     ("part", "state", "said", "change"),
     [
         ("nodes", State.BROKEN, "node2: fast-weight kernels", dict(broken=["fast-weight kernels: wrong by 1e-01"])),
-        ("versions", State.BROKEN, "node2 has torch 2.12.0 where others have 2.11.0", dict(versions=OTHER_TORCH)),
-        ("versions", State.BROKEN, "node2 has code def where others have abc", dict(versions=OTHER_CODE)),
+        ("versions", State.BROKEN, "node2 has torch 2.12.0, others have 2.11.0", dict(versions=OTHER_TORCH)),
+        ("versions", State.BROKEN, "node2 has code def, others have abc", dict(versions=OTHER_CODE)),
         ("GPUs", State.BROKEN, "node2 rank 2 has 3 uncorrected memory errors", dict(ecc=3)),
-        ("GPUs", State.BROKEN, "node2 rank 2: a product is wrong", dict(wrong=True)),
-        ("GPUs", State.BROKEN, "node2 rank 2: 75% of its memory is taken", dict(free=0.25)),
-        ("GPUs", State.LACKING, "node2 has A100 79 GiB where others have H100", dict(gpu="A100 79 GiB")),
-        ("arithmetic", State.LACKING, "node2 rank 2: 70% of the usual", dict(flops=5e14)),
+        ("GPUs", State.BROKEN, "node2 rank 2: wrong matrix product", dict(wrong=True)),
+        ("GPUs", State.BROKEN, "node2 rank 2: 75% of its memory is used", dict(free=0.25)),
+        ("GPUs", State.LACKING, "node2 has A100 79 GiB, others have H100", dict(gpu="A100 79 GiB")),
+        ("arithmetic", State.LACKING, "node2 rank 2: 70% of the median", dict(flops=5e14)),
         ("clocks", State.LACKING, "node2 is 30.0 s behind", dict(clock=-30.0)),
         ("run.dir", State.BROKEN, "node2: 'runs' is full", dict(folder="'runs' is full")),
         ("ring", State.LACKING, "rank 1 (node1) to rank 2 (node2) only 1 GB/s", dict(link=1e9)),
@@ -88,7 +88,7 @@ def together(folder: Path, ranks: int = 2) -> subprocess.CompletedProcess:
 def test_two_ranks_look_together(tmp_path):
     done = together(tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "training can run here" in done.stdout and done.stdout.count("seen and written by all nodes") == 1
+    assert "training can run here" in done.stdout and done.stdout.count("readable and writable on all nodes") == 1
     assert not list((tmp_path / "run").iterdir())
 
 

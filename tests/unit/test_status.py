@@ -27,12 +27,12 @@ def detector(compute: list[float], data: list[float], steps: int = MIN_STEPS) ->
 def test_a_rank_whose_arithmetic_is_slow_is_named():
     (slow,) = detector([1.0, 1.1, 1.0, 1.8], [0.0] * 4).slow()
     assert (slow.rank, slow.host) == (3, "node2")
-    assert str(slow) == "rank 3 (node2) holds up the others: its arithmetic takes 1.80 times what others' takes"
+    assert str(slow) == "straggler: rank 3 (node2): matmul probe 1.80x the median"
 
 
 def test_a_rank_that_reads_slowly_is_named():
     (slow,) = detector([1.0] * 4, [0.01, 0.5, 0.01, 0.01]).slow()
-    assert slow.rank == 1 and "it reads its data 0.49 s a step longer" in str(slow)
+    assert slow.rank == 1 and "data loading 0.49 s per step above the median" in str(slow)
 
 
 def test_nobody_is_named_too_early_or_for_little():

@@ -180,7 +180,7 @@ def test_an_index_that_leaves_its_folder(place, tmp_path):
     folder.mkdir()
     save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map={"w": place})))
-    with pytest.raises(UserError, match="no file of its folder"):
+    with pytest.raises(UserError, match="outside of its folder"):
         SafetensorsFolder(folder)
 
 
@@ -226,13 +226,13 @@ def test_an_index_that_cannot_be(tmp_path):
     lengths, pointers = 34, 34 + 2 * 4
     for place, value, said in (
         (lengths, (-5).to_bytes(4, "little", signed=True), "negative length"),
-        (pointers, (-8).to_bytes(8, "little", signed=True), "before or beyond"),
-        (pointers + 8, (2**62).to_bytes(8, "little"), "where its index needs"),
+        (pointers, (-8).to_bytes(8, "little", signed=True), "outside of its tokens"),
+        (pointers + 8, (2**62).to_bytes(8, "little"), "but its index needs"),
         (pointers, (1).to_bytes(8, "little"), "inside a token"),
         (17, bytes([6]), "float"),
-        (17, bytes([99]), "not known"),
+        (17, bytes([99]), "unknown dtype code"),
         (18, (2**60).to_bytes(8, "little"), "sequences need"),
-        (34 + 2 * 12 + 8, (77).to_bytes(8, "little"), "not made of its sequences"),
+        (34 + 2 * 12 + 8, (77).to_bytes(8, "little"), "do not match its sequences"),
     ):
         changed = bytearray(sound)
         changed[place : place + len(value)] = value
@@ -257,11 +257,11 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
     assert (known["documents"], known["tokens"]) == (1, 3)
     check_tokens(prefix, indexed, known, 251)
     assert json.loads((tmp_path / "data.checked").read_text())["largest"] == 250
-    with pytest.raises(UserError, match="holds the token 250, but the vocabulary has 250"):
+    with pytest.raises(UserError, match="contains token ID 250, but the vocabulary has 250"):
         check_tokens(prefix, indexed, known, 250)
     before = hashlib.sha256((tmp_path / "data.bin").read_bytes()).hexdigest()
     (tmp_path / "data.bin").write_bytes(np.array([3, -1, 7], dtype=np.int32).tobytes())
     assert before != hashlib.sha256((tmp_path / "data.bin").read_bytes()).hexdigest()
     assert identity(prefix, indexed, None)["digest"] != known["digest"]
-    with pytest.raises(UserError, match="holds the token -1"):
+    with pytest.raises(UserError, match="contains token ID -1"):
         check_tokens(prefix, indexed, identity(prefix, indexed, None), 251)

@@ -34,7 +34,7 @@ def ranks(*everyone: PeerStatus) -> dict[int, PeerStatus]:
 def test_a_silent_rank_is_named_and_where_the_others_wait():
     known = ranks(seen(), seen(silent=9.0), seen(where="all_reduce at loop.py:3"), seen())
     assert describe_hang(known, 3.0) == (
-        "rank 1 (node0, process 71) does not answer any more, last heard of in micro batch 5; "
+        "rank 1 (node0, process 71) no longer responds; last heartbeat in micro batch 5; "
         "3 others wait, rank 0 in micro batch 5"
     )
 
@@ -42,25 +42,23 @@ def test_a_silent_rank_is_named_and_where_the_others_wait():
 def test_a_rank_at_work_is_what_the_others_wait_for():
     known = ranks(seen(where="wait at ring.py:1"), seen(), seen(waiting=False, where="data/packed.py:88"), seen())
     assert describe_hang(known, 3.0).startswith(
-        "rank 2 (node1, process 72) does not go on from micro batch 5 (data/packed.py:88); 3 others wait"
+        "rank 2 (node1, process 72) is stuck in micro batch 5 (data/packed.py:88); 3 others wait"
     )
 
 
 def test_else_the_rank_behind_the_others():
     known = ranks(seen(), seen(), seen(), seen(phases=4))
-    assert describe_hang(known, 3.0).startswith(
-        "rank 3 (node1, process 73) does not go on from micro batch 4; 3 others"
-    )
+    assert describe_hang(known, 3.0).startswith("rank 3 (node1, process 73) is stuck in micro batch 4; 3 others")
 
 
 def test_where_all_wait_alike_nobody_is_blamed():
-    assert describe_hang(ranks(seen(), seen()), 3.0) == "no rank goes on; rank 0 waits in micro batch 5"
+    assert describe_hang(ranks(seen(), seen()), 3.0) == "no rank makes progress; rank 0 is waiting in micro batch 5"
 
 
 def test_many_silent_ranks_are_counted():
     known = ranks(*(seen(silent=9.0 if rank else 0.0) for rank in range(8)))
     said = describe_hang(known, 3.0)
-    assert "rank 4 (node2, process 74) and 3 more do not answer" in said and said.endswith(
+    assert "rank 4 (node2, process 74) and 3 more no longer respond" in said and said.endswith(
         "rank 0 waits in micro batch 5"
     )
 
@@ -69,7 +67,7 @@ def test_who_ended_with_a_reason_explains_more_than_who_is_silent():
     known = ranks(seen(), seen(left=DONE), seen(silent=9.0), seen(left="the disk is full"))
     assert describe_lost_rank(known, 0, 3.0) == "rank 3 (node1) ended: the disk is full"
     known[3].beat.left = DONE
-    assert describe_lost_rank(known, 0, 3.0).startswith("rank 2 (node1, process 72) does not answer any more")
+    assert describe_lost_rank(known, 0, 3.0).startswith("rank 2 (node1, process 72) no longer responds")
     known[2].silent = 0.0
     assert describe_lost_rank(known, 0, 3.0) is None
 
@@ -176,7 +174,7 @@ def test_a_rank_that_hangs_while_another_is_done_is_noticed(store):
     hangs._send_heartbeat()
     hangs._ended.set()  # as if it were stopped
     done.finish()
-    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heard of in drawing")
+    assert len(said) == 1 and f"process {os.getpid()}" in said[0] and said[0].endswith("last heartbeat in drawing")
 
 
 def test_a_store_that_is_gone_ends_the_wait():

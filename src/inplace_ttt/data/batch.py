@@ -1,4 +1,4 @@
-"""Samples and micro batches: packed and planned in integers, for the rank that reads them."""
+"""Samples and micro batches of one rank, with their sequence layout."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -10,35 +10,35 @@ from inplace_ttt.ttt.layout import SequenceLayout, take_local
 
 @dataclass
 class Sample:
-    """One sequence of ``data.seq_length`` tokens."""
+    """Hold one sequence of ``data.seq_length`` tokens."""
 
-    tokens: Tensor  # (s,) int64
-    labels: Tensor  # (s,) int64: the token that follows
-    loss_mask: Tensor  # (s,) fp32: 1 where the label counts
-    documents: tuple[int, ...] | None  # bounds, from 0 to s; None: one document
-    source: int = 0  # the number of the data's source
+    tokens: Tensor  # (s,) int64 token IDs
+    labels: Tensor  # (s,) int64: the next token
+    loss_mask: Tensor  # (s,) fp32: 1 if the label counts in the loss
+    documents: tuple[int, ...] | None  # document bounds, from 0 to s; None: one document
+    source: int = 0  # index in data.sources or data.validation
 
 
 @dataclass
 class MicroBatch:
-    """Hold what a rank feeds to the model: zigzag slices of the sequence under context parallelism.
+    """Hold the model inputs of one rank: zigzag slices of the sequence under context parallelism.
 
-    It is made in the loader's workers: it pickles, pins its memory, and knows no process group.
+    The workers of the data loader create it, so it can be pickled and pinned and needs no process group.
     """
 
-    tokens: Tensor  # (b, s)
+    tokens: Tensor  # (b, s) int64 token IDs; s is local to the rank
     labels: Tensor  # (b, s)
     loss_mask: Tensor  # (b, s)
-    position_ids: Tensor  # (b, s), from 0 in each document
-    sources: Tensor  # (b, s) int16, of each token
+    position_ids: Tensor  # (b, s), restart at 0 in each document
+    sources: Tensor  # (b, s) int16, source of each token
     layout: SequenceLayout
 
     @classmethod
     def collate(cls, samples: list[Sample], cp_size: int, cp_rank: int, chunk_size: int | None) -> "MicroBatch":
-        """Put samples together, on the CPU.
+        """Combine samples on the CPU.
 
-        Samples without document bounds become rows; samples with them are concatenated in a single row.
-        ``chunk_size``: tokens per chunk of the TTT layers. None: there are none, and no plan is made.
+        Samples without document bounds are stacked to rows; samples with bounds are concatenated to one row.
+        ``chunk_size``: tokens per chunk of the TTT layers; None: no TTT layers, so no plan is made.
         """
         of_each = [sample.documents for sample in samples if sample.documents is not None]
         packed = bool(of_each)
@@ -68,7 +68,7 @@ class MicroBatch:
         return cls(local[0], local[1], local[2], local[3], local[4], layout)
 
     def pin_memory(self) -> "MicroBatch":
-        """Return a copy in pinned memory, from which copies to a GPU do not wait."""
+        """Return a copy in pinned memory, which can be copied to a GPU asynchronously."""
         return replace(self, **{one.name: getattr(self, one.name).pin_memory() for one in fields(self)})
 
     def to(self, device: torch.device) -> "MicroBatch":

@@ -1,4 +1,4 @@
-"""The training and validation sets of a configuration, and the samples that a rank reads of them."""
+"""Training and validation sets of a configuration, and the micro batches of a rank."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_
 from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.resilience.signals import block_stop_signals
 
-BLEND_BYTES = 10  # of each sample of a run with several sources
+BLEND_BYTES = 10  # bytes per sample for the index of a blend
 
 
 @dataclass
 class Corpora:
-    """Hold the opened data of a configuration; synthetic data have none."""
+    """Hold the opened corpora of a configuration; empty for synthetic data."""
 
     sources: list[Corpus]
     validation: list[Corpus]
@@ -32,30 +32,35 @@ class Corpora:
 
     @property
     def identity(self) -> list[dict]:
-        """Return the identity of each corpus, those of ``data.validation`` last."""
+        """Return the identity of each corpus, with those of ``data.validation`` last."""
         return [one.identity for one in (*self.sources, *self.validation)]
 
     def check_tokens(self) -> None:
-        """Raise UserError where a token is none of the vocabulary; reads all tokens the first time."""
+        """Raise UserError if a token ID is outside of the vocabulary; the first call reads all tokens."""
         for one in (*self.sources, *self.validation):
             check_tokens(one.prefix, one.indexed, one.identity, self.vocab_size)
 
 
 @dataclass
 class DataSplits:
-    train: object  # sample by number
-    validation: object | None
+    """Hold the training and validation sets; both return a ``Sample`` by index."""
+
+    train: object
+    validation: object | None  # None: no evaluation
     vocab_size: int
-    epochs: tuple[float, ...] = ()  # of each source, how often the run reads it
-    held_out: tuple[str, ...] = ()  # names of what ``validation`` is mixed of, by the number in its samples
+    epochs: tuple[float, ...] = ()  # per source, number of epochs in the run
+    held_out: tuple[str, ...] = ()  # names of the sources of ``validation``, in the order of ``Sample.source``
 
 
 def open_corpora(config: Config) -> Corpora:
-    """Open the sources. Raises UserError; needs no process group, so it runs before one forms."""
+    """Open all sources. This needs no process group, so that errors occur before one is created.
+
+    Raises UserError if a file is missing or damaged, or if data.num_workers or model.vocab_size does not fit.
+    """
     data = config.data
     if data.num_workers > max(8, 4 * (os.cpu_count() or 1)):
         raise UserError(
-            f"data.num_workers={data.num_workers} is more than this machine's {os.cpu_count()} cores can run: use "
+            f"data.num_workers={data.num_workers} is too many for {os.cpu_count()} CPU cores: use "
             f"{max(8, 4 * (os.cpu_count() or 1))} or less"
         )
     if data.kind == "recall":
@@ -67,7 +72,7 @@ def open_corpora(config: Config) -> Corpora:
             )
         return Corpora([], [], config.model.vocab_size or needed)
     if not data.sources:
-        raise UserError("data.sources is empty: name at least one, as in data.sources=[{path: data/python}]")
+        raise UserError("data.sources is empty: set at least one source, such as data.sources=[{path: data/python}]")
     sources = [Corpus.open(source.path, "data.sources") for source in data.sources]
     validation = [Corpus.open(source.path, "data.validation") for source in data.validation]
     vocab_size = _vocab_size(config, {one.prefix: one.described for one in (*sources, *validation)})
@@ -75,7 +80,10 @@ def open_corpora(config: Config) -> Corpora:
 
 
 def build_splits(config: Config, corpora: Corpora | None = None, packing: int = PACKING) -> DataSplits:
-    """Return the sets of opened corpora. ``packing``: the version of the order of samples, see packed.py."""
+    """Return the training and validation sets. ``packing``: version of the order of samples, see packed.py.
+
+    Raises UserError if the index of a blend does not fit in memory, or if nothing is left for training.
+    """
     data, train, corpora = config.data, config.train, corpora or open_corpora(config)
     if data.kind == "recall":
         recall = (data.seq_length, data.recall_pairs, data.recall_alphabet)
@@ -109,8 +117,8 @@ def build_splits(config: Config, corpora: Corpora | None = None, packing: int = 
     if len(weights) > 1 and BLEND_BYTES * samples > free / 2:
         raise UserError(
             f"train.steps={train.steps} x train.global_batch_size={train.global_batch_size} samples of several sources "
-            f"need {BLEND_BYTES * samples / 2**30:,.1f} GiB to be mixed, and {free / 2**30:,.1f} are free: use fewer "
-            f"steps, or one source"
+            f"need {BLEND_BYTES * samples / 2**30:,.1f} GiB for the blend, but {free / 2**30:,.1f} GiB are free: use "
+            f"fewer steps, or one source"
         )
     share, of_held_out = sum(weights), data.validation or data.sources
     is_evaluated = len(held_out) == len(of_held_out) and train.eval_samples
@@ -124,20 +132,23 @@ def build_splits(config: Config, corpora: Corpora | None = None, packing: int = 
 
 
 def _names(sources: list[Source]) -> list[str]:
-    """Return what records call sources; names that are there twice are numbered."""
+    """Return the names of sources for records; duplicate names get a number."""
     names = [one.name or os.path.basename(one.path.rstrip("/")) for one in sources]
     return [f"{name}_{number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
 def _vocab_size(config: Config, described: dict) -> int:
-    """Return the size of the model's vocabulary, which must hold every token. ``described``: by prefix, or None."""
+    """Return the vocabulary size of the model. ``described``: descriptions (or None) by prefix.
+
+    Raises UserError if the size is not known or too small, or if the tokenizers differ.
+    """
     sizes = {prefix: one for prefix, one in described.items() if one is not None}
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
         for path, one in sizes.items():
             if one.tokenizer_fingerprint != fingerprint(tokenizer):
                 raise UserError(
-                    f"data.tokenizer='{config.data.tokenizer}' is not what '{path}' was made with: prepare the data "
+                    f"data.tokenizer='{config.data.tokenizer}' is not the tokenizer of '{path}': prepare the data "
                     f"with it, or use '{path}.tokenizer'"
                 )
         needed = embedding_rows(tokenizer)
@@ -145,13 +156,13 @@ def _vocab_size(config: Config, described: dict) -> int:
         if len({one.tokenizer_fingerprint for one in sizes.values()}) > 1:
             raise UserError(
                 f"data.sources and data.validation were made with different tokenizers ({', '.join(sizes)}): prepare "
-                f"them alike"
+                f"them with the same one"
             )
         needed = next(iter(sizes.values())).vocab_size
     elif config.model.vocab_size:
         needed = config.model.vocab_size
     else:
-        raise UserError("model.vocab_size is not known: set it, or data.tokenizer")
+        raise UserError("model.vocab_size is not known: set it, or set data.tokenizer")
     if config.model.vocab_size is not None and config.model.vocab_size < needed:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {needed} entries: "
@@ -161,7 +172,7 @@ def _vocab_size(config: Config, described: dict) -> int:
 
 
 class _Numbered(torch.utils.data.Dataset):
-    """The samples with given numbers."""
+    """Select samples by index."""
 
     def __init__(self, samples, numbers: Sequence[int]):
         self.samples, self.numbers = samples, numbers
@@ -184,7 +195,7 @@ def micro_batches(
     chunk_size: int | None,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Yield micro batches of the samples with these numbers, in order, on the device; workers, if any, read ahead."""
+    """Yield micro batches of the samples with these indices, in order, on the device; workers prefetch."""
     loader = DataLoader(
         _Numbered(samples, numbers),
         batch_size=micro_batch_size,
@@ -199,13 +210,13 @@ def micro_batches(
 
 
 def rank_sample_indices(first: int, count: int, dp_size: int, dp_rank: int) -> list[int]:
-    """Return a data-parallel rank's share of ``count`` samples from ``first`` on: steps hold the same at any size."""
+    """Return the sample indices of a data-parallel rank; a step has the same ``count`` samples for any ``dp_size``."""
     share = count // dp_size
     return list(range(first + dp_rank * share, first + (dp_rank + 1) * share))
 
 
 class StepSampleIndices(Sequence[int]):
-    """Number the samples of one data-parallel rank in many steps; compute each number when it is asked for."""
+    """Compute the sample indices of one data-parallel rank over many steps, lazily."""
 
     def __init__(self, steps: range, per_step: int, dp_size: int, dp_rank: int):
         self.steps, self.per_step, self.share, self.dp_rank = steps, per_step, per_step // dp_size, dp_rank

@@ -1,4 +1,4 @@
-"""A prepared corpus, opened: its tokens, which of them count in the loss, and what is known of them."""
+"""Prepared corpus: its tokens, their loss flags and its description."""
 
 import os
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from inplace_ttt.megatron.indexed import IndexedDataset
 class Corpus:
     """Hold the opened files of a prefix."""
 
-    prefix: str
+    prefix: str  # path of the files without their extension
     indexed: IndexedDataset
-    described: Description | None
-    answers: IndexedDataset | None  # which tokens count in the loss; None: all
+    described: Description | None  # PREFIX.json; None: files of another program
+    answers: IndexedDataset | None  # 1 for each token that counts in the loss; None: all tokens count
 
     @classmethod
     def open(cls, path: str, key: str = "data.sources") -> "Corpus":
-        """Open the files of a prefix, which ``key`` names. Raises UserError."""
+        """Open the files of a prefix, which ``key`` names. Raises UserError if they are missing or damaged."""
         prefix = os.path.expanduser(path)
         indexed, described = open_indexed(prefix, key), read_description(prefix)
         answers = open_answers(prefix, indexed) if described and described.supervised else None
@@ -29,10 +29,10 @@ class Corpus:
 
     @property
     def tokenizer(self) -> str | None:
-        """Return the fingerprint of the tokenizer that made it; None: not known."""
+        """Return the fingerprint of its tokenizer; None: not known."""
         return self.described.tokenizer_fingerprint if self.described else None
 
     @cached_property
     def identity(self) -> dict:
-        """Return what tells it apart from others, see identity.py."""
+        """Return its identity, see identity.py."""
         return identity(self.prefix, self.indexed, self.tokenizer, self.answers is not None)

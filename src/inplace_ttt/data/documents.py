@@ -1,7 +1,7 @@
 """Sources of text: local files in several formats, Hugging Face datasets, installed Python packages.
 
-Text is as its makers left it: cut off, of another encoding, without the field that others have. What is no document is
-left out and counted, with its place; in a strict reading the first one is an error.
+Input can be defective: truncated files, other encodings, missing fields. Unusable documents are skipped and counted,
+and the first ones are reported with their location. In strict mode the first one is an error.
 """
 
 import codecs
@@ -22,7 +22,7 @@ import zstandard
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.files import user_path
 
-# Whole files that are one document each
+# files that contain one document each
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".tex", ".html")
 FORMATS = {
     ".jsonl": "jsonl",
@@ -32,37 +32,37 @@ FORMATS = {
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
 }
 COMPRESSIONS = (".zst", ".gz")
-ANSWERS = "answers"  # PREFIX.answers.bin and .idx of an output say which tokens count in the loss
-ENDINGS = ("bin", "idx", "json", f"{ANSWERS}.bin", f"{ANSWERS}.idx")  # of its files
+ANSWERS = "answers"  # PREFIX.answers.bin and .idx: 1 for each token that counts in the loss
+ENDINGS = ("bin", "idx", "json", f"{ANSWERS}.bin", f"{ANSWERS}.idx")  # files of an output, after PREFIX.
 WRITTEN = (*ENDINGS, "tokenizer", "parts", "checked")
-NAMED = 10  # places of what was left out that are named
+NAMED = 10  # skipped documents whose location is reported
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)
 
 
 class Field(Protocol):
-    """Take a document out of a row of JSON or Parquet."""
+    """Extract a document from a row of JSON or Parquet."""
 
     def columns(self, names: list[str]) -> list[str] | None:
-        """Return the columns of a table that it reads; None where there are none."""
+        """Return the columns to read from a table; None if they do not exist."""
 
     def take(self, row, place: str, report: "SkipReport") -> str | None:
-        """Return the document of a row; None where it has none that can be used, which the report counts."""
+        """Return the document of a row; None if it is unusable, which the report counts."""
 
 
 @dataclass
 class SkipReport:
-    """Count what a reading left out or changed."""
+    """Count skipped and changed documents."""
 
     strict: bool = False
-    bad: int = 0  # documents, or files where no more is known
+    bad: int = 0  # unusable documents, or files if the number of documents is not known
     empty: int = 0  # documents without text
-    mended: int = 0  # documents with halves of characters, which were replaced by U+FFFD
-    skipped_files: int = 0  # in folders: hidden, or of an ending that is not known
-    places: list[str] = field(default_factory=list)  # of the first bad ones, and why
+    mended: int = 0  # documents with lone surrogates, which were replaced by U+FFFD
+    skipped_files: int = 0  # files in folders that are hidden or have an unknown extension
+    places: list[str] = field(default_factory=list)  # location of the first unusable documents, and the reason
 
     def leave_out(self, place: str, why: str) -> None:
-        """Count a document that cannot be used. Raises UserError in a strict reading."""
+        """Count an unusable document. Raises UserError in strict mode."""
         if self.strict:
             raise UserError(f"{place} {why}")
         self.bad += 1
@@ -70,37 +70,37 @@ class SkipReport:
             self.places.append(f"{place} {why}")
 
     def checked(self, text: str, place: str) -> str | None:
-        """Return text as Unicode has it, or None where there is none."""
+        """Return valid Unicode text; None if it is empty. Raises UserError for a lone surrogate in strict mode."""
         if not text:
             self.empty += 1
             return None
         if _SURROGATE.search(text):
             if self.strict:
-                raise UserError(f"{place} holds half a character (a lone surrogate)")
+                raise UserError(f"{place} contains a lone surrogate (half a character)")
             self.mended += 1
             return _SURROGATE.sub("\ufffd", text)
         return text
 
     def lines(self) -> list[str]:
-        """Return what a user should hear."""
+        """Return the messages for the user."""
         said = []
         if self.skipped_files:
-            said.append(f"{self.skipped_files:,} files of the folders left out: hidden, or of an ending not known")
+            said.append(f"{self.skipped_files:,} files in folders skipped: hidden, or unknown extension")
         if self.empty:
-            said.append(f"{self.empty:,} documents without text left out")
+            said.append(f"{self.empty:,} empty documents skipped")
         if self.mended:
-            said.append(f"{self.mended:,} documents had halves of characters, replaced by U+FFFD")
+            said.append(f"{self.mended:,} documents with lone surrogates, replaced by U+FFFD")
         if self.bad:
-            said.append(f"{self.bad:,} documents left out that cannot be used, the first of them:")
+            said.append(f"{self.bad:,} unusable documents skipped; the first ones:")
             said += [f"  {place}" for place in self.places]
         return said
 
 
 def find_files(inputs: list[str], report: SkipReport | None = None, output: Path | None = None) -> list[Path]:
-    """Return the files that inputs name, folders searched for known endings; sorted within each folder.
+    """Return the input files; folders are searched for files with known extensions, sorted within each folder.
 
-    Hidden files of a folder, and what belongs to ``output``, are left out. Raises UserError for an input that is not
-    there or that ``output`` would replace, and for a file of an ending that is not known.
+    Hidden files in folders and files of ``output`` are skipped. Raises UserError if an input does not exist, if
+    ``output`` would replace an input, or if a folder contains no usable file.
     """
     files, report = [], report or SkipReport()
     for name in inputs:
@@ -114,8 +114,8 @@ def find_files(inputs: list[str], report: SkipReport | None = None, output: Path
                     found.append(one)
             if not found:
                 raise UserError(
-                    f"folder '{name}' holds no file of a known kind ({' '.join(FORMATS)}, "
-                    f"also with {' or '.join(COMPRESSIONS)})"
+                    f"folder '{name}' contains no file with a known extension: use {' '.join(FORMATS)}, "
+                    f"also with {' or '.join(COMPRESSIONS)}"
                 )
             files += found
         elif path.is_file():
@@ -129,12 +129,12 @@ def find_files(inputs: list[str], report: SkipReport | None = None, output: Path
 
 
 def format_of(path: Path) -> str:
-    """Return the format that a file's ending stands for: text, jsonl, json, parquet. Raises UserError for others."""
+    """Return the format for a file extension: text, jsonl, json or parquet. Raises UserError for others."""
     kind = _kind(path)
     if kind not in FORMATS:
         raise UserError(
-            f"'{path}' has an ending that is not known ({kind or 'none'}): use one of {' '.join(FORMATS)}, or say what "
-            f"the files are with --format text, jsonl, json or parquet"
+            f"'{path}' has an unknown extension ({kind or 'none'}): use one of {' '.join(FORMATS)}, or set --format "
+            f"to text, jsonl, json or parquet"
         )
     return FORMATS[kind]
 
@@ -142,10 +142,12 @@ def format_of(path: Path) -> str:
 def read_documents(
     files: list[Path], field: str | Field, report: SkipReport | None = None, file_format: str | None = None
 ) -> Iterator[str]:
-    """Yield the documents of all files in order: one a line of .jsonl, one a row of .parquet, else one a file.
+    """Yield the documents of all files in order: one per line (.jsonl), element (.json), row (.parquet) or text file.
 
-    ``field``: of rows, by its name if it is text. ``report`` counts what is left out. ``file_format``: of files whose
-    endings do not say it.
+    Args:
+        field: how to extract a document from a row; a string names a text field.
+        report: counts skipped documents; None: raise UserError for the first one.
+        file_format: format of all files; None: by their extensions.
     """
     report, field = report or SkipReport(strict=True), _as_field(field)
     readers = dict(parquet=_read_parquet, jsonl=_read_json_lines, json=_read_json, text=_read_text)
@@ -154,14 +156,17 @@ def read_documents(
         try:
             yield from read(path, field, report)
         except _UNREADABLE as error:
-            report.leave_out(f"file '{path}'", f"cannot be read ({one_line(error)}): mend or remove it")
+            report.leave_out(f"file '{path}'", f"cannot be read ({one_line(error)}): repair or remove it")
 
 
 def read_hub_dataset(
     name: str, config: str | None, split: str, field: str | Field, report: SkipReport | None = None
 ) -> Iterator[str]:
-    """Yield the documents of a dataset that the ``datasets`` library knows by name or folder, streamed; also of a
-    folder that its ``save_to_disk`` wrote."""
+    """Yield the documents of a dataset of the ``datasets`` library, streamed.
+
+    ``name`` is a name on the hub, a folder, or a folder that ``save_to_disk`` wrote. Raises UserError if the dataset
+    cannot be read.
+    """
     import datasets
 
     from inplace_ttt.hub import hub_is_reached
@@ -169,7 +174,9 @@ def read_hub_dataset(
     report, field = report or SkipReport(strict=True), _as_field(field)
     folder = user_path(name)
     if not folder.exists() and not hub_is_reached():
-        raise UserError(f"dataset '{name}' is no folder, and the hub is out of reach: give files, or mend the network")
+        raise UserError(
+            f"dataset '{name}' is not a folder, and the hub cannot be reached: use local files, or check the network"
+        )
     name = str(folder) if folder.exists() else name
     try:
         if (folder / "dataset_dict.json").is_file():
@@ -191,10 +198,10 @@ def read_hub_dataset(
 
 
 def python_packages(max_bytes: int) -> Iterator[str]:
-    """Yield Python sources of the installed packages, one document a package folder, up to ``max_bytes`` in all.
+    """Yield Python sources of the installed packages, one document per package folder, ``max_bytes`` in total.
 
-    Real, long and there without a download. Folders come in an order that only their names decide, mixed so that
-    a part of them is like the whole.
+    These are real, long documents that need no download. The order of folders is a hash of their names, so that any
+    part of the corpus resembles the whole.
     """
     root = Path(sysconfig.get_paths()["purelib"])
     folders = {path.parent for path in root.rglob("*.py")}
@@ -207,7 +214,7 @@ def python_packages(max_bytes: int) -> Iterator[str]:
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):
-                continue  # a file of another encoding: there are plenty
+                continue  # another encoding: skip the file
             if text.strip():
                 parts.append(f"# {name}/{path.name}\n{text}")
         document = "\n".join(parts)
@@ -220,7 +227,7 @@ def python_packages(max_bytes: int) -> Iterator[str]:
 
 
 def _belongs_to(path: Path, output: Path | None) -> bool:
-    """Tell whether a file is one that prepare_data writes for this output, or lies in a folder of it."""
+    """Return True if prepare_data writes this file for ``output``, or if it is in a folder of ``output``."""
     if output is None:
         return False
     written = {Path(f"{output}.{end}").resolve() for end in WRITTEN}
@@ -243,7 +250,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 def _read_text(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
     if not isinstance(field, TextField):
-        report.leave_out(f"file '{path}'", "is text, where there should be rows: use .jsonl, .json or .parquet")
+        report.leave_out(f"file '{path}'", "is text, but conversations need rows: use .jsonl, .json or .parquet")
         return
     with _open(path) as stream:
         content = _decoded(stream.read())
@@ -253,7 +260,7 @@ def _read_text(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
 
 
 def _decoded(content: bytes) -> str:
-    """Decode UTF-8; drop a byte-order mark and make every line end \\n."""
+    """Decode UTF-8, remove a byte-order mark and normalize line ends to LF."""
     text = content.decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -269,7 +276,7 @@ def _read_json_lines(path: Path, field: Field, report: SkipReport) -> Iterator[s
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                report.leave_out(place, f"is not JSON ({_json_fault(error)}); one object a line is needed")
+                report.leave_out(place, f"is not JSON ({_json_fault(error)}); each line must be one object")
                 continue
             text = field.take(row, place, report)
             if text is not None:
@@ -277,7 +284,7 @@ def _read_json_lines(path: Path, field: Field, report: SkipReport) -> Iterator[s
 
 
 def _read_json(path: Path, field: Field, report: SkipReport) -> Iterator[str]:
-    """Yield one object or a list of them; a file with an object a line is read as such."""
+    """Yield the documents of a JSON object or list; a file with one object per line is read as JSON Lines."""
     with _open(path) as stream:
         content = stream.read()
     try:
@@ -299,7 +306,7 @@ def _json_fault(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):
-        return "it is nested too deep"
+        return "it is nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start + 1} is not UTF-8"
     return "a number has too many digits" if "digits" in str(error) else one_line(error)
@@ -317,18 +324,18 @@ def _read_parquet(path: Path, field: Field, report: SkipReport) -> Iterator[str]
         return
     columns = field.columns(schema.names)
     if columns is None:
-        hint = "--text-key takes one of" if isinstance(field, TextField) else "there is"
+        hint = "set --text-key to one of" if isinstance(field, TextField) else "its columns are"
         report.leave_out(f"'{path}'", f"has no column {field}; {hint} {schema.names}")
         return
     doubled = next((name for name in columns if schema.names.count(name) > 1), None)
     if doubled is not None:
-        report.leave_out(f"'{path}'", f"has {schema.names.count(doubled)} columns '{doubled}': give them other names")
+        report.leave_out(f"'{path}'", f"has {schema.names.count(doubled)} columns '{doubled}': rename them")
         return
     kind = schema.field(columns[0]).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     if isinstance(field, TextField) and not is_text:
-        report.leave_out(f"'{path}'", f"has {kind} in its column {field}, where there should be strings")
+        report.leave_out(f"'{path}'", f"has type {kind} in column {field}: it must be string")
         return
     number = 0
     try:
@@ -347,31 +354,31 @@ def _value(value):
     try:
         return value.as_py()
     except UnicodeDecodeError:
-        return b""  # no string: it is left out
+        return b""  # not a string, so the row is skipped
 
 
 @dataclass(frozen=True)
 class TextField:
-    """A field or column that holds the text of a document."""
+    """Extract the text of a document from one field or column."""
 
     key: str
 
     def columns(self, names: list[str]) -> list[str] | None:
-        """Return the column in a list, if it is there."""
+        """Return the column in a list; None if it does not exist."""
         return [self.key] if self.key in names else None
 
     def take(self, row, place: str, report: SkipReport) -> str | None:
-        """Return the text of a row; None where it has none that can be used, which the report counts."""
+        """Return the text of a row; None if it is unusable, which the report counts."""
         if not isinstance(row, dict) or self.key not in row:
             keys = ", ".join(map(str, list(row)[:20])) if isinstance(row, dict) else type(row).__name__
-            report.leave_out(place, f"has no text under {self}; --text-key names the field (there is: {keys})")
+            report.leave_out(place, f"has no field {self}: set --text-key to the field with the text (found: {keys})")
             return None
         value = row[self.key]
         if value is None:
             report.empty += 1
             return None
         if not isinstance(value, str):
-            report.leave_out(place, f"has {type(value).__name__} under {self}, where there should be text")
+            report.leave_out(place, f"has {type(value).__name__} in field {self}: it must be text")
             return None
         return report.checked(value, place)
 

@@ -12,13 +12,15 @@ from inplace_ttt.data.documents import ANSWERS
 from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron.indexed import IndexedDataset
 
-BLOCK = 1 << 24  # bytes read at a time
-PROBES, PROBE = 64, 4096  # places in the tokens that the digest looks at, and bytes at each
+BLOCK = 1 << 24  # bytes per read
+PROBES, PROBE = 64, 4096  # number of probed positions in the tokens for the digest, and bytes per probe
 
 
 def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None, supervised: bool = False) -> dict:
-    """Return documents, tokens, tokenizer and a digest of a corpus: of its whole index, and of its tokens (and of which
-    of them count, if it is ``supervised``) at places that are spread over it."""
+    """Return documents, tokens, tokenizer and a digest of a corpus.
+
+    The digest covers the whole index and evenly spaced probes of the tokens (and of the answers if ``supervised``).
+    """
     digest = xxhash.xxh3_128()
     with open(f"{prefix}.idx", "rb") as index:
         while block := index.read(BLOCK):
@@ -38,9 +40,9 @@ def identity(prefix: str, indexed: IndexedDataset, fingerprint: str | None, supe
 
 
 def check_tokens(prefix: str, indexed: IndexedDataset, described: dict, vocab_size: int) -> None:
-    """Raise UserError where a token is none of the vocabulary.
+    """Raise UserError if a token ID is outside of the vocabulary.
 
-    All tokens are read once; what was found is kept in PREFIX.checked, by the digest of what was read.
+    All tokens are read once; the result is cached in PREFIX.checked, together with digest, size and modification time.
     """
     known = Path(f"{prefix}.checked")
     state = os.stat(f"{prefix}.bin")
@@ -51,18 +53,18 @@ def check_tokens(prefix: str, indexed: IndexedDataset, described: dict, vocab_si
     if any(found.get(key) != value for key, value in mark.items()) or type(found.get("largest")) is not int:
         smallest, largest = _extremes(f"{prefix}.bin", np.dtype(indexed.index.dtype))
         found = dict(mark, smallest=smallest, largest=largest)
-        with contextlib.suppress(OSError):  # data may lie where nobody writes: they are read again next time
+        with contextlib.suppress(OSError):  # a read-only folder: the tokens are read again next time
             write_json(known, found)
     token = found["largest"] if found["largest"] >= vocab_size else found.get("smallest", 0)
     if not 0 <= token < vocab_size:
         raise UserError(
-            f"'{prefix}.bin' holds the token {token}, but the vocabulary has {vocab_size} entries: prepare it with the "
-            f"tokenizer of the model, or set model.vocab_size"
+            f"'{prefix}.bin' contains token ID {token}, but the vocabulary has {vocab_size} entries: prepare the data "
+            f"with the tokenizer of the model, or set model.vocab_size"
         )
 
 
 def _extremes(path: str, dtype: np.dtype) -> tuple[int, int]:
-    """Return the smallest and the largest number in a file of tokens."""
+    """Return the smallest and the largest token ID in a file."""
     tokens = np.memmap(path, dtype=dtype, mode="r", shape=(os.path.getsize(path) // dtype.itemsize,))
     smallest, largest, step = 0, 0, BLOCK // dtype.itemsize
     for first in range(0, len(tokens), step):

@@ -1,10 +1,10 @@
-"""Text to Megatron's indexed files: tokenized in parallel, in order, and taken up again where it was stopped.
+"""Tokenize text into Megatron's indexed files, in parallel, in order and resumable.
 
-Documents are read in order and dealt out in parts of some megabytes. Each part is tokenized and written by a worker
-under a name of its own; what has its final name is whole, and known by the text that it is of. A second run uses the
-parts whose text is the same. At the end the parts are joined into PREFIX.bin and PREFIX.idx, beside PREFIX.json, which
-says what they are, and PREFIX.tokenizer/, what they were made with. Of conversations PREFIX.answers.bin and .idx say in
-the same format, with a number for each token, which tokens count in the loss.
+Documents are read in order and divided into parts of some megabytes. A worker tokenizes each part and writes it under a
+temporary name; a part with its final name is complete, and is identified by a digest of its text. A second run reuses
+parts with the same text. At the end the parts are joined into PREFIX.bin and PREFIX.idx. PREFIX.json describes them,
+and PREFIX.tokenizer/ is the tokenizer. For conversations, PREFIX.answers.bin and .idx have the same format and contain
+one number per token: 1 if it counts in the loss.
 """
 
 import multiprocessing
@@ -27,23 +27,23 @@ from inplace_ttt.files import read_json, write_json
 from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
 from inplace_ttt.resilience.lock import lock_beside
 
-PART_BYTES = 4_000_000  # of text
-MARK = ".inplace_ttt_parts"  # in a folder of parts, or of a tokenizer, that is ours
+PART_BYTES = 4_000_000  # characters of text per part
+MARK = ".inplace_ttt_parts"  # marks folders of parts and of tokenizers that this program made
 
 
 @dataclass(frozen=True)
 class Options:
-    """Choose the tokens around documents, and the meaning of special tokens inside their text."""
+    """Select the tokens around documents, and the meaning of special tokens inside their text."""
 
-    begin: bool = False  # the tokenizer's begin-of-text token before each document
-    end: bool = True  # its end-of-text token after each
-    special_tokens: str = "text"  # text: as any other characters; control: as the tokens that they name
-    supervised: bool = False  # documents are conversations (conversations.py), of which answers alone count
+    begin: bool = False  # put the begin-of-text token before each document
+    end: bool = True  # put the end-of-text token after each document
+    special_tokens: str = "text"  # text: tokenize them as ordinary text; control: as special tokens
+    supervised: bool = False  # documents are conversations; only answers count in the loss
 
 
 @dataclass(frozen=True)
 class Description:
-    """PREFIX.json."""
+    """Describe prepared data; the content of PREFIX.json."""
 
     documents: int
     tokens: int
@@ -52,12 +52,12 @@ class Description:
     tokenizer_fingerprint: str
     begin: bool = False
     end: bool = True
-    special_tokens: str = "control"  # as it was before there was a choice
+    special_tokens: str = "control"  # older files, without this key, were made with control
     supervised: bool = False
 
 
 def read_description(prefix: str) -> Description | None:
-    """Return what PREFIX.json says; None where files came from elsewhere and have none. Raises UserError."""
+    """Return the content of PREFIX.json; None if it does not exist. Raises UserError if it is damaged."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
         return None
@@ -67,9 +67,11 @@ def read_description(prefix: str) -> Description | None:
         found = Description(**known)
     except TypeError as error:
         lacking = [field.name for field in fields(Description) if field.name not in known]
-        raise UserError(f"'{path}' is damaged (it does not say {lacking[0]}): run prepare_data.py again") from error
+        raise UserError(f"'{path}' is damaged (it has no {lacking[0]}): run prepare_data.py again") from error
     if type(found.vocab_size) is not int or found.vocab_size < 1 or not isinstance(found.tokenizer_fingerprint, str):
-        raise UserError(f"'{path}' is damaged (it does not say the vocabulary): run prepare_data.py again")
+        raise UserError(
+            f"'{path}' is damaged (its vocab_size or tokenizer_fingerprint is invalid): run prepare_data.py again"
+        )
     return found
 
 
@@ -85,7 +87,7 @@ def prepare(
     overwrite: bool = False,
     leave_out: Callable[[str, str], None] = lambda place, why: None,
 ) -> Description:
-    """Write PREFIX.bin, .idx, .json and .tokenizer/.
+    """Tokenize documents and write PREFIX.bin, .idx, .json and .tokenizer/; return the content of PREFIX.json.
 
     Example::
 
@@ -95,11 +97,18 @@ def prepare(
         >>> prepare(texts, train_tokenizer(texts, 270), f"{folder}/corpus", **made).documents
         2
 
-    ``settings`` is what the result depends on besides text, tokenizer and options: where it equals that of a run that
-    was stopped, that run's parts are used. ``progress(documents, bytes, tokens)`` is called after each part with what
-    it adds, ``leave_out(place, why)`` for each conversation that the chat template does not take. Raises UserError
-    where another process writes there, where there is something that would be overwritten, or where nothing is left to
-    write.
+    Args:
+        documents: texts, or conversations as JSON (``Conversations``).
+        prefix: path prefix of the output.
+        settings: what the result depends on besides text, tokenizer and options; parts of a stopped run with equal
+            settings are reused.
+        workers: number of processes.
+        progress: called with (documents, bytes, tokens) of each finished part.
+        overwrite: replace existing output.
+        leave_out: called with (location, reason) for each conversation that the chat template rejects.
+
+    Raises UserError if another process writes to ``prefix``, if existing files would be overwritten, or if the input
+    contains no text.
     """
     _check_options(tokenizer, options)
     parts = Path(f"{prefix}.parts")
@@ -127,7 +136,7 @@ def prepare(
                 progress(n_documents, size, n_tokens)
         if not counts[1]:
             shutil.rmtree(parts)
-            raise UserError("the input holds no text: nothing was written")
+            raise UserError("the input contains no text: nothing was written")
         description = Description(
             documents=counts[0],
             tokens=counts[1],
@@ -142,10 +151,10 @@ def prepare(
 
 
 def _check_output(prefix: str, overwrite: bool) -> None:
-    """Raise UserError where something is there that is not to be overwritten, or that this program has not made."""
+    """Raise UserError if output exists without ``overwrite``, or was not made by this program."""
     there = [f"{prefix}.{ending}" for ending in ENDINGS if os.path.lexists(f"{prefix}.{ending}")]
     if there and not overwrite:
-        raise UserError(f"'{there[0]}' is there already: --overwrite makes it anew, --if-missing leaves it")
+        raise UserError(f"'{there[0]}' already exists: use --overwrite to replace it, or --if-missing to keep it")
     description, checked, folder = (Path(f"{prefix}.{ending}") for ending in ("json", "checked", "tokenizer"))
     if description.exists():
         try:
@@ -154,7 +163,7 @@ def _check_output(prefix: str, overwrite: bool) -> None:
             raise UserError(f"'{description}' was not made by this program: move it away") from error
     ours = description.exists() or (folder / MARK).is_file()
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or not ours):
-        raise UserError(f"'{folder}' would be replaced, and was not made by this program: move it away")
+        raise UserError(f"'{folder}' would be replaced but was not made by this program: move it away")
     if checked.exists() and not description.exists():
         raise UserError(f"'{checked}' was not made by this program: move it away")
 
@@ -167,13 +176,13 @@ def _check_options(tokenizer: PreTrainedTokenizerBase, options: Options) -> None
             f"tokenizer, or --no-eos"
         )
     if options.begin and tokenizer.bos_token_id is None:
-        raise UserError(f"tokenizer '{name}' has no begin-of-text token (bos_token): leave --bos out")
+        raise UserError(f"tokenizer '{name}' has no begin-of-text token (bos_token): remove --bos")
     if options.supervised:
         _encoder(tokenizer, options)
 
 
 def _open_parts(parts: Path, settings: dict) -> None:
-    """Keep the parts of a run with the same settings, else begin anew. Raises UserError for a folder of others."""
+    """Keep the parts of a run with the same settings, else delete them. Raises UserError if the folder is not ours."""
     record = parts / "settings.json"
     before = None
     if os.path.lexists(parts):
@@ -183,7 +192,7 @@ def _open_parts(parts: Path, settings: dict) -> None:
             before = {}
         ours = (parts / MARK).is_file() or "part_bytes" in before
         if parts.is_symlink() or not parts.is_dir() or (any(parts.iterdir()) and not ours):
-            raise UserError(f"'{parts}' was not made by this program, which keeps its parts there: move it away")
+            raise UserError(f"'{parts}' is needed for temporary parts but was not made by this program: move it away")
     if before != settings:
         if os.path.lexists(parts):
             shutil.rmtree(parts)
@@ -193,7 +202,7 @@ def _open_parts(parts: Path, settings: dict) -> None:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, parts: Path) -> None:
-    """Keep the tokenizer with the parts, for workers; it is given its name with the rest."""
+    """Save the tokenizer with the parts, for the workers; ``_join`` moves it to its final name."""
     tokenizer.save_pretrained(parts / "tokenizer")
     (parts / "tokenizer" / MARK).touch()
 
@@ -213,7 +222,7 @@ def _deal(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def _bounded(pool, function, items: Iterable, limit: int) -> Iterator:
-    """Yield results in order, with at most ``limit`` items read ahead: a corpus does not fit in memory."""
+    """Yield results in order, with at most ``limit`` pending items, since a corpus does not fit in memory."""
     pending = []
     for item in items:
         pending.append(pool.apply_async(function, (item,)))
@@ -236,7 +245,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, options: Options) -> Encoder:
 
 
 def _encode_conversations(texts: list[str], bad: list[tuple[str, str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield tokens, and which of them count; note those that cannot be encoded."""
+    """Yield tokens (n,) and loss flags (n,) per conversation; append those that cannot be encoded to ``bad``."""
     encoder = _encoder(_worker["tokenizer"], _worker["options"])
     for text in texts:
         conversation = Conversation.from_json(text)
@@ -298,7 +307,7 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int, list[t
 
 
 def _join(prefix: str, parts: list[Path], description: Description) -> None:
-    """Join the parts; all files get their names at the end, the description last."""
+    """Join the parts; files get their final names at the end, PREFIX.json last."""
     folder, kinds = parts[0].parent, {"": DType.optimal_dtype(description.vocab_size)}
     if description.supervised:
         kinds[f".{ANSWERS}"] = np.uint8

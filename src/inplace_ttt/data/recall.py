@@ -1,7 +1,7 @@
-"""Synthetic key-value recall: pairs early in a sequence, their keys asked again late, noise all around.
+"""Synthetic key-value recall: key-value pairs early in a sequence, queries of the keys late, noise elsewhere.
 
-The distance between a pair and its question is more than sliding-window attention can reach, so only a memory that
-was written while reading can answer. Only the answers count in the loss. Chance is one in ``alphabet``.
+The distance between a pair and its query is larger than a sliding attention window, so only fast weights can answer.
+Only answers count in the loss. Accuracy by chance is 1 / ``alphabet``.
 """
 
 import numpy as np
@@ -10,26 +10,26 @@ import torch
 from inplace_ttt.config import UserError
 from inplace_ttt.data.batch import Sample
 
-NOISE = 56  # tokens that mean nothing
-HELD_OUT_SEED = 1_000_003  # is added to the run's seed for samples that are held out
+NOISE = 56  # number of noise tokens in the vocabulary
+HELD_OUT_SEED = 1_000_003  # added to the seed of the run for held-out samples
 
 
 def recall_vocab_size(alphabet: int) -> int:
-    """Return the number of tokens: keys, values, noise."""
+    """Return the vocabulary size: keys, values and noise tokens."""
     return 2 * alphabet + NOISE
 
 
 class KeyValueRecall:
-    """Samples without end, each from the seed and its number."""
+    """Generate an endless sequence of samples; sample i depends only on the seed and i."""
 
     def __init__(self, seq_length: int, pairs: int, alphabet: int, seed: int):
-        # pairs lie in the first quarter of a sequence, questions in the second half: a quarter at least lies between
+        # pairs are in the first quarter of a sequence, queries in the second half: at least a quarter apart
         self.pair_slot = seq_length // 4 // pairs
         self.question_slot = seq_length // 2 // pairs
         if self.pair_slot < 2 or pairs > alphabet:
             raise UserError(
-                f"data.recall_pairs={pairs} does not fit: data.seq_length={seq_length} has room for "
-                f"{seq_length // 8} pairs and data.recall_alphabet={alphabet} for {alphabet}"
+                f"data.recall_pairs={pairs} does not fit: data.seq_length={seq_length} allows {seq_length // 8} pairs "
+                f"and data.recall_alphabet={alphabet} allows {alphabet}"
             )
         self.seq_length, self.pairs, self.alphabet, self.seed = seq_length, pairs, alphabet, seed
 

@@ -1,4 +1,4 @@
-"""Tokenizers: any of Hugging Face's, or a byte-level BPE trained on the spot."""
+"""Tokenizers: load one of Hugging Face, or train a byte-level BPE."""
 
 import os
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Return a tokenizer by folder or by Hugging Face name. Code that comes with one is never run.
+    """Load a tokenizer from a folder or by its Hugging Face name. Code in its folder is never executed.
 
-    Raises UserError where there is none, or none that can be loaded.
+    Raises UserError if it does not exist or cannot be loaded.
     """
     path = os.path.expanduser(name)
     local = Path(path).exists()
@@ -29,10 +29,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             path if local else name, trust_remote_code=False, local_files_only=local or not hub_is_reached()
         )
     except RecursionError as error:
-        raise UserError(f"tokenizer '{name}' cannot be loaded: a file of it is nested too deep") from error
+        raise UserError(f"tokenizer '{name}' cannot be loaded: one of its files is nested too deeply") from error
     except Exception as error:
         place = "folder" if local else "folder or Hugging Face name"
-        out = "" if local or hub_is_reached() else "the hub is out of reach; "
+        out = "" if local or hub_is_reached() else "the hub cannot be reached; "
         raise UserError(
             f"no tokenizer could be loaded from {place} '{name}' ({out}{one_line(error)}); "
             f"give a folder with tokenizer.json, or the name of a model on the hub"
@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Return a byte-level BPE of ``vocab_size`` entries, the end-of-text token included.
+    """Train a byte-level BPE with ``vocab_size`` entries, including the end-of-text token.
 
     Example::
 
@@ -64,18 +64,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest that is the same for tokenizers that give every text the same numbers."""
-    from inplace_ttt.hf.modeling_inplace_ttt import fingerprint_of_tokenizer  # has to stand alone in that file
+    """Return a SHA-256 digest; tokenizers with the same digest produce the same token IDs."""
+    from inplace_ttt.hf.modeling_inplace_ttt import fingerprint_of_tokenizer  # that file must not import this package
 
     return fingerprint_of_tokenizer(tokenizer)
 
 
 def embedding_rows(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the rows that an embedding needs: numbers of tokens may have gaps."""
+    """Return the number of embedding rows: the largest token ID plus 1, since token IDs may have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer by itself puts its begin-of-text token before a text."""
+    """Return True if the tokenizer adds its begin-of-text token to a text by default."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and len(ids) > 1 and ids[0] == tokenizer.bos_token_id

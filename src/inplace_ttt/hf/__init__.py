@@ -1,1 +1,1 @@
-"""Hugging Face: weights and configurations both ways."""
+"""Convert weights and configurations from and to Hugging Face format."""

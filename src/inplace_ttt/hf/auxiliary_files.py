@@ -1,6 +1,6 @@
-"""Keep what belongs to a model besides its weights: tokenizer, generation config, the config.json that it came with.
+"""Copy the files of a model other than its weights: tokenizer, generation config and the original config.json.
 
-A run keeps them in ``run.dir/hf``, so that it can be exported from anywhere, also when what it was begun with is gone.
+A run keeps copies in ``run.dir/hf``, so that it can be exported even if the files it was started with are gone.
 """
 
 import contextlib
@@ -27,18 +27,20 @@ FOLDER = "hf"
 
 
 def copy_auxiliary_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copy those files that are there. Raises UserError for a link that leads out of the folder, to anything else that
-    the user may read."""
+    """Copy the files that exist.
+
+    Raises UserError for a link that leads out of ``source``, since it could expose any file that the user can read.
+    """
     for name in names:
         path = source / name
         if path.is_file():
             if not _inside(path, source):
-                raise UserError(f"'{path}' is a link that leads out of its folder: put the file itself there")
+                raise UserError(f"'{path}' is a link that leads out of its folder: replace it by a copy of the file")
             shutil.copyfile(path, target / name)
 
 
 def save_auxiliary_files(config: Config, run: Path) -> None:
-    """Put the companions of a run into ``run.dir/hf``, where it has none yet."""
+    """Copy the auxiliary files of a run into ``run.dir/hf``, unless that folder exists."""
     target = run / FOLDER
     if target.exists():
         return
@@ -56,8 +58,8 @@ def save_auxiliary_files(config: Config, run: Path) -> None:
 
 
 def find_base_folder(config: Config, run: Path, seen: frozenset[Path] = frozenset()) -> Path | None:
-    """Return the folder with the config.json of what a run was begun with, through all runs before it; None: it was
-    begun from nothing."""
+    """Return the folder with the config.json that a run was started from; follow ``checkpoint.load`` through earlier
+    runs. Return None if the run was started from random weights."""
     if (run / FOLDER / CONFIG).is_file():
         return run / FOLDER
     if not config.checkpoint.load:
@@ -74,9 +76,9 @@ def find_base_folder(config: Config, run: Path, seen: frozenset[Path] = frozense
 
 
 def find_tokenizer_folder(config: Config, run: Path) -> Path | None:
-    """Return the folder of the tokenizer that a run's data were made with; None: the run names none.
+    """Return the folder of the tokenizer of a run's data; None: the run names none.
 
-    Raises UserError where it names one that is not there.
+    Raises UserError if the named tokenizer does not exist.
     """
     kept = run / FOLDER
     if any((kept / name).is_file() for name in TOKENIZER):
@@ -93,22 +95,22 @@ def find_tokenizer_folder(config: Config, run: Path) -> Path | None:
             return _from_hub(name)
     if named and any(_found(f"{source.path}.json", run) for source in config.data.sources[:1]):
         raise UserError(
-            f"the tokenizer '{named[-1]}' of run '{run}' is not there: restore it, or name another, by data.tokenizer "
-            f"in training or by --base in an export"
+            f"the tokenizer '{named[-1]}' of run '{run}' does not exist: restore it, or name another with "
+            f"data.tokenizer (training) or --base (export)"
         )
     return None
 
 
 def read_run_config(run: Path) -> Config:
-    """Return the configuration that a run was made with. Raises UserError where it is damaged."""
+    """Return the configuration of a run. Raises UserError if config.yaml is missing or damaged."""
     path = run / "config.yaml"
     return config_from_values(read_yaml(path), f"'{path}'")
 
 
 def token_ids(tokenizer: Path | None, base: dict | None, generation: dict | None, strict: bool = True) -> dict:
-    """Return eos_token_id (one, or a list) and bos_token_id: those that the model came with, and the tokenizer's.
+    """Return eos_token_id (an ID or a list) and bos_token_id, from the original configs and the tokenizer.
 
-    Raises UserError, where ``strict``, for a tokenizer that cannot be loaded.
+    Raises UserError if ``strict`` and the tokenizer cannot be loaded.
     """
     base, generation = base or {}, generation or {}
     ends = _as_list(generation.get("eos_token_id", base.get("eos_token_id")))
@@ -138,7 +140,7 @@ def _as_list(value) -> list[int]:
 
 
 def _from_hub(name: str) -> Path:
-    """Return the folder in which the hub's client keeps a tokenizer."""
+    """Return the cache folder of a tokenizer of the hub; download it if necessary."""
     from huggingface_hub import snapshot_download
 
     from inplace_ttt.hub import hub_is_reached
@@ -146,11 +148,13 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(TOKENIZER), local_files_only=not hub_is_reached()))
     except Exception as error:
-        raise UserError(f"the tokenizer '{name}' cannot be had from the hub: name its folder with --base") from error
+        raise UserError(
+            f"the tokenizer '{name}' cannot be downloaded from the hub: name its folder with --base"
+        ) from error
 
 
 def _found(name: str, run: Path) -> Path | None:
-    """Find a path that a run names, from the working directory or from any folder above the run."""
+    """Find a path of a run's configuration, relative to the working directory or to a parent folder of the run."""
     path = user_path(name)
     for root in (Path(), *run.resolve().parents):
         with contextlib.suppress(OSError):
@@ -160,7 +164,7 @@ def _found(name: str, run: Path) -> Path | None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Return whether a file lies in the folder, or where the hub's client keeps the files that its links lead to."""
+    """Return True if a file is inside the folder, or in the hub's cache that links of a snapshot folder point to."""
     allowed = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         allowed.append(folder.resolve().parent.parent)
@@ -168,8 +172,10 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def name_tokenizer_class(folder: Path) -> None:
-    """Say in a model's folder which class reads its tokenizer: AutoTokenizer would look for it in the model's own code,
-    and ask whether it may run it."""
+    """Set tokenizer_class in a model folder if it is missing.
+
+    Without it AutoTokenizer looks in the model's own code and asks for trust_remote_code.
+    """
     path = folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file():
         settings = read_json(path, "replace it") if path.is_file() else {}
@@ -178,5 +184,5 @@ def name_tokenizer_class(folder: Path) -> None:
 
 
 def read_base(folder: Path | None, name: str) -> dict | None:
-    """Return what a companion says, or None where there is none."""
+    """Return the content of an auxiliary JSON file; None if it does not exist."""
     return read_json(folder / name, "replace it") if folder and (folder / name).is_file() else None

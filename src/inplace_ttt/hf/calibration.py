@@ -1,8 +1,7 @@
-"""Clipping while reading, calibrated by training: how large updates were, layer by layer (paper, appendix C.2).
+"""Clips for inference, calibrated from the update norms of training, per layer (paper, appendix C.2).
 
-Past the length that a model was trained at, updates grow, and unclipped ones do damage. What no update of the training
-exceeded, or few did, is a clip that changes nothing inside that length. Where clipped updates still add up to too much,
-a bound of their sum past that length helps.
+Beyond the training length updates grow, and unclipped ones harm the model. A clip that no update of training exceeded
+(or few did) changes nothing within that length. The sum of clipped updates can still grow; a bound limits it.
 """
 
 from pathlib import Path
@@ -11,15 +10,17 @@ from inplace_ttt.config import UserError
 from inplace_ttt.files import read_json
 from inplace_ttt.ttt import histogram
 
-HISTOGRAMS = "update_histograms.json"  # in a checkpoint; older ones have none
-# What an export says where nobody asks for anything else; see choose_clip and choose_bound
+HISTOGRAMS = "update_histograms.json"  # file in a checkpoint; older ones have none
+# Defaults of --clip and --bound in an export, see choose_clip and choose_bound
 READING_CLIP, READING_BOUND = "trained", "none"
-Norms = dict[str, list[float]]  # by quantile: of each TTT layer the norm of a chunk's update over that of W_down
+Norms = dict[str, list[float]]  # per quantile and TTT layer: norm of one chunk's update / norm of W_down
 
 
 def update_norms(checkpoint: Path, layers: list[int]) -> Norms | None:
-    """Return the quantiles of the updates that the second half of a checkpoint's histograms counted; None where a layer
-    has none. Raises UserError for a damaged file."""
+    """Return quantiles of update norms over the second half of a checkpoint's histograms; None if a layer has none.
+
+    Raises UserError if the file of histograms is damaged.
+    """
     path = checkpoint / HISTOGRAMS
     if not path.is_file() or not layers:
         return None
@@ -27,7 +28,7 @@ def update_norms(checkpoint: Path, layers: list[int]) -> Norms | None:
     try:
         noted = content["histograms"]
         if content["bins"] != histogram.SCALE:
-            raise ValueError("bins of another kind")
+            raise ValueError("unknown bins")
         counts = {layer: [0] * histogram.BINS for layer in layers}
         for one in noted[len(noted) // 2 :]:
             for layer in layers:
@@ -47,12 +48,15 @@ def update_norms(checkpoint: Path, layers: list[int]) -> Norms | None:
 
 
 def choose_clip(word: str, trained: float | None, norms: Norms | None, place: str) -> float | list[float] | None:
-    """Return ``ttt_clip`` of an exported model by the word of --clip.
+    """Return ``ttt_clip`` of an exported model for a value of --clip.
 
     Args:
         word: ``trained``, ``none``, a quantile (``p50``, ``p95``, ``p99``) or a number.
-        trained: the clip of the training.
-        place: the checkpoint, as errors name it.
+        trained: the clip in training.
+        norms: quantiles from ``update_norms``.
+        place: name of the checkpoint in messages.
+
+    Raises UserError for any other word, or for a quantile if the checkpoint has no histograms.
     """
     if word == "trained":
         return trained
@@ -61,27 +65,29 @@ def choose_clip(word: str, trained: float | None, norms: Norms | None, place: st
     if word in histogram.QUANTILES:
         if norms is None:
             raise UserError(
-                f"--clip {word}: {place} holds no histograms of its updates (ttt.histogram_interval): use none or a "
-                f"number"
+                f"--clip {word}: {place} has no histograms of updates (ttt.histogram_interval): use none or a number"
             )
         if not all(norms[word]):
-            raise UserError(f"--clip {word}: a layer of {place} wrote next to nothing: use none or a number")
+            raise UserError(f"--clip {word}: a layer of {place} has update norms close to zero: use none or a number")
         return norms[word]
     return _number("--clip", word, ("trained", "none", *histogram.QUANTILES))
 
 
 def choose_bound(word: str, trained_length: int | None, place: str) -> float | None:
-    """Return ``ttt_bound`` of an exported model by the word of --bound: ``none`` or a number.
+    """Return ``ttt_bound`` of an exported model for a value of --bound: ``none`` or a number.
 
     Args:
-        trained_length: of the texts in training, in tokens.
-        place: the checkpoint, as errors name it.
+        word: value of --bound.
+        trained_length: training length in tokens; None: not known.
+        place: name of the checkpoint in messages.
+
+    Raises UserError for any other word, or for a number if the training length is not known.
     """
     if word == "none":
         return None
     bound = _number("--bound", word, ("none",))
     if trained_length is None:
-        raise UserError(f"--bound {word}: {place} does not say the length that it was trained at: use none")
+        raise UserError(f"--bound {word}: the training length of {place} is not known: use none")
     return bound
 
 
@@ -91,5 +97,5 @@ def _number(option: str, word: str, words: tuple[str, ...]) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 3e38:
-        raise UserError(f"{option} {word} is not understood: use {', '.join(words)} or a number above 0")
+        raise UserError(f"{option} {word} is not valid: use {', '.join(words)} or a number above 0")
     return number

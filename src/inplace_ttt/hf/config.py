@@ -1,4 +1,4 @@
-"""Hugging Face's config.json and our Model and TTT sections, both ways."""
+"""Convert config.json to the Model and TTT sections of a configuration, and back."""
 
 import logging
 from functools import partial
@@ -11,26 +11,26 @@ from inplace_ttt.models import FAMILIES, family_of
 from inplace_ttt.models.family import WINDOW_KEYS, Family
 from inplace_ttt.validation import ROPE_SCALING, check_model
 
-# with fast weights, for the code in modeling_inplace_ttt.py
+# module with the classes of exported models that have fast weights
 CODE = "modeling_inplace_ttt"
-# keys of the authors' checkpoints: theirs, ours
+# keys of config.json (as in the checkpoints of the paper's authors) and the fields of TTT
 TTT_KEYS = {
     "ttt_chunk": "chunk_size",
     "ttt_lr": "eta",
-    "ttt_clip": "clip",  # ours alone
+    "ttt_clip": "clip",  # not in the authors' checkpoints
     "ttt_proj": "project",
     "ttt_target": "target",
     "ttt_conv_kernel": "conv_kernel",
 }
-# what an exported model knows of its training
+# keys for inference that only exported models have
 EXPORT_ONLY_KEYS = ("ttt_update_norms", "ttt_bound", "ttt_trained_length")
-# what a configuration may say only in one way, for no family has anything else
+# keys of config.json with the only value that is supported, in every family
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-# what is read below, and what does not change the function of the weights
+# keys that are read below
 READ = {
     "num_hidden_layers",
     "hidden_size",
@@ -49,6 +49,7 @@ READ = {
     "max_window_layers",
     "layer_types",
 }
+# keys that do not change what the model computes
 HARMLESS = {
     "_name_or_path",
     "architectures",
@@ -73,21 +74,19 @@ ROPE_KEYS = tuple(RopeScaling.__dataclass_fields__)
 
 
 class _Keys:
-    """A config.json whose values are looked at as they are read; without a ``default`` a key must be there."""
+    """Read and check values of a config.json. A key without a ``default`` is required."""
 
     def __init__(self, config: dict, place: str):
         self.config, self.place = config, place
 
     def whole(self, key: str, *default: int | None) -> int | None:
-        return self._read(
-            key, default, "a whole number above 0", lambda value: type(value) is int and 0 < value <= 10**9
-        )
+        return self._read(key, default, "an integer above 0", lambda value: type(value) is int and 0 < value <= 10**9)
 
     def number(self, key: str, *default: float | None) -> float | None:
         return self._read(key, default, "a number above 0", lambda value: _is_number(value) and value > 0)
 
     def factor(self, key: str, *default: float) -> float:
-        return self._read(key, default, "a number", _is_number)
+        return self._read(key, default, "a number that fp32 can represent", _is_number)
 
     def one_of(self, choices: tuple[str, ...], key: str, *default: str) -> str:
         return self._read(key, default, f"one of {', '.join(choices)}", lambda value: value in choices)
@@ -100,24 +99,27 @@ class _Keys:
         if value is None and default:
             return default[0]
         if not fits(value):
-            found = f"has no {key}" if key not in self.config else f"says {key}={value!r}"
-            raise UserError(f"{self.place} {found}, where there should be {what}")
+            found = f"has no {key}" if key not in self.config else f"has {key}={value!r}"
+            raise UserError(f"{self.place} {found}: it must be {what}")
         return value
 
 
 def _is_number(value) -> bool:
-    """Tell whether a value is a number that fp32 holds."""
+    """Return True if a value is a number in the range of fp32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def read_model(config: dict, place: str) -> Model:
-    """The Model section of a config.json; raises UserError for what the model cannot be."""
+    """Return the Model section of a config.json.
+
+    Raises UserError for a missing key, an invalid value or an unsupported model; ``place`` names the file in messages.
+    """
     family = config.get("model_type")
     if not isinstance(family, str):
-        raise UserError(f"{place} says model_type={_shown(family)}, where there should be a name such as qwen3")
+        raise UserError(f"{place} has model_type={_shown(family)}: it must be a name such as qwen3")
     if not isinstance(config.get("ttt_mode", False), bool | None):
-        raise UserError(f"{place} says ttt_mode={config['ttt_mode']!r}, where there should be true or false")
-    if config.get("ttt_mode"):  # ours, or another code's name for the same model
+        raise UserError(f"{place} has ttt_mode={config['ttt_mode']!r}: it must be true or false")
+    if config.get("ttt_mode"):  # the name that other code gives the same model
         family = next((known for known in FAMILIES if known in family), family)
     if family not in FAMILIES:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
@@ -153,15 +155,15 @@ def read_model(config: dict, place: str) -> Model:
 
 
 def _as_transformers_reads(config: dict, family: Family, place: str) -> PretrainedConfig:
-    """Return what the model's class in transformers makes of a config.json.
+    """Return a config.json as the configuration class of transformers reads it.
 
-    Raises UserError for a key that the class has, that is not read here, and that differs from the class's default.
+    Raises UserError if a key of the class that this module does not read differs from the default of the class.
     """
     own = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     if isinstance(own.get("layer_types"), list) and set(map(str, own["layer_types"])) == {"full_attention"}:
-        del own["layer_types"]  # says nothing
+        del own["layer_types"]  # the default
     logger = logging.getLogger("transformers")
-    before, logger.disabled = logger.disabled, True  # of what it warns we refuse what matters
+    before, logger.disabled = logger.disabled, True  # warnings that matter are errors below
     try:
         kind = getattr(transformers, family.config_class)
         resolved, defaults = kind.from_dict(own), kind().to_dict()
@@ -173,15 +175,15 @@ def _as_transformers_reads(config: dict, family: Family, place: str) -> Pretrain
         if key in READ or key in HARMLESS or key not in defaults:
             continue
         if value is not None and value != defaults[key]:
-            raise UserError(f"{place}: {key}={_shown(value)} is not supported: only {key}={defaults[key]} is")
+            raise UserError(f"{place}: {key}={_shown(value)} is not supported: use {key}={defaults[key]}")
     return resolved
 
 
 def _check_fixed(config: dict, family: Family, place: str) -> None:
-    """Raise UserError for a key that changes the model in a way that is not supported."""
+    """Raise UserError if a key has an unsupported value."""
     for key, only in (FIXED | family.fixed).items():
         if config.get(key, only) not in (only, None):
-            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: only {key}={only} is")
+            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: use {key}={only}")
 
 
 def _shown(value) -> str:
@@ -189,7 +191,7 @@ def _shown(value) -> str:
 
 
 def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[int | None, int | None]:
-    """Return the sliding window, and every which layer attends to all tokens in spite of it; both may be None.
+    """Return the sliding window in tokens (None: none) and N if every Nth layer has full attention (else None).
 
     Raises UserError for other patterns of layers.
     """
@@ -197,8 +199,8 @@ def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[
     if set(kinds) == {"full_attention"}:
         if not hasattr(resolved, "layer_types") and (config.get("use_sliding_window") or config.get("sliding_window")):
             raise UserError(
-                f"{place}: sliding_window={config.get('sliding_window')} is of a kind that is not supported here: use "
-                f"a model whose layers all have it, every layer but each Nth, or none"
+                f"{place}: sliding_window={config.get('sliding_window')} is not supported for this model_type: use a "
+                f"model without one, or one with a window in all layers or in all but every Nth layer"
             )
         return None, None
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else None
@@ -210,12 +212,12 @@ def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[
         )
     if type(resolved.sliding_window) is not int or resolved.sliding_window < 1:
         said = _shown(resolved.sliding_window)
-        raise UserError(f"{place} says sliding_window={said}, where there should be a number of tokens")
+        raise UserError(f"{place} has sliding_window={said}: it must be a number of tokens")
     return resolved.sliding_window, every
 
 
 def _layer_types(layers: int, every: int | None) -> list[str]:
-    """Return the kinds of attention of a model with windows, of which every Nth layer has none."""
+    """Return ``layer_types`` of a model with sliding windows in all layers but every Nth."""
     return [
         "full_attention" if every is not None and layer % every == 0 else "sliding_attention"
         for layer in range(1, layers + 1)
@@ -223,20 +225,19 @@ def _layer_types(layers: int, every: int | None) -> list[str]:
 
 
 def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
-    """Scaling, and the base of the frequencies, from where any version of transformers writes them.
+    """Return RoPE scaling and base frequency, from the keys of any version of transformers.
 
-    Where there is a rope_scaling beside rope_parameters, transformers reads the former.
+    If both rope_scaling and rope_parameters exist, rope_scaling is used, as in transformers. Raises UserError for
+    unsupported parameters.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{place} says rope_parameters={_shown(rope)}, where there should be keys and values")
+        raise UserError(f"{place} has rope_parameters={_shown(rope)}: it must be an object with keys and values")
     rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.pop("type", None)  # as older versions wrote it
+    kind = rope.pop("type", None)  # key of older versions
     rope.setdefault("rope_type", "default" if kind is None else kind)
     if not isinstance(rope["rope_type"], str):
-        raise UserError(
-            f"{place} says rope_type={_shown(rope['rope_type'])}, where there should be a name such as yarn"
-        )
+        raise UserError(f"{place} has rope_type={_shown(rope['rope_type'])}: it must be a name such as yarn")
     theta = rope.pop("rope_theta", config.get("rope_theta"))
     if rope.get("partial_rotary_factor", 1.0) == 1.0:
         rope.pop("partial_rotary_factor", None)
@@ -245,36 +246,39 @@ def _read_rope(config: dict, place: str) -> tuple[RopeScaling, float]:
     if unknown:
         raise UserError(f"{place}: RoPE parameter '{unknown[0]}' is not supported: use {', '.join(ROPE_KEYS)}")
     needed, allowed = ROPE_SCALING.get(rope["rope_type"], (ROPE_KEYS, ()))
-    # transformers does not look at what a kind has no use for
+    # transformers ignores parameters that a rope_type does not use
     used = {key: value for key, value in rope.items() if key in ("rope_type", *needed, *allowed)}
     scaling = RopeScaling(**{key: value if key == "rope_type" else keys.number(key) for key, value in used.items()})
     return scaling, float(keys.number("rope_theta", 10000.0))
 
 
 def _compare_rope(resolved: PretrainedConfig, scaling: RopeScaling, theta: float, place: str) -> None:
-    """Raise UserError where transformers reads other rotary embeddings out of the same file."""
+    """Raise UserError if transformers reads other RoPE parameters from the same file."""
     theirs = {key: value for key, value in (resolved.rope_parameters or {}).items() if value is not None}
     ours = {key: value for key, value in vars(scaling).items() if value is not None} | dict(rope_theta=theta)
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise UserError(
-                f"{place} says its rotary embeddings more than once and differently ({key} is {value} or "
-                f"{theirs.get(key)}): leave one of rope_parameters and rope_scaling"
+                f"{place} has contradicting RoPE parameters ({key} is {value} or {theirs.get(key)}): keep only one of "
+                f"rope_parameters and rope_scaling"
             )
 
 
 def read_ttt(config: dict, place: str) -> TTT:
-    """The TTT section of a config.json; not enabled where it has none. Raises UserError for what it cannot be."""
+    """Return the TTT section of a config.json; ``enabled`` is False if the model has no fast weights.
+
+    Raises UserError for a missing key or an invalid value.
+    """
     if not config.get("ttt_mode"):
         return TTT(enabled=False)
     keys, known = _Keys(config, place), TTT()
     layers = config.get("ttt_layers")
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
-        raise UserError(f"{place} says ttt_layers={layers!r}, where there should be a list of layer numbers from 0")
+        raise UserError(f"{place} has ttt_layers={layers!r}: it must be a list of layer numbers, from 0")
     _check_calibration(config, len(layers), place)
     if keys.number("ttt_bound", None) is not None:
         keys.whole("ttt_trained_length")
-    if isinstance(config.get("ttt_clip"), list):  # calibrated for reading: training knows nothing of it
+    if isinstance(config.get("ttt_clip"), list):  # calibrated for inference; training uses one number
         keys = _Keys({**config, "ttt_clip": None}, place)
     read = dict(
         chunk_size=keys.whole,
@@ -290,7 +294,7 @@ def read_ttt(config: dict, place: str) -> TTT:
 
 
 def _check_calibration(config: dict, layers: int, place: str) -> None:
-    """Raise UserError where what a config.json says of updates, layer by layer, is not that."""
+    """Raise UserError if ttt_clip or ttt_update_norms is not one number per TTT layer."""
     norms = config.get("ttt_update_norms")
     if isinstance(norms, dict):
         named = {f"ttt_update_norms.{name}": numbers for name, numbers in norms.items()}
@@ -299,23 +303,28 @@ def _check_calibration(config: dict, layers: int, place: str) -> None:
     if isinstance(config.get("ttt_clip"), list):
         named["ttt_clip"] = config["ttt_clip"]
     for key, numbers in named.items():
-        least = 0.0 if key == "ttt_clip" else -1.0  # a layer may have written nothing
+        least = 0.0 if key == "ttt_clip" else -1.0  # a norm may be 0
         fits = isinstance(numbers, list) and len(numbers) == layers
         if not fits or not all(_is_number(one) and one > least for one in numbers):
-            raise UserError(f"{place} says {key}={_shown(numbers)}, where there should be a number for each TTT layer")
+            raise UserError(f"{place} has {key}={_shown(numbers)}: it must be a list with a number for each TTT layer")
 
 
-# fields of Model that a config.json has no key for: the class has nothing else, or only training knows them
+# fields of Model without a key in config.json: the architecture implies them, or only training uses them
 NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "family"}
 
 
 def write_config(
     config: Config, dtype: str, base: dict | None, tokens: dict | None = None, reading: dict | None = None
 ) -> dict:
-    """Return the config.json of a model; raise UserError for what no class of transformers can say.
+    """Return the config.json of a model.
 
-    ``base``: the config.json that it was imported from, whose other keys are kept. ``tokens``: eos_token_id and
-    bos_token_id. ``reading``: what the exported model alone knows, see ``READING``, and its ttt_clip.
+    Args:
+        dtype: dtype of the weights, such as bfloat16.
+        base: config.json of the imported model, whose other keys are kept.
+        tokens: eos_token_id and bos_token_id.
+        reading: ttt_clip for inference, and the keys of ``EXPORT_ONLY_KEYS``.
+
+    Raises UserError if a setting has no key in config.json.
     """
     model, ttt = config.model, config.ttt
     family = family_of(model)
@@ -332,28 +341,28 @@ def write_config(
         kv_channels=dict(head_dim=model.kv_channels),
         vocab_size=dict(vocab_size=model.vocab_size),
         layernorm_epsilon=dict(rms_norm_eps=model.layernorm_epsilon),
-        # the last two as transformers 4, and modeling code written for it, read them
+        # rope_theta and rope_scaling are for transformers 4 and modeling code written for it
         rotary_base=dict(rope_parameters={"rope_theta": model.rotary_base, **rope}, rope_theta=model.rotary_base),
         rope_scaling=dict(rope_scaling=rope if model.rope_scaling.rope_type != "default" else None),
         max_position_embeddings=dict(max_position_embeddings=_longest(config, base)),
         tie_word_embeddings=dict(tie_word_embeddings=model.tie_word_embeddings),
         sliding_window=_write_window(model, family),
-        window_attn_skip_freq={},  # among the layer_types of the window
+        window_attn_skip_freq={},  # part of layer_types, see sliding_window
         init_method_std=dict(initializer_range=model.init_method_std),
     )
     forgotten = set(vars(model)) - set(fields) - NOT_WRITTEN
     if forgotten:
-        raise RuntimeError(f"write_config does not say what becomes of {sorted(forgotten)}")
+        raise RuntimeError(f"write_config does not handle the fields {sorted(forgotten)} of Model")
     for keys in fields.values():
         written |= keys
     written |= dict(architectures=[family.architecture], model_type=family.name, dtype=dtype)
     written |= dict(hidden_act="silu", **family.fixed)
-    _check_fixed(written, family, "the config.json that the model came with (--base names another)")
+    _check_fixed(written, family, "the config.json of the imported model (--base names another)")
     written |= tokens or {}
     if ttt.enabled:
         name = f"InPlaceTTT{family.architecture}"
         configuration = name.replace("ForCausalLM", "Config")
-        # the family's own model_type: AutoTokenizer, which reads config.json, then asks for no trust in our code
+        # model_type stays that of the family: AutoTokenizer reads it, and would ask for trust_remote_code otherwise
         written |= dict(architectures=[name])
         written["auto_map"] = dict(AutoConfig=f"{CODE}.{configuration}", AutoModelForCausalLM=f"{CODE}.{name}")
         written |= dict(ttt_mode=True, ttt_layers=ttt_layers(ttt, model.num_layers))
@@ -367,7 +376,7 @@ def _write_window(model: Model, family: Family) -> dict:
             others = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
             raise UserError(
                 f"model.sliding_window={model.sliding_window} cannot be exported: {family.architecture} has no sliding "
-                f"window, and would attend to all tokens; models with one are of model.family {others}"
+                f"window and would attend to all tokens: use model.family {others}"
             )
         return {}
     if model.sliding_window is None:
@@ -383,9 +392,9 @@ def _write_window(model: Model, family: Family) -> dict:
 
 
 def _longest(config: Config, base: dict | None) -> int:
-    """Tokens that a model is made for: what its recipe says, or what it was made for before, or was trained at."""
+    """Return max_position_embeddings: the largest of the training length, the recipe's value and the base model's."""
     before, model = (base or {}).get("max_position_embeddings"), config.model
     if model.rope_scaling.rope_type == "yarn" and model.max_position_embeddings is not None:
-        return model.max_position_embeddings  # older versions of transformers compute YaRN's factor of it
+        return model.max_position_embeddings  # older transformers compute YaRN's factor from it
     said = (config.data.seq_length, model.max_position_embeddings, before)
     return max(number for number in said if type(number) is int)

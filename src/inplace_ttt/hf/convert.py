@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face's format to ours and back, tensor by tensor."""
+"""Convert checkpoints between Hugging Face format and Megatron's distributed format, tensor by tensor."""
 
 import contextlib
 import os
@@ -39,41 +39,44 @@ from inplace_ttt.resilience.lock import lock_beside
 SHARD_BYTES = 10**9
 REPLACE = "download it again"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-Advance = Callable[[int, int], None]  # called with the bytes of each tensor that is done, and with those of all
+Advance = Callable[[int, int], None]  # called with (bytes of a converted tensor, total bytes)
 
 
 class SafetensorsFolder:
-    """The tensors of a Hugging Face checkpoint. Files are mapped into memory only while a tensor is read."""
+    """Read the tensors of a Hugging Face checkpoint. Files are memory-mapped only while a tensor is read.
+
+    Raises UserError if a file is missing or damaged, or if a tensor has an unsupported dtype.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.metas: dict[str, Tensor] = {}  # shape and dtype alone
-        self.files: dict[str, str] = {}
+        self.metas: dict[str, Tensor] = {}  # shape and dtype by tensor name
+        self.files: dict[str, str] = {}  # file by tensor name
         index = folder / "model.safetensors.index.json"
         if index.is_file():
             named = read_json(index, REPLACE).get("weight_map")
             if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
-                raise UserError(f"'{index}' is damaged (it places no tensors in files): download it again")
+                raise UserError(f"'{index}' is damaged (it has no weight_map): download it again")
         elif (folder / "model.safetensors").is_file():
             named = None
         else:
-            raise UserError(f"'{folder}' holds neither model.safetensors nor model.safetensors.index.json")
+            raise UserError(f"'{folder}' has neither model.safetensors nor model.safetensors.index.json")
         for file in ["model.safetensors"] if named is None else sorted(set(named.values())):
             parts = PurePath(file).parts
             if not parts or PurePath(file).is_absolute() or ".." in parts or "\0" in file:
-                raise UserError(f"'{index}' places tensors in '{file}', which is no file of its folder: it is not read")
+                raise UserError(f"'{index}' names the file '{file}', which is outside of its folder: download it again")
             self._look_into(file)
         for name, file in (named or {}).items():
             if self.files.get(name) != file:
-                raise UserError(f"'{index}' places tensor '{name}' in '{file}', which does not hold it")
+                raise UserError(f"'{index}' lists tensor '{name}' in '{file}', but that file does not have it")
 
     def _look_into(self, file: str) -> None:
         with self._open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no dictionary)
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 part = tensors.get_slice(name)
                 if part.get_dtype() not in DTYPES:
                     raise UserError(
-                        f"'{self.folder / file}': tensor '{name}' is {part.get_dtype()}: use {', '.join(DTYPES)}"
+                        f"'{self.folder / file}': tensor '{name}' has dtype {part.get_dtype()}: use {', '.join(DTYPES)}"
                     )
                 self.metas[name] = _meta(part.get_shape(), DTYPES[part.get_dtype()])
                 self.files[name] = file
@@ -93,9 +96,10 @@ class SafetensorsFolder:
 
 
 def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size, total: None) -> Model:
-    """Make a checkpoint of ours, for ``checkpoint.load``, from a folder in Hugging Face's format.
+    """Convert a folder in Hugging Face format to a checkpoint for ``checkpoint.load``; return its Model section.
 
-    Besides the weights it holds ``model.yaml``, the model's keys for a recipe, and ``hf/``, what came along.
+    The checkpoint contains the weights, ``model.yaml`` (the model's keys, for a recipe) and ``hf/`` (config, tokenizer
+    and generation config). Raises UserError if the model is not supported or a file is damaged.
 
     Example::
 
@@ -111,10 +115,10 @@ def import_checkpoint(source: Path, output: Path, advance: Advance = lambda size
     rows = weight_map(model, ttt)
     names = {name for row in rows for name in row.hf_params}
     there = set(tensors.files)
-    if model.tie_word_embeddings and "lm_head.weight" in there:  # a copy that some checkpoints carry
+    if model.tie_word_embeddings and "lm_head.weight" in there:  # some checkpoints store a copy
         if not torch.equal(tensors.read("lm_head.weight"), tensors.read("model.embed_tokens.weight")):
             raise UserError(
-                f"'{source}': tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight"
+                f"'{source}': tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
             )
         there.discard("lm_head.weight")
     check_names(there, names, f"'{source}'")
@@ -136,11 +140,11 @@ def _entry(row: ResolvedParam, model: Model, tensors: SafetensorsFolder) -> Plan
     metas = [tensors.metas[name] for name in row.hf_params]
     for meta, (name, shape) in zip(metas, row.hf_params.items(), strict=True):
         if tuple(meta.shape) != shape:
-            raise UserError(f"'{tensors.folder}': {name} is {tuple(meta.shape)}, but its config.json makes it {shape}")
+            raise UserError(f"'{tensors.folder}': {name} has shape {tuple(meta.shape)}, but config.json gives {shape}")
         if meta.dtype != metas[0].dtype:
             raise UserError(
-                f"'{tensors.folder}': {name} is {meta.dtype} and {next(iter(row.hf_params))} is {metas[0].dtype}: they "
-                f"become one tensor, give them one dtype"
+                f"'{tensors.folder}': {name} has {meta.dtype} and {next(iter(row.hf_params))} has {metas[0].dtype}, "
+                f"but both are merged into one tensor: save them with the same dtype"
             )
     joined = row.transform.join(model, metas)
     return PlannedTensor(
@@ -159,7 +163,7 @@ def export_checkpoint(
     clip: str = READING_CLIP,
     bound: str | None = None,
 ) -> Config:
-    """Write a folder that transformers loads from a checkpoint, a run's folder (its last one) or an imported one.
+    """Export a checkpoint, the last checkpoint of a run folder, or an imported model to Hugging Face format.
 
     Example::
 
@@ -167,21 +171,32 @@ def export_checkpoint(
         >>> sorted(path.name for path in (folder / "exported").glob("*.py"))
         ['modeling_inplace_ttt.py']
 
-    ``base``: a folder with config, tokenizer and generation config to take along; None: what the run knows.
-    ``tokenizer``: whether one comes along. ``clip``, ``bound``: how updates are clipped while the exported model reads,
-    and their sum bounded, see ``choose_clip`` and ``choose_bound`` (None: by the default). Raises UserError for
-    anything of the model that cannot be written.
+    Args:
+        checkpoint: folder of a checkpoint, a run or an imported model.
+        output: folder to create.
+        base: folder with config, tokenizer and generation config to copy; None: those of the run.
+        advance: called with (bytes of a converted tensor, total bytes).
+        tokenizer: copy a tokenizer.
+        clip: ttt_clip of the exported model, see ``choose_clip``.
+        bound: ttt_bound of the exported model, see ``choose_bound``; None: the default.
+
+    Returns:
+        The configuration of the checkpoint.
+
+    Raises UserError if the checkpoint is damaged, or if Hugging Face format cannot express a setting of the model.
     """
     described = inspect_checkpoint(checkpoint)
     folder, config = described.folder, described.config
     if base is not None and not base.is_dir():
-        raise UserError(f"--base '{base}' is no folder")
+        raise UserError(f"--base '{base}' is not a folder")
     fault = corruption(folder, alone=True)
     if fault:
         raise UserError(f"checkpoint '{folder}' cannot be exported: {fault}")
     reader, model = TensorReader(folder), config.model
     if model.vocab_size is None:
-        raise UserError(f"checkpoint '{folder}': model.vocab_size is not known; its run's config.yaml lacks it")
+        raise UserError(
+            f"checkpoint '{folder}': model.vocab_size is missing in the config.yaml of its run: set it there"
+        )
     rows = weight_map(model, config.ttt)
     check_names(set(reader.shapes), {row.megatron_param for row in rows}, f"checkpoint '{folder}'")
     for row in rows:
@@ -189,7 +204,7 @@ def export_checkpoint(
         there = reader.shapes[row.megatron_param][0]
         if there != tuple(made.shape):
             raise UserError(
-                f"checkpoint '{folder}': {row.megatron_param} is {there}, but its configuration makes it "
+                f"checkpoint '{folder}': {row.megatron_param} has shape {there}, but its configuration gives "
                 f"{tuple(made.shape)}"
             )
     words = base or described.tokenizer() if tokenizer else None
@@ -214,12 +229,14 @@ def export_checkpoint(
 
 
 def reading_keys(described: "CheckpointInfo", clip: str = READING_CLIP, bound: str | None = None) -> dict:
-    """Return how a checkpoint's exported model clips and bounds while it reads: ttt_clip, ttt_bound and what they are
-    made of. ``clip``, ``bound``: see ``export_checkpoint``."""
+    """Return the config.json keys for clipping at inference: ttt_clip, ttt_update_norms, ttt_bound, ttt_trained_length.
+
+    ``clip``, ``bound``: see ``export_checkpoint``.
+    """
     config, place = described.config, f"'{described.folder}'"
     norms = update_norms(described.folder, ttt_layers(config.ttt, config.model.num_layers))
     trained, length, default = config.ttt.clip, config.data.seq_length, READING_BOUND
-    if described.run is None:  # imported: as it came
+    if described.run is None:  # imported: use the values of its config.json
         came_with = read_base(described.base(), CONFIG) or {}
         norms = norms or came_with.get("ttt_update_norms")
         trained = came_with.get("ttt_clip") if trained is None else trained
@@ -235,7 +252,10 @@ def reading_keys(described: "CheckpointInfo", clip: str = READING_CLIP, bound: s
 def _write_shards(
     folder: Path, rows: list[ResolvedParam], model: Model, reader: TensorReader, advance: Advance
 ) -> torch.dtype:
-    """Safetensors files of at most SHARD_BYTES (or one tensor), and their index where there is more than one."""
+    """Write safetensors files of at most SHARD_BYTES (or one tensor), and an index if there are several.
+
+    Return the dtype of the weights.
+    """
     shards, size = [[]], 0
     everything = sum(reader.nbytes(row.megatron_param) for row in rows)
     for row in rows:
@@ -267,19 +287,19 @@ def _write_shards(
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """Hold what is known of a checkpoint; its companions are found when they are asked for."""
+    """Describe a checkpoint; its base and tokenizer folders are searched only when needed."""
 
-    folder: Path  # with the weights
+    folder: Path  # folder with the weights
     config: Config
-    run: Path | None  # the folder of its run; None: it was imported
-    base: Callable[[], Path | None]  # the folder of the config.json that it came with
-    tokenizer: Callable[[], Path | None]
+    run: Path | None  # run folder; None: imported checkpoint
+    base: Callable[[], Path | None]  # returns the folder of the original config.json
+    tokenizer: Callable[[], Path | None]  # returns the folder of the tokenizer
 
 
 def inspect_checkpoint(checkpoint: Path) -> CheckpointInfo:
-    """Describe whatever the user named. Raises UserError where it is no run and no checkpoint."""
+    """Describe a run folder, a checkpoint or an imported checkpoint. Raises UserError if it is none of them."""
     if not checkpoint.is_dir():
-        raise UserError(f"'{checkpoint}' is no folder: name a run, a checkpoint of a run or an imported checkpoint")
+        raise UserError(f"'{checkpoint}' is not a folder: name a run, a checkpoint of a run or an imported checkpoint")
     kept = checkpoint / FOLDER
     if (kept / CONFIG).is_file() and not (checkpoint / "config.yaml").is_file():
         hf_config = read_json(kept / CONFIG)
@@ -290,8 +310,8 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointInfo:
     run = folder.resolve().parent.parent
     if not (run / "config.yaml").is_file():
         raise UserError(
-            f"'{checkpoint}' is no run, no checkpoint of a run and no imported checkpoint: there is no "
-            f"'{run / 'config.yaml'}'"
+            f"'{checkpoint}' is not a run, a checkpoint of a run or an imported checkpoint: '{run / 'config.yaml'}' "
+            f"does not exist"
         )
     config = read_run_config(run)
     return CheckpointInfo(
@@ -300,23 +320,23 @@ def inspect_checkpoint(checkpoint: Path) -> CheckpointInfo:
 
 
 def _meta(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """Shape and dtype alone."""
+    """Return a meta tensor, which has a shape and a dtype but no data."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @contextlib.contextmanager
 def fresh_folder(output: Path) -> Iterator[Path]:
-    """Give a new folder beside ``output``, which gets its name when the context ends without an error.
+    """Yield a new folder ``OUTPUT.partial``; rename it to ``output`` when the context ends without an error.
 
-    Raises UserError where there is something under either name that is not ours to remove, or another process writes.
+    Raises UserError if ``output`` exists, if OUTPUT.partial was not made by this program, or if another process writes.
     """
     with lock_beside(output, f"'{output}'"):
         if os.path.lexists(output):
-            raise UserError(f"'{output}' is there already: remove it, or name another folder")
+            raise UserError(f"'{output}' already exists: remove it, or name another folder")
         partial = output.with_name(output.name + ".partial")
         if os.path.lexists(partial):
             if partial.is_symlink() or not (partial / PARTIAL_MARK).is_file():
-                raise UserError(f"'{partial}' was not made by this program, which would write there: move it away")
+                raise UserError(f"'{partial}' was not made by this program but is needed for writing: move it away")
             shutil.rmtree(partial)
         partial.mkdir()
         (partial / PARTIAL_MARK).touch()

@@ -1,4 +1,4 @@
-"""A model in a GGUF file as a folder in Hugging Face's format, its quantized weights rounded to bf16."""
+"""Convert a GGUF file to a folder in Hugging Face format; quantized weights become bf16."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,10 @@ from inplace_ttt.config import UserError, one_line
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Write config, weights and tokenizer of ``file`` to ``folder``. Holds the whole model in fp32: for small ones."""
+    """Write config, weights and tokenizer of ``file`` to ``folder``; needs memory for the whole model in fp32.
+
+    Raises UserError if the file cannot be read, or if the packages gguf and accelerate are not installed.
+    """
     if not file.is_file():
         raise UserError(f"'{file}' does not exist")
     lacking = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]

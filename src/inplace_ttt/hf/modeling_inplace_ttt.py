@@ -1,6 +1,6 @@
-"""Qwen3, Qwen2.5 and Llama whose MLP down-projections learn while they read: In-Place Test-Time Training.
+"""Qwen3, Qwen2.5 and Llama with In-Place Test-Time Training: MLP down-projections that are updated while reading.
 
-This file lies in every exported folder and needs torch and transformers alone:
+This file is part of every exported folder. It needs only torch, transformers and safetensors:
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(**tokenizer("Once", return_tensors="pt"))
@@ -9,17 +9,19 @@ This file lies in every exported folder and needs torch and transformers alone:
     book.save("book.safetensors")                                   # model.load_fast_weights("book.safetensors")
     model.generate(**question, fast_weights=book)                   # ... ask many times
 
-In a TTT layer (arXiv 2604.06169) ``W_down`` is the start of every document, read in chunks of ``ttt_chunk``. One sees
-the weight that earlier chunks have left, and when it is full adds ``ttt_lr * sum_t v_t z_t^T``, with z the input of the
-down-projection and v the targets: a convolution of the MLP's input inside the chunk, then a projection. ``ttt_clip``
-is the largest norm of one chunk's update over that of ``W_down``, of each TTT layer or of all; a larger one is scaled
-down to it. ``ttt_update_norms`` says how large updates were in training: their quantiles, layer by layer. Past the
-first ``ttt_trained_length`` tokens of a text, ``ttt_bound`` keeps the sum of updates small: its norm there, times
-``ttt_bound``, is what it is scaled down to after each chunk that makes it larger.
+In a TTT layer (arXiv 2604.06169) each document starts from ``W_down`` and is processed in chunks of ``ttt_chunk``
+tokens. A chunk uses ``W_down`` plus the updates of earlier chunks. When it is complete, it adds
+``ttt_lr * sum_t v_t z_t^T``. Here z is the input of the down-projection. The targets v are a convolution of the MLP's
+input inside the chunk, followed by a projection.
 
-Of a text that goes on, a layer keeps the sum of its updates and the MLP's inputs of the unfinished chunk; z and v are
-made of these when the chunk is full. Where the package ``inplace_ttt`` is installed, chunks go through its operation,
-which has kernels for Hopper GPUs.
+``ttt_clip`` limits the norm of one chunk's update, relative to the norm of ``W_down``; larger updates are scaled down.
+It is one number, or one per TTT layer. ``ttt_update_norms`` holds quantiles of this relative norm in training, per
+layer. ``ttt_bound`` limits the sum of updates beyond the first ``ttt_trained_length`` tokens of a text: after each
+chunk the sum is scaled down to at most ``ttt_bound`` times the norm that it had at that length.
+
+Between forwards a layer stores the sum of updates of each text and the MLP inputs of its unfinished chunk. It computes
+z and v from these inputs when the chunk is complete. If the package ``inplace_ttt`` is installed, its operation
+processes the chunks; it has kernels for Hopper GPUs.
 """
 
 import copy
@@ -57,50 +59,50 @@ try:
 except ImportError:
     fast_weight_linear = None
 
-BOOK = "in-place-ttt fast weights 1"  # the format of saved fast weights
-KEY_BLOCK = (
-    256  # grouped_attention reads that many parts of the keys at a time, of texts whose length is a multiple of it
-)
-MAX_EXACT_NUMEL = 2**26  # numbers of exact sums that a layer holds while it reads several texts
+BOOK = "in-place-ttt fast weights 1"  # format name in files of saved fast weights
+# grouped_attention splits keys into spans until it has this many products; static caches are padded to a multiple of it
+KEY_BLOCK = 256
+MAX_EXACT_NUMEL = 2**26  # elements of exact sums that a layer holds while it reads several texts
 REAL = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# keys of the configuration that decide what a text writes, beside the weights and a bound that may be changed
+# configuration keys that, with the weights, determine the updates; ttt_clip and ttt_bound may be changed later
 FINGERPRINT_KEYS = ("ttt_layers", "ttt_chunk", "ttt_lr", "ttt_proj", "ttt_target", "ttt_conv_kernel")
-CONTEXT_KWARG = "fast_weight_reading"  # the name under which a forward hands its Reading to the layers
+CONTEXT_KWARG = "fast_weight_reading"  # keyword argument that passes the ForwardContext to the decoder layers
 
 
 def _outside_graph(function):
-    """Keep a function that looks at numbers out of the graphs of torch.compile."""
-    return torch.compiler.disable(function, reason="fast weights read several tokens, and begin a text, outside graphs")
+    """Exclude a function with data-dependent control flow from torch.compile graphs."""
+    return torch.compiler.disable(function, reason="fast weights run prefill and the start of a text outside of graphs")
 
 
 def _in_graph() -> bool:
-    """Tell whether torch.compile makes a graph of this, or a CUDA graph records it."""
+    """Return True while torch.compile traces this code or a CUDA graph captures it."""
     return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 class LayerState:
-    """What the texts of a batch have written to one layer, and the inputs of their unfinished chunks.
+    """Hold the state of one TTT layer for the texts of a batch.
 
-    A sum of updates is exact: in fp32 (fp64 for such models), or in the dtype of the model beside the bits that this
-    rounds away, which lie on the host until the next chunk is full. Sums and rests are replaced, never changed, so
-    that copies share them. For decoding, sums and inputs lie in buffers of fixed shape.
+    The state of a text is the sum of its updates (d, f) and the inputs (t, d) of its unfinished chunk. Sums are exact:
+    fp32 (fp64 for fp64 models), or the model's dtype plus the remaining bits in host memory until the next chunk is
+    complete. Sums and remaining bits are replaced, never modified in place, so copies may share them. For decoding,
+    sums and inputs are stored in buffers of fixed shape.
     """
 
     def __init__(self, rows: int):
-        self.sums: list[Tensor | None] = [None] * rows  # (d, f); None: nothing was written, or it lies in `update`
-        self.rests: list[Tensor | None] = [None] * rows  # (d, f), see _split; None: nothing was rounded away
-        self.tails: list[Tensor | None] = [None] * rows  # (t, d), t < chunk
-        self.limits = [math.inf] * rows  # the norm that sums may have past the trained length; inf: not known yet
-        self.update: Tensor | None = None  # (rows, d, f), in the dtype of the model
-        self.inputs: Tensor | None = None  # (rows, chunk, d)
-        self.count: Tensor | None = None  # (rows,) tokens in them, on the device: a graph must not know the number
+        self.sums: list[Tensor | None] = [None] * rows  # (d, f); None: no update yet, or the sum is in `update`
+        self.rests: list[Tensor | None] = [None] * rows  # (d, f) remaining bits, see _split; None: `sums` is exact
+        self.tails: list[Tensor | None] = [None] * rows  # (t, d) inputs of the unfinished chunk, t < chunk
+        self.limits = [math.inf] * rows  # largest norm of the sum (ttt_bound); inf: not known yet
+        self.update: Tensor | None = None  # (rows, d, f) rounded sums, in the model's dtype
+        self.inputs: Tensor | None = None  # (rows, chunk, d) inputs of the unfinished chunks
+        self.count: Tensor | None = None  # (rows,) tokens in `inputs`; on the device, so graphs do not fix it
 
     def rounded_sum_of(self, row: int) -> Tensor | None:
-        """Return a text's sum of updates (d, f) as products read it."""
+        """Return the sum of updates (d, f) of a text, rounded to the dtype in which it is stored."""
         return self.sums[row] if self.update is None else self.update[row]
 
     def sum_of(self, row: int, device: torch.device) -> Tensor | None:
-        """Return a text's sum of updates (d, f), exact, on a device."""
+        """Return the exact sum of updates (d, f) of a text on a device."""
         rounded, rest = self.rounded_sum_of(row), self.rests[row]
         if rounded is None:
             return None
@@ -108,7 +110,7 @@ class LayerState:
         return _to_sum_dtype(rounded) if rest is None else _join(rounded, rest.to(device, non_blocking=True))
 
     def put_sum(self, row: int, total: Tensor) -> None:
-        """Replace a text's sum of updates by an exact one."""
+        """Replace the sum of updates of a text by an exact one, (d, f)."""
         if self.update is None:
             self.sums[row], self.rests[row] = total, None
         elif self.update.dtype == total.dtype:
@@ -120,25 +122,27 @@ class LayerState:
             self.rests[row] = kept.copy_(rest, non_blocking=True)
 
     def tail_of(self, row: int, count: int) -> Tensor | None:
-        """Return the inputs (count, d) of a text's unfinished chunk."""
+        """Return the inputs (count, d) of the unfinished chunk of a text."""
         if self.inputs is None:
             return self.tails[row]
         return self.inputs[row, :count]
 
     def put_tail(self, row: int, tail: Tensor | None) -> None:
-        """Replace the inputs of a text's unfinished chunk."""
+        """Replace the inputs (t, d) of the unfinished chunk of a text."""
         if self.inputs is None:
             self.tails[row] = None if tail is None else tail.detach().clone()
         elif tail is not None:
             self.inputs[row, : len(tail)] = tail.detach()
 
     def fix(self, chunk: int, counts: list[int], like: Tensor, shape: tuple[int, int] | None, always: bool) -> None:
-        """Move everything into buffers of fixed shape.
+        """Move the state into buffers of fixed shape.
 
         Args:
+            chunk: tokens per chunk.
+            counts: tokens in the unfinished chunk of each text.
             like: (rows, t, d), an input of the layer.
-            shape: (d, f) of sums of updates; None: there are none to come.
-            always: also keep room for sums where nothing was written yet, which a graph cannot get later.
+            shape: (d, f) of the sums of updates; None: this state has none.
+            always: allocate the buffer for sums also before the first update; a graph cannot allocate it later.
         """
         rows = len(counts)
         if self.inputs is None:
@@ -163,7 +167,7 @@ class LayerState:
             self._mark()
 
     def round(self, dtype: torch.dtype) -> None:
-        """Keep sums in a dtype where they lie, and the rest of their bits on the host."""
+        """Round fp32 sums to bfloat16 on their device and move the remaining bits to host memory."""
         for row, total in enumerate(self.sums):
             if total is not None and total.dtype == torch.float32 and dtype == torch.bfloat16:
                 self.sums[row], rest = _split(total, dtype)
@@ -174,7 +178,7 @@ class LayerState:
         _mark_static(*(one for one in (self.inputs, self.count, self.rows, self.update) if one is not None))
 
     def select(self, counts: list[int], indices: list[int]) -> "LayerState":
-        """Return copies of the texts with these numbers, which may come more than once."""
+        """Return copies of the texts with these indices; an index may occur more than once."""
         chosen = LayerState(len(indices))
         chosen.sums, chosen.rests = [self.sums[i] for i in indices], [self.rests[i] for i in indices]
         chosen.limits = [self.limits[i] for i in indices]
@@ -188,23 +192,23 @@ class LayerState:
         return chosen
 
     def check(self, counts: list[int]) -> None:
-        """Raise ValueError where what a file holds does not fit together."""
+        """Raise ValueError if the tensors of a loaded state are inconsistent."""
         kinds = dict(update=self.sums, rest=self.rests, inputs=self.tails)
         for what, tensors in kinds.items():
             for tensor in (one for one in tensors if one is not None):
                 if tensor.dim() != 2 or (tensor.dtype in REAL) != (what != "rest"):
-                    raise ValueError(f"'{what}' of another kind: {tensor.dtype}, {tuple(tensor.shape)}")
+                    raise ValueError(f"unexpected dtype or shape of '{what}': {tensor.dtype}, {tuple(tensor.shape)}")
         for rounded, rest in zip(self.sums, self.rests, strict=True):
             fits = rounded is not None and rest is not None and rounded.shape == rest.shape
             if rest is not None and not (fits and rounded.dtype == torch.bfloat16 and rest.dtype == torch.int16):
-                raise ValueError("a 'rest' that does not belong to its 'update'")
+                raise ValueError("'rest' does not match 'update'")
         for count, tail in zip(counts, self.tails, strict=True):
             if count < 0 or count != (0 if tail is None else len(tail)):
-                raise ValueError("tokens that do not add up")
+                raise ValueError("'count' does not match 'inputs'")
 
     @classmethod
     def join(cls, several: list["LayerState"], counts: list[list[int]]) -> "LayerState":
-        """Return the texts of several states as those of one."""
+        """Concatenate the texts of several states."""
         joined = cls(0)
         for state, own in zip(several, counts, strict=True):
             for row, count in enumerate(own):
@@ -217,45 +221,45 @@ class LayerState:
         return joined
 
     def step(self, x: Tensor) -> None:
-        """Take one input (rows, 1, d) of each text into its unfinished chunk."""
+        """Append one input per text, (rows, 1, d), to the unfinished chunks."""
         with torch.no_grad():
             torch._assert_async(
                 (self.count < self.inputs.shape[1]).all(),
-                "a chunk of fast weights is full: call past_key_values.fold() before each compiled step",
+                "a chunk of fast weights is complete: call past_key_values.fold() before each compiled step",
             )
             self.inputs.index_put_((self.rows, self.count), x[:, 0].to(self.inputs.dtype))
             self.count.add_(1)
 
     def recount(self, counts: list[int]) -> None:
-        """Set how many tokens the unfinished chunks hold."""
+        """Set the number of tokens in the unfinished chunks."""
         if self.count is not None:
             self.count.copy_(torch.tensor(counts))
 
 
 def _mark_static(*tensors: Tensor) -> None:
-    """Tell torch.compile that buffers keep their addresses, so that its graphs neither copy nor refuse them."""
+    """Mark buffers as static for torch.compile, so that CUDA graphs neither copy nor reject them."""
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
 
 
 class FastWeights:
-    """The fast weights of all TTT layers for each text of a batch, between two forwards."""
+    """Hold the fast weights of all TTT layers for the texts of a batch, between forwards."""
 
     def __init__(self):
         self.layers: dict[int, LayerState] = {}
         self.counts: list[int] = []  # tokens in the unfinished chunk of each text
-        self.chunks: list[int] = []  # whole chunks that each text has written
-        self.embeds: LayerState | None = None  # the embeddings of the unfinished chunks, for ttt_target = input_embed
-        self.mlps: list = []  # the layers that read these texts
-        self.mask: Tensor | None = None  # (rows, t) of the forward that begins, where it gets another form of it
-        self.static = False  # buffers have their final shape after the first forward, for graphs
-        self.fixed = False  # they have it
-        self.steps = 0  # forwards that were counted
-        self.asked: int | None = None  # `steps` when generate asked for the last forward
-        self.model: str | None = None  # fingerprints of who has read this; None: not known
-        self.tokenizer: str | None = None
-        self.texts: list[list[dict]] = []  # what each row has read, by ``read``: name, tokens, sha256 of their numbers
+        self.chunks: list[int] = []  # complete chunks of each text
+        self.embeds: LayerState | None = None  # embeddings of the unfinished chunks, if ttt_target is input_embed
+        self.mlps: list = []  # the FastWeightMLP layers that use this state
+        self.mask: Tensor | None = None  # (rows, t) padding mask of the next forward, if that gets a 4D mask
+        self.static = False  # move the state into buffers of fixed shape after the first forward, for graphs
+        self.fixed = False  # the buffers have their fixed shape
+        self.steps = 0  # forwards counted so far
+        self.asked: int | None = None  # `steps` when generate prepared the last forward
+        self.model: str | None = None  # fingerprint of the model that read the texts; None: not known
+        self.tokenizer: str | None = None  # fingerprint of the tokenizer; None: not known
+        self.texts: list[list[dict]] = []  # texts that each row has read: name, tokens, sha256 of the token IDs
 
     def __deepcopy__(self, memo: dict) -> "FastWeights":
         copied = memo[id(self)] = FastWeights()
@@ -265,18 +269,18 @@ class FastWeights:
         return copied
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "mlps": []}  # the next forward knows them
+        return {**self.__dict__, "mlps": []}  # set again by the next forward
 
     @property
     def rows(self) -> int:
         return len(self.counts)
 
     def states(self) -> list[LayerState]:
-        """Return the states of all layers, and of the embeddings if they are kept."""
+        """Return the states of all layers, and of the embeddings if they are stored."""
         return [state for _, state in self._named()]
 
     def fold(self) -> None:
-        """Make updates of the chunks that are full. Between forwards, outside of any graph."""
+        """Apply the updates of complete chunks. Call between forwards, outside of any graph."""
         full = [row for row, count in enumerate(self.counts) if self.mlps and count == self.mlps[0].chunk]
         if not full:
             return
@@ -288,19 +292,19 @@ class FastWeights:
             state.recount(self.counts)
 
     def advance(self) -> None:
-        """Count one token more of each text, and learn from the chunks that are full."""
+        """Count one more token per text and apply the updates of complete chunks."""
         self.counts = [count + 1 for count in self.counts]
         self.steps += 1
         self.fold()
 
     def recount(self) -> None:
-        """Take the counts from the device, which waits for it."""
+        """Copy the counts from the device; this synchronizes."""
         counts = [state.count for state in self.layers.values() if state.count is not None]
         if counts:
             self.counts = counts[0].tolist()
 
     def select(self, indices: list[int]) -> "FastWeights":
-        """Return copies of the texts with these numbers, which may come more than once."""
+        """Return copies of the texts with these indices; an index may occur more than once."""
         chosen = FastWeights()
         chosen.mlps = self.mlps
         chosen.fixed, chosen.steps, chosen.asked = self.fixed, self.steps, self.asked
@@ -314,7 +318,7 @@ class FastWeights:
 
     @classmethod
     def join(cls, several: list["FastWeights"]) -> "FastWeights":
-        """Return the texts of several batches as one batch."""
+        """Concatenate the texts of several batches."""
         joined, counts = cls(), [one.counts for one in several]
         joined.counts = [count for own in counts for count in own]
         joined.chunks = [count for one in several for count in one.chunks]
@@ -328,16 +332,19 @@ class FastWeights:
         """Write a safetensors file.
 
         Args:
-            dtype: bfloat16 takes half the space; None is exact, 4 bytes for each number of W_down and text.
+            path: file to write; an existing file is replaced atomically.
+            dtype: bfloat16 halves the size; None is exact: 4 bytes per element of W_down, layer and text.
+
+        Raises ValueError for any other dtype.
         """
         if dtype not in (None, torch.bfloat16):
-            raise ValueError(f"dtype={dtype}: fast weights are saved in bfloat16, or exactly (None)")
+            raise ValueError(f"dtype={dtype} is not supported: use torch.bfloat16, or None (exact)")
         tensors = {"count": torch.tensor(self.counts)}
         for layer, state in self._named():
             for row, count in enumerate(self.counts):
                 rounded, rest = state.rounded_sum_of(row), state.rests[row]
                 if rounded is not None:
-                    if rest is not None and rest.dtype != torch.int16:  # of fp16
+                    if rest is not None and rest.dtype != torch.int16:  # fp16: `rest` holds the exact sum
                         rounded, rest = rest, None
                     tensors[f"{layer}.{row}.update"] = rounded.to("cpu", dtype or rounded.dtype)
                 if rest is not None and dtype is None:
@@ -347,13 +354,14 @@ class FastWeights:
         about = dict(format=BOOK, model=self.model, tokenizer=self.tokenizer, texts=self.texts, chunks=self.chunks)
         limits = {name: [None if math.isinf(one) else one for one in state.limits] for name, state in self._named()}
         about["limits"] = {name: row for name, row in limits.items() if any(one is not None for one in row)}
-        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # nothing that is shared
-        partial = f"{path}.{os.getpid()}.partial"  # who has the old file open goes on with it
+        # safetensors rejects tensors that share memory
+        tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        partial = f"{path}.{os.getpid()}.partial"  # readers of the old file keep it
         try:
             save_file(tensors, partial, metadata={"about": json.dumps(about)})
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(partial, 0o666 & ~mask)  # safetensors writes for one user alone
+            os.chmod(partial, 0o666 & ~mask)  # safetensors writes files with mode 0600
             os.replace(partial, path)
         finally:
             if os.path.exists(partial):
@@ -365,9 +373,9 @@ class FastWeights:
 
     @classmethod
     def load(cls, path: str) -> "FastWeights":
-        """Read what ``save`` wrote. Raises ValueError for a file that holds anything else.
+        """Read a file that ``save`` wrote. Sums stay memory-mapped until they are used.
 
-        Sums stay in the file until they are used.
+        Raises ValueError if the file is damaged or has another format.
         """
         found = cls()
         try:
@@ -378,74 +386,74 @@ class FastWeights:
                     raise ValueError("no tensor 'count'")
                 count = file.get_tensor("count")
                 if count.dim() != 1 or count.is_floating_point() or not len(count):
-                    raise ValueError("'count' is no list of numbers")
+                    raise ValueError("'count' is not a list of integers")
                 found.counts = [int(one) for one in count.tolist()]
                 if found.texts and len(found.texts) != found.rows:
-                    raise ValueError("a list of other texts")
+                    raise ValueError("'texts' does not match 'count'")
                 found.chunks = found.chunks or [0] * found.rows
                 if len(found.chunks) != found.rows:
-                    raise ValueError("'chunks' of other texts")
+                    raise ValueError("'chunks' does not match 'count'")
                 for name in sorted(names - {"count"}):
                     found._take(name, file.get_tensor(name))
                 found._take_limits(limits)
             for _, state in found._named():
                 state.check(found.counts)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
-            raise ValueError(f"'{path}' holds no fast weights ({error})") from error
+            raise ValueError(f"'{path}' is not a valid file of fast weights ({error})") from error
         return found
 
     def _take_description(self, written: str | None) -> dict:
-        """Read what a file says of itself, and return its limits; older ones say nothing."""
+        """Read the metadata of a file and return its limits; older files have no metadata."""
         if written is None:
             return {}
         about = json.loads(written)
         if not isinstance(about, dict) or about.get("format") != BOOK:
-            raise ValueError(f"not of the format '{BOOK}'")
+            raise ValueError(f"its format is not '{BOOK}'")
         self.model, self.tokenizer, self.texts = (about.get(key) for key in ("model", "tokenizer", "texts"))
         named = all(isinstance(one, str | None) for one in (self.model, self.tokenizer))
         rows = self.texts if isinstance(self.texts, list) else [None]
         lists = all(isinstance(row, list) and all(isinstance(text, dict) for text in row) for row in rows)
-        self.chunks = about.get("chunks", [])  # older files do not say them
+        self.chunks = about.get("chunks", [])  # missing in older files
         counts = isinstance(self.chunks, list) and all(type(one) is int and one >= 0 for one in self.chunks)
         if not named or not lists or not counts:
-            raise ValueError("a damaged description")
+            raise ValueError("damaged metadata")
         return about.get("limits", {})
 
     def _take_limits(self, limits: dict) -> None:
-        """Take what a file says of the norms of sums."""
+        """Set the largest norms of the sums from the metadata of a file."""
         states = dict(self._named())
         if not isinstance(limits, dict) or not limits.keys() <= states.keys():
-            raise ValueError("limits of something else")
+            raise ValueError("'limits' names unknown layers")
         for name, row in limits.items():
             numbers = [math.inf if one is None else one for one in row] if isinstance(row, list) else []
             if len(numbers) != self.rows or not all(type(one) in (int, float) and one >= 0 for one in numbers):
-                raise ValueError("damaged limits")
+                raise ValueError("damaged 'limits'")
             states[name].limits = numbers
 
     def _take(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor of a file to its place."""
+        """Store a tensor of a file in the state of its layer."""
         layer, row, what = name.split(".") if name.count(".") == 2 else ("", "", "")
         if not (layer == "embeds" or layer.isdecimal()) or not row.isdecimal() or not 0 <= int(row) < self.rows:
-            raise ValueError(f"a tensor '{name}'")
+            raise ValueError(f"unexpected tensor '{name}'")
         if layer == "embeds":
             self.embeds = state = self.embeds or LayerState(self.rows)
         else:
             state = self.layers.setdefault(int(layer), LayerState(self.rows))
         places = dict(inputs=state.tails) | (dict(update=state.sums, rest=state.rests) if layer != "embeds" else {})
         if what not in places or places[what][int(row)] is not None:
-            raise ValueError(f"a tensor '{name}'")
+            raise ValueError(f"unexpected tensor '{name}'")
         places[what][int(row)] = tensor
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor, on the host perhaps a part of a file, to a device: by all cores, and from where GPUs copy fast."""
+    """Copy a tensor, which may be memory-mapped, to a device; for GPUs through pinned memory, which is faster."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return fp32 numbers rounded to a dtype, and the rest of their bits as int16; of fp16, all of them."""
+    """Split fp32 numbers into bf16 and the remaining bits as int16; for fp16 return the fp32 numbers as second part."""
     if dtype != torch.bfloat16:
         return total.to(dtype), total
     bits = total.contiguous().view(torch.int32)
@@ -455,17 +463,17 @@ def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _join(rounded: Tensor, rest: Tensor) -> Tensor:
-    """Return the fp32 numbers that ``_split`` has taken apart."""
+    """Return the fp32 numbers that ``_split`` split."""
     if rest.dtype != torch.int16:
         return rest
     rest = rest.to(torch.int32)
-    rest = torch.where(rounded == 0, rest.clamp(min=0), rest)  # _split makes no others, which would be NaN
+    rest = torch.where(rounded == 0, rest.clamp(min=0), rest)  # _split writes no negative bits at zero: NaN
     bits = (rounded.contiguous().view(torch.int16).to(torch.int32) << 16) + rest
     return bits.view(torch.float32)
 
 
 class _FastWeightsInCache:
-    """Makes a cache of transformers hold fast weights beside keys and values."""
+    """Add fast weights to a transformers cache."""
 
     fast_weights: FastWeights
 
@@ -486,12 +494,12 @@ class _FastWeightsInCache:
             self.fast_weights = self.fast_weights.select(rows)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear keys, values and fast weights."""
         super().reset()
         self.fast_weights = FastWeights()
 
     def fold(self) -> None:
-        """Learn from full chunks, and be ready for the next step of a compiled loop: call it before each.
+        """Apply the updates of complete chunks. Call it before each step of your own compiled decoding loop.
 
         Example::
 
@@ -510,14 +518,14 @@ class _FastWeightsInCache:
 
 
 class FastWeightCache(_FastWeightsInCache, DynamicCache):
-    """Keys, values and fast weights."""
+    """Store keys, values and fast weights."""
 
     def __init__(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.fast_weights = fast_weights or FastWeights()
 
     def reset(self) -> None:
-        """Forget everything. (DynamicCache would go on with as many zeros.)"""
+        """Clear keys, values and fast weights. (DynamicCache.reset zeroes keys and values but keeps their length.)"""
         for layer in self.layers:
             layer.keys, layer.values, layer.is_initialized = None, None, False
             if hasattr(layer, "cumulative_length"):
@@ -526,7 +534,7 @@ class FastWeightCache(_FastWeightsInCache, DynamicCache):
 
 
 class FastWeightStaticCache(_FastWeightsInCache, StaticCache):
-    """Keys, values and fast weights in buffers of fixed shape, for torch.compile and its graphs."""
+    """Store keys, values and fast weights in buffers of fixed shape, for torch.compile and CUDA graphs."""
 
     def __init__(self, *args, fast_weights: FastWeights | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -546,16 +554,16 @@ _WITH_FAST_WEIGHTS = {DynamicCache: FastWeightCache, StaticCache: FastWeightStat
 
 
 def _convert_cache(cache) -> None:
-    """Make an empty cache of transformers one of ours, so that whoever holds it goes on with it."""
+    """Convert an empty transformers cache to a fast-weight cache in place, so the caller's reference stays valid."""
     kind = _WITH_FAST_WEIGHTS.get(type(cache))
     if kind is None or (cache.is_initialized and int(cache.get_seq_length()) > 0):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}{'' if kind is None else ' that was filled without'}: "
-            f"fast weights need a cache of their own; leave it out, or give a new DynamicCache or StaticCache"
+            f"past_key_values is a {type(cache).__name__}{'' if kind is None else ' filled without fast weights'}: "
+            f"pass an empty DynamicCache or StaticCache, or omit it"
         )
     for layer in cache.layers:
         if type(layer) is StaticLayer and not layer.is_initialized and layer.max_cache_len >= KEY_BLOCK * 8:
-            layer.max_cache_len += -layer.max_cache_len % KEY_BLOCK  # for grouped_attention
+            layer.max_cache_len += -layer.max_cache_len % KEY_BLOCK  # so that grouped_attention can split it
     cache.__class__ = kind
     cache.fast_weights = FastWeights()
     cache.fast_weights.static = kind is FastWeightStaticCache
@@ -563,16 +571,19 @@ def _convert_cache(cache) -> None:
 
 @dataclass
 class ForwardContext:
-    """What a forward of the model tells its layers."""
+    """Hold the arguments that one forward passes to its TTT layers."""
 
-    weights: FastWeights | None = None  # of texts that go on; None: nothing is kept
-    valid: list[Tensor] | None = None  # of each row the places that are no padding; None: all
-    documents: list[list[int]] | None = None  # of each row the bounds of its documents; None: one
-    embedded: Tensor | None = None  # (rows, t, d), for ttt_target = input_embed
+    weights: FastWeights | None = None  # state to continue and update; None: no cache
+    valid: list[Tensor] | None = None  # per row, indices of the tokens that are not padding; None: no padding
+    documents: list[list[int]] | None = None  # per row, document bounds from 0 to t; None: one document per row
+    embedded: Tensor | None = None  # (rows, t, d) input embeddings; None unless ttt_target is input_embed
 
 
 class ChunkConvolution(nn.Module):
-    """A depthwise convolution along a chunk. (Not nn.Conv1d: what adapts those would not reach the updates.)"""
+    """Convolve the inputs of each chunk depthwise, (chunks, t, d) -> (chunks, t, d).
+
+    Not an nn.Conv1d: adapters and quantizers that replace those modules would not reach the updates.
+    """
 
     def __init__(self, width: int, kernel: int):
         super().__init__()
@@ -584,7 +595,10 @@ class ChunkConvolution(nn.Module):
 
 
 class TargetProjection(nn.Module):
-    """Multiplies by P, not by its transpose. (Not nn.Linear: what adapts or quantises those would not fit.)"""
+    """Multiply targets by P (not by its transpose), (..., d) -> (..., d).
+
+    Not an nn.Linear: adapters and quantizers that replace those modules assume the transpose.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -595,15 +609,18 @@ class TargetProjection(nn.Module):
 
 
 def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
-    """Attend as transformers' ``sdpa``, but for a single token read the keys and values of grouped heads once.
+    """Compute attention like transformers' ``sdpa``, but read grouped keys and values once when decoding one token.
 
-    With a mask, which static caches need, ``sdpa`` repeats them for every query head. Keys are read in spans, so that
-    a long text of one row also fills a GPU.
+    With a mask, which static caches need, ``sdpa`` repeats keys and values for every query head. Keys are split into
+    spans, so that a batch of one long text also fills a GPU.
 
     Args:
         query: (rows, heads, tokens, size).
         key, value: (rows, key-value heads, length, size).
         attention_mask: (rows, 1, tokens, length), True where a token attends.
+
+    Returns:
+        The output (rows, tokens, heads, size), and None for the attention weights.
     """
     plain = options.get("position_bias") is None and not options.get("dropout")
     groups = getattr(module, "num_key_value_groups", 1)
@@ -616,10 +633,10 @@ def grouped_attention(module, query: Tensor, key: Tensor, value: Tensor, attenti
 
 
 def _attend_grouped(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scale: float) -> Tensor:
-    """Return (rows, 1, heads, size), what ``grouped_attention`` gives for a single token of each row."""
+    """Compute ``grouped_attention`` for one token per row; return (rows, 1, heads, size)."""
     rows, heads, _, size = query.shape
     length, pairs, groups = key.shape[2], rows * key.shape[1], heads // key.shape[1]
-    spans = 1  # so that there are some products for each multiprocessor of a GPU; of few numbers, which graphs know
+    spans = 1  # grows until there are several products per SM; a power of two keeps the number of graphs small
     while pairs * spans < KEY_BLOCK:
         spans *= 2
     if length < 8 * KEY_BLOCK or length % spans:
@@ -636,8 +653,10 @@ def _attend_grouped(query: Tensor, key: Tensor, value: Tensor, attention_mask: T
 
 
 def _registered(function):
-    """Return a function on tensors as an operation of torch, whose inside torch.compile does not look at. Every copy of
-    this file in a process shares it."""
+    """Register a function on tensors as an opaque torch operation, which torch.compile does not trace.
+
+    All copies of this file in a process share the operation.
+    """
     name = f"{function.__name__.strip('_')}_1"
     if not hasattr(torch.ops.inplace_ttt, name):
         operation = torch.library.custom_op(f"inplace_ttt::{name}", function, mutates_args=())
@@ -646,8 +665,8 @@ def _registered(function):
     return getattr(torch.ops.inplace_ttt, name)
 
 
-# In a graph for keys of any length, which is what torch.compile makes for the second one, it would take minutes to
-# prove of each layer that spans divide the length
+# Opaque because torch.compile makes the key length dynamic at the second length that it sees; it then needs minutes
+# to prove for each layer that the spans divide the length
 _attend_grouped_opaquely = _registered(_attend_grouped)
 
 
@@ -656,20 +675,20 @@ def _differentiates(*tensors: Tensor) -> bool:
 
 
 def _product_in_sum_dtype(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of two batches of matrices, added up and returned in fp32 (fp64 if they are that)."""
+    """Multiply two batches of matrices; accumulate and return in fp32 (fp64 for fp64 inputs)."""
     half = a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
     if half and hasattr(torch.ops.aten.bmm, "dtype") and not _differentiates(a, b):
         return torch.ops.aten.bmm.dtype(a, b, torch.float32)
     return torch.bmm(_to_sum_dtype(a), _to_sum_dtype(b))
 
 
-GROUPED = "inplace_ttt_grouped"  # its name in transformers
+GROUPED = "inplace_ttt_grouped"  # name of grouped_attention in transformers
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 class FastWeightMLP(nn.Module):
-    """A gated MLP whose down-projection learns while it reads."""
+    """Run a gated MLP whose down-projection is updated while reading, (rows, t, d) -> (rows, t, d)."""
 
     def __init__(self, mlp: nn.Module, config, layer: int):
         super().__init__()
@@ -680,11 +699,11 @@ class FastWeightMLP(nn.Module):
             mlp.act_fn,
         )
         self.layer, self.chunk, self.eta, self.clip = layer, config.ttt_chunk, config.ttt_lr, config.ttt_clip
-        if isinstance(self.clip, list | tuple):  # calibrated by training, for each TTT layer
+        if isinstance(self.clip, list | tuple):  # one clip per TTT layer, calibrated from training
             self.clip = self.clip[list(config.ttt_layers).index(layer)]
-        self.trained = (config.ttt_trained_length or 0) // self.chunk  # whole chunks
+        self.trained = (config.ttt_trained_length or 0) // self.chunk  # training length in complete chunks
         self.bound = config.ttt_bound if self.trained else None
-        self.shape = config.hidden_size, config.intermediate_size  # of W_down
+        self.shape = config.hidden_size, config.intermediate_size  # (d, f), the shape of W_down
         self.ttt_conv = ChunkConvolution(config.hidden_size, config.ttt_conv_kernel)
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
         self.reads_embeddings = config.ttt_target == "input_embed"
@@ -705,7 +724,7 @@ class FastWeightMLP(nn.Module):
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
     def _step(self, x: Tensor, z: Tensor, weights: FastWeights) -> Tensor:
-        """Read one token of every text, inside a graph if need be. Between two chunk ends nothing is learned."""
+        """Decode one token per text; may run inside a graph. Fast weights change only at the end of a chunk."""
         state = weights.layers[self.layer]
         if not _in_graph():
             state.fix(self.chunk, weights.counts, x, self.shape, weights.static)
@@ -717,7 +736,7 @@ class FastWeightMLP(nn.Module):
 
     @_outside_graph
     def _pieces(self, z: Tensor, u: Tensor, context: ForwardContext) -> Tensor:
-        """Read texts of which nothing is kept."""
+        """Process texts without a cache."""
         if context.valid is None and context.documents is None:
             return self._chunks(z, u, None, 0, [math.inf] * len(z))[0]
         out = torch.zeros_like(u, dtype=z.dtype)
@@ -733,12 +752,12 @@ class FastWeightMLP(nn.Module):
 
     @_outside_graph
     def _read(self, x: Tensor, z: Tensor, context: ForwardContext) -> Tensor:
-        """Read more tokens of texts that go on."""
+        """Prefill: process the next tokens of texts with a cache."""
         weights = context.weights
         alike = context.valid is None and len(set(zip(weights.counts, weights.chunks, strict=True))) == 1
-        # texts that are read as one product, as many as the exact sums leave memory for
+        # texts per batched product; exact sums limit the number
         size = max(1, MAX_EXACT_NUMEL // (self.shape[0] * self.shape[1]))
-        if size < len(x) and max(weights.counts) + x.shape[1] >= self.chunk:  # what is written is rounded at once
+        if size < len(x) and max(weights.counts) + x.shape[1] >= self.chunk:  # round each sum at once
             weights.layers[self.layer].fix(self.chunk, weights.counts, x, self.shape, True)
         size, parts = size if alike else 1, []
         for start in range(0, len(x), size):
@@ -752,7 +771,7 @@ class FastWeightMLP(nn.Module):
             out = torch.zeros_like(x, dtype=z.dtype)
             for row, here in enumerate(context.valid):
                 out[row, here] = parts[row][0].to(out.dtype)
-        if weights.static or len(x) > 1:  # the exact sums of a batch take twice the memory
+        if weights.static or len(x) > 1:  # exact sums of a batch take twice the memory
             lengths = [x.shape[1]] * len(x) if context.valid is None else list(map(len, context.valid))
             counts = [(count + more) % self.chunk for count, more in zip(weights.counts, lengths, strict=True)]
             weights.layers[self.layer].fix(self.chunk, counts, x, self.shape, weights.static)
@@ -761,7 +780,7 @@ class FastWeightMLP(nn.Module):
     def _read_rows(
         self, rows: list[int], x: Tensor, z: Tensor, embedded: Tensor | None, weights: FastWeights
     ) -> Tensor:
-        """Read as many tokens of some texts that have read as much before."""
+        """Process the same number of tokens of several texts that have the same number of earlier tokens."""
         state, pending = weights.layers[self.layer], weights.counts[rows[0]]
         writes = pending + x.shape[1] >= self.chunk
         total = self._sums(state, rows, z, writes)
@@ -785,7 +804,7 @@ class FastWeightMLP(nn.Module):
         return out[:, pending:]
 
     def _sums(self, state: LayerState, rows: list[int], z: Tensor, exact: bool) -> Tensor | None:
-        """Return the sums (rows, d, f) of these texts; not exact: in the dtype of z where they lie in it, too."""
+        """Return the sums of updates (rows, d, f); if not ``exact``, in the dtype of z where they are stored in it."""
         found = [state.rounded_sum_of(row) for row in rows]
         if all(one is None for one in found):
             return None
@@ -798,18 +817,23 @@ class FastWeightMLP(nn.Module):
     def _chunks(
         self, z: Tensor, u: Tensor, total: Tensor | None, before: int, limits: list[float]
     ) -> tuple[Tensor, Tensor | None, list[float]]:
-        """Apply, then update, chunk by chunk: (rows, t, f), (rows, t, d) from a chunk's start on -> (rows, t, d).
+        """Apply the current weight, then update it, chunk by chunk; bound the sums of updates (``ttt_bound``).
 
         Args:
-            total: (rows, d, f), what was written before; returned with what is written here.
-            before: chunks that have written it.
-            limits: norms that it may have past the trained length, returned as they are known then.
+            z: (rows, t, f), inputs of the down-projection; t starts at a chunk boundary.
+            u: (rows, t, d), inputs of the convolution.
+            total: (rows, d, f), sums of earlier updates; None: there are none.
+            before: number of earlier chunks.
+            limits: per row, the largest norm of the sum; inf: not known yet.
+
+        Returns:
+            The output (rows, t, d), the new sums of updates and the new limits.
         """
         length = z.shape[1]
         if self.bound is None or before + length // self.chunk < self.trained:
             return *self._free_chunks(z, u, total), limits
         parts, start = [], 0
-        while start < length:  # up to the trained length in one piece, then chunk by chunk
+        while start < length:  # in one piece up to the training length, then chunk by chunk
             stop = min(start + self.chunk * max(1, self.trained - before), length)
             out, total = self._free_chunks(z[:, start:stop], u[:, start:stop], total)
             parts.append(out)
@@ -820,11 +844,11 @@ class FastWeightMLP(nn.Module):
         return torch.cat(parts, dim=1), total, limits
 
     def _bounded(self, total: Tensor, chunks: int, limits: list[float]) -> tuple[Tensor, list[float]]:
-        """Return what texts have written with so many chunks (rows, d, f), no larger than its limits, and these."""
+        """Scale sums of updates (rows, d, f) after this many chunks down to their limits; return both."""
         if self.bound is None or chunks < self.trained:
             return total, limits
         norms = total.flatten(1).norm(dim=1)
-        if not all(map(math.isfinite, limits)):  # here is the trained length; or the text went on without a bound
+        if not all(map(math.isfinite, limits)):  # at the training length, or the text had no bound before
             share = self.bound if chunks == self.trained else 1.0
             known = zip(limits, norms.tolist(), strict=True)
             limits = [limit if math.isfinite(limit) else share * norm for limit, norm in known]
@@ -832,7 +856,7 @@ class FastWeightMLP(nn.Module):
         return total * scales.clamp(max=1)[:, None, None], limits
 
     def _free_chunks(self, z: Tensor, u: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``_chunks`` without a bound."""
+        """Run ``_chunks`` without a bound; return the output and the new sums of updates."""
         weight, length = self._plain_weight(z, u), z.shape[1]
         if length < self.chunk:
             return self._product(z, total, weight), total
@@ -852,7 +876,7 @@ class FastWeightMLP(nn.Module):
         return torch.cat(parts, dim=1), total
 
     def _by_operation(self, z: Tensor, u: Tensor, total: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """``_free_chunks`` by the package's operation."""
+        """Run ``_free_chunks`` with ``fast_weight_linear`` of the package inplace_ttt."""
         rows = len(z)
         if total is None:
             total = weight.new_zeros(rows, *weight.shape, dtype=_sum_dtype(weight))
@@ -872,7 +896,7 @@ class FastWeightMLP(nn.Module):
         return out.transpose(0, 1), state.updates
 
     def _product(self, z: Tensor, total: Tensor | None, weight: Tensor | None) -> Tensor:
-        """(rows, t, f) -> (rows, t, d) by W_down and what was written to it."""
+        """Multiply z (rows, t, f) by W_down plus the sums of updates (rows, d, f); return (rows, t, d)."""
         if total is None:
             return self.down_proj(z)
         if weight is not None and len(z) == 1 and z.shape[1] > 1:
@@ -880,7 +904,7 @@ class FastWeightMLP(nn.Module):
         return self.down_proj(z) + torch.bmm(z, total.transpose(1, 2).to(z.dtype))
 
     def _written(self, v: Tensor, z: Tensor, limit: Tensor | None) -> Tensor:
-        """Return the update (rows, d, f) of a full chunk, clipped."""
+        """Return the clipped update (rows, d, f) of a complete chunk."""
         written = self.eta * _product_in_sum_dtype(v.transpose(1, 2), z)
         if limit is not None:
             norms = written.flatten(1).norm(dim=1)[:, None, None]
@@ -889,7 +913,7 @@ class FastWeightMLP(nn.Module):
 
     @torch.no_grad()
     def fold(self, weights: FastWeights, rows: list[int]) -> None:
-        """Make an update of the inputs of these texts' full chunks."""
+        """Apply the updates of the complete chunks of these texts."""
         state = weights.layers[self.layer]
         limit = None if self.clip is None else self.clip * self.weight_norm()
         for row in rows:
@@ -905,7 +929,7 @@ class FastWeightMLP(nn.Module):
             state.put_sum(row, total[0])
 
     def weight_norm(self) -> Tensor:
-        """Return the norm of W_down, also where it is offloaded or quantised, or an adapter adds to it."""
+        """Return the Frobenius norm of W_down, also if it is offloaded, quantized or has an adapter."""
         if self.down_proj.weight.is_meta:
             from accelerate.utils import align_module_device
 
@@ -923,7 +947,7 @@ class FastWeightMLP(nn.Module):
 
     @torch.no_grad()
     def _dequantised(self, module: nn.Module, block: int = 1024) -> Tensor:
-        """Return the weight (d, f) that a quantised layer multiplies by: all such layers say it by their products."""
+        """Return the weight (d, f) of a quantized layer, by multiplying unit vectors; this works for any quantizer."""
         d, f = self.shape
         weight = torch.empty(d, f, dtype=torch.float32, device=module.weight.device)
         for start in range(0, f, block):
@@ -934,7 +958,7 @@ class FastWeightMLP(nn.Module):
         return weight
 
     def _plain_weight(self, z: Tensor, u: Tensor) -> Tensor | None:
-        """Return W_down if it is what its module multiplies by and nothing else is done there."""
+        """Return W_down if its module is a plain nn.Linear without bias, hooks or adapters, else None."""
         module = self.down_proj
         plain = type(module) is nn.Linear and module.bias is None and type(module.weight) is nn.Parameter
         hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
@@ -948,26 +972,26 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _to_sum_dtype(tensor: Tensor) -> Tensor:
-    """Return a tensor in the dtype of sums: fp32, or fp64 if it is that."""
+    """Convert a tensor to the dtype of sums: fp32, or fp64 for fp64 tensors."""
     return tensor.to(_sum_dtype(tensor))
 
 
 class FastWeightsMixin:
-    """Puts fast weights into the MLPs of a causal language model of transformers."""
+    """Replace the MLPs in ``ttt_layers`` of a transformers causal language model by ``FastWeightMLP``."""
 
     def __init__(self, config):
         super().__init__(config)
         self.fast_mlps = []
         clip, layers = self.config.ttt_clip, self.config.ttt_layers
         if isinstance(clip, list | tuple) and len(clip) != len(layers):
-            raise ValueError(f"ttt_clip={clip} has not one number for each of ttt_layers={layers}")
+            raise ValueError(f"ttt_clip={clip} must be one number, or one for each of ttt_layers={layers}")
         if self.config.ttt_bound is not None and not self.config.ttt_trained_length:
-            raise ValueError(f"ttt_bound={self.config.ttt_bound} needs ttt_trained_length, in tokens")
+            raise ValueError(f"ttt_bound={self.config.ttt_bound} needs ttt_trained_length, in tokens: set both or none")
         for layer in self.config.ttt_layers if self.config.ttt_mode else ():
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
             self.model.layers[layer].mlp = mlp
             self.fast_mlps.append(mlp)
-        self._book: FastWeights | None = None  # of the generation that begins
+        self._book: FastWeights | None = None  # fast weights for the generation that starts
         if self.fast_mlps:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             self.model.register_forward_hook(self._after, with_kwargs=True)
@@ -983,7 +1007,7 @@ class FastWeightsMixin:
             nn.init.eye_(module.weight)
 
     def _before(self, model, args, kwargs):
-        """Tell the layers what is read; the model's own forward knows nothing of it."""
+        """Add the ForwardContext to the keyword arguments that the model passes on to its layers."""
         if args:
             kwargs, args = {"input_ids": args[0], **kwargs}, ()
         tokens = kwargs.get("inputs_embeds")
@@ -1002,9 +1026,9 @@ class FastWeightsMixin:
 
     @_outside_graph
     def _begin(self, model, kwargs: dict, embedded: Tensor | None, compiled: bool) -> dict:
-        """Return the arguments of a forward with its Reading among them, and with a cache where one is kept.
+        """Return the arguments of a forward with its ForwardContext, and with a new cache if one is needed.
 
-        ``compiled``: the layers that follow are in a graph, which finds buffers but makes none.
+        ``compiled``: the layers run in a graph, which cannot allocate buffers, so allocate them here.
         """
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         rows, length = tokens.shape[:2]
@@ -1026,11 +1050,11 @@ class FastWeightsMixin:
         return kwargs
 
     def _cache_of(self, model, kwargs: dict, packed: bool):
-        """Return the cache of texts that go on, made here if none was given; None where nothing is kept."""
+        """Return the cache of a forward; create it if none was given. Return None without ``use_cache``."""
         cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None:
             if packed and use:
-                raise ValueError("several documents in one row cannot be continued: read them with use_cache=False")
+                raise ValueError("a row with several documents cannot be cached: pass use_cache=False")
             wanted = self.config.use_cache and not packed if use is None else use
             recomputes = model.is_gradient_checkpointing and model.training
             kwargs["use_cache"] = bool(wanted) and not recomputes
@@ -1042,7 +1066,7 @@ class FastWeightsMixin:
         return cache
 
     def _open(self, cache, rows: int) -> FastWeights:
-        """Return a cache's fast weights for a batch; of a book each text goes to as many rows."""
+        """Return the fast weights of a cache; repeat saved ones if the batch has a multiple of their rows."""
         weights = cache.fast_weights
         if weights.asked is not None and weights.asked == weights.steps and weights.fixed:
             weights.recount()  # the last forward of a generation may not have been counted
@@ -1051,7 +1075,7 @@ class FastWeightsMixin:
         elif weights.rows != rows:
             fresh = not cache.is_initialized or int(cache.get_seq_length()) == 0
             if rows % weights.rows or not fresh:
-                raise ValueError(f"these fast weights are of {weights.rows} texts, and the batch has {rows}")
+                raise ValueError(f"fast_weights hold {weights.rows} texts, but the batch has {rows} rows")
             mask, static, repeats = weights.mask, weights.static, rows // weights.rows
             weights = cache.fast_weights = weights.select([row for row in range(weights.rows) for _ in range(repeats)])
             weights.mask, weights.static = mask, static
@@ -1069,19 +1093,19 @@ class FastWeightsMixin:
         recomputes = model.is_gradient_checkpointing and model.training and torch.is_grad_enabled()
         if recomputes and again.get("use_reentrant", True) and self.fast_mlps[0].reads_embeddings:
             raise ValueError(
-                "gradient checkpointing with use_reentrant=True loses gradients of ttt_target=input_embed: enable it "
+                "gradient checkpointing with use_reentrant=True drops gradients of ttt_target=input_embed: enable it "
                 "with gradient_checkpointing_kwargs=dict(use_reentrant=False)"
             )
         for mlp in self.fast_mlps:
             for module in (mlp.ttt_conv, mlp.ttt_proj):
                 if module is not None and type(module) not in (ChunkConvolution, TargetProjection):
                     raise ValueError(
-                        f"layer {mlp.layer} has a {type(module).__name__} in the place of ttt_conv or ttt_proj: what "
-                        f"makes the targets of fast weights cannot be adapted or quantised; leave these modules out"
+                        f"layer {mlp.layer}: ttt_conv or ttt_proj was replaced by a {type(module).__name__}; they "
+                        f"cannot be adapted or quantized: exclude both modules"
                     )
 
     def _valid(self, mask, length: int, weights: FastWeights | None) -> list[Tensor] | None:
-        """Return the places of each row that are no padding; None where there is none."""
+        """Return the indices of each row's tokens that are not padding; None if there is no padding."""
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -1090,14 +1114,14 @@ class FastWeightsMixin:
             mask = None if weights is None else weights.mask
             if mask is None:
                 raise ValueError(
-                    "attention_mask has four dimensions, which do not say what is padding or a document of its own: "
-                    "give one of two dimensions, or position_ids that start anew with each document"
+                    "a 4D attention_mask does not identify padding or documents: pass a 2D mask, or position_ids that "
+                    "restart at each document"
                 )
         here = mask[:, -length:].bool()
         return None if bool(here.all()) else [row.nonzero().squeeze(1) for row in here]
 
     def _after(self, model, args, kwargs, output):
-        """Count what was read, and learn from the chunks that are full."""
+        """Count the tokens of a forward and apply the updates of complete chunks."""
         context = kwargs.get(CONTEXT_KWARG)
         if context is None or context.weights is None:
             return
@@ -1152,9 +1176,9 @@ class FastWeightsMixin:
         progress: Callable[[int, int], None] | None = None,
         **_,
     ) -> FastWeights:
-        """Read texts, and return the fast weights: to be saved, and given to ``generate`` or a cache.
+        """Read texts and return their fast weights, to save them or to pass them to ``generate`` or a cache.
 
-        Keys and values are not kept: what was read is remembered by the fast weights alone.
+        Keys and values are discarded: only the fast weights carry information about the texts.
 
         Example::
 
@@ -1165,17 +1189,19 @@ class FastWeightsMixin:
 
         Args:
             input_ids: (batch, t).
-            attention_mask: (batch, t), 0 where there is padding.
-            part: tokens read at a time; by default eight chunks, or 8192.
-            fast_weights: of what was read before, which the texts go on from; stays as it is.
-            name: of the text, or of each, for the list ``texts`` of what was read.
-            tokenizer: whose fingerprint is noted, and compared when the saved fast weights are loaded with one.
-            progress: called with the tokens of a row that are read, and with all.
+            attention_mask: (batch, t), 0 for padding.
+            part: tokens per forward; default: max(8 * ttt_chunk, 8192).
+            fast_weights: fast weights of earlier text, of one text or one per row, to continue from; not modified.
+            name: name of the text, or one per row, for ``texts`` of the result.
+            tokenizer: tokenizer of the texts; its fingerprint is stored and compared by ``load_fast_weights``.
+            progress: called with (tokens read, total tokens) per row.
+
+        Raises ValueError if ``fast_weights`` has neither one text nor one per row.
         """
         rows = len(input_ids)
         before = FastWeights() if fast_weights is None else fast_weights
         if before.rows not in (0, 1, rows):
-            raise ValueError(f"these fast weights are of {before.rows} texts, and the batch has {rows}")
+            raise ValueError(f"fast_weights hold {before.rows} texts, but the batch has {rows} rows")
         cache = FastWeightCache(config=self.config)
         cache.fast_weights = before.select([0] * rows if before.rows == 1 else list(range(before.rows)))
         part = part or max(8 * self.config.ttt_chunk, 8192)
@@ -1209,7 +1235,7 @@ class FastWeightsMixin:
         return found
 
     def load_fast_weights(self, path: str, tokenizer=None, check: bool = True) -> FastWeights:
-        """Read fast weights that were saved, to the devices of the layers.
+        """Load saved fast weights to the devices of the layers.
 
         Example::
 
@@ -1218,16 +1244,17 @@ class FastWeightsMixin:
             100
 
         Args:
-            tokenizer: the one that questions are made with.
-            check: refuse what another model has read, or another tokenizer has made.
+            path: file that ``FastWeights.save`` wrote.
+            tokenizer: tokenizer of the questions, to compare its fingerprint; None: not compared.
+            check: reject fast weights of a model or tokenizer with another fingerprint.
 
-        Raises ValueError where they are not of this model, and for a file that holds anything else.
+        Raises ValueError if the file is damaged, does not fit this model, or fails ``check``.
         """
         found = FastWeights.load(path)
         if not set(found.layers) <= {mlp.layer for mlp in self.fast_mlps}:
-            raise ValueError(f"'{path}' holds the fast weights of layers {sorted(found.layers)}: this model has others")
+            raise ValueError(f"'{path}' holds fast weights of layers {sorted(found.layers)}, not those of this model")
         if found.embeds is not None and not self.fast_mlps[0].reads_embeddings:
-            raise ValueError(f"'{path}' holds the fast weights of another model: its targets are made of embeddings")
+            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_target is input_embed")
         states = [(found.layers.setdefault(mlp.layer, LayerState(found.rows)), mlp.shape) for mlp in self.fast_mlps]
         if self.fast_mlps[0].reads_embeddings:
             found.embeds = found.embeds or LayerState(found.rows)
@@ -1237,21 +1264,21 @@ class FastWeightsMixin:
             for total, tail in zip(state.sums, state.tails, strict=True):
                 shapes = [(total, shape), (tail, None if tail is None else (len(tail), width))]
                 if any(tensor is not None and tuple(tensor.shape) != tuple(right) for tensor, right in shapes):
-                    raise ValueError(f"'{path}' holds the fast weights of another model: their shapes differ")
+                    raise ValueError(f"'{path}' holds fast weights of another model: their shapes differ")
             try:
                 state.check(found.counts)
             except ValueError as error:
-                raise ValueError(f"'{path}' holds no fast weights of this model ({error})") from error
+                raise ValueError(f"'{path}' does not fit this model ({error})") from error
         if max(found.counts) >= self.config.ttt_chunk:
-            raise ValueError(f"'{path}' holds the fast weights of another model: their chunks are longer")
+            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_chunk is larger")
         others = [(found.model, self.fingerprint, "model")]
         if tokenizer is not None:
             others.append((found.tokenizer, lambda: fingerprint_of_tokenizer(tokenizer), "tokenizer"))
         for theirs, fingerprint, what in others if check else ():
             if theirs is not None and theirs != fingerprint():
                 raise ValueError(
-                    f"'{path}' was read by another {what} ({theirs[:12]}; this one is {fingerprint()[:12]}): read the "
-                    f"texts again by this one, or load with check=False"
+                    f"'{path}' was made with another {what} (fingerprint {theirs[:12]}; this one has "
+                    f"{fingerprint()[:12]}): read the texts again with this one, or load with check=False"
                 )
         finite: dict[torch.device, list[Tensor]] = {}
         for mlp in self.fast_mlps:
@@ -1261,11 +1288,11 @@ class FastWeightsMixin:
         for tensor in (one for state in found.states() for one in (*state.sums, *state.tails) if one is not None):
             finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
         if not all(bool(torch.stack(flags).all()) for flags in finite.values()):
-            raise ValueError(f"'{path}' holds fast weights with numbers that are not finite")
+            raise ValueError(f"'{path}' holds fast weights that are not finite")
         return found
 
     def fingerprint(self) -> str:
-        """Return a digest that tells models apart by their weights: the same for one in fp32 and its bf16 copy."""
+        """Return a digest of the weights and update settings; an fp32 model and its bf16 copy have the same one."""
         return fingerprint_of_weights(
             self._whole_parameters(), {key: getattr(self.config, key) for key in FINGERPRINT_KEYS}
         )
@@ -1282,7 +1309,7 @@ class FastWeightsMixin:
                 yield from ((f"{prefix}.{name}", tensor.detach()) for name, tensor in own.items())
 
     def generate(self, *args, fast_weights: FastWeights | None = None, **kwargs):
-        """Generate as transformers does; ``fast_weights`` of one text are given to all of the batch.
+        """Generate as transformers does, starting from ``fast_weights``; those of one text are used for all rows.
 
         Example::
 
@@ -1290,9 +1317,11 @@ class FastWeightsMixin:
             >>> questions = torch.randint(0, model.config.vocab_size, (2, 10))
             >>> model.generate(questions, fast_weights=book, max_new_tokens=5, do_sample=False).shape
             torch.Size([2, 15])
+
+        Raises ValueError if both ``fast_weights`` and ``past_key_values`` are given.
         """
         if fast_weights is not None and kwargs.get("past_key_values") is not None:
-            raise ValueError("fast_weights and past_key_values: a cache has fast weights of its own; give one of them")
+            raise ValueError("fast_weights and past_key_values exclude each other: pass one of them")
         self._book, before = fast_weights, self.config._attn_implementation
         if self.fast_mlps and before == "sdpa":
             self.config._attn_implementation = GROUPED
@@ -1307,7 +1336,7 @@ class FastWeightsMixin:
         if self.fast_mlps and getattr(mode, "value", None) == "assisted_generation":
             raise NotImplementedError(ASSISTED)
         if self.fast_mlps and not given and generation_config.use_cache and kind not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation={kind} has no place for fast weights: use static, or the default")
+            raise ValueError(f"cache_implementation={kind} cannot hold fast weights: use static or dynamic (default)")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if self.fast_mlps and cache is not None:
@@ -1330,22 +1359,22 @@ class FastWeightsMixin:
         )
         weights = getattr(inputs.get("past_key_values"), "fast_weights", None)
         if weights is not None:
-            if weights.asked == weights.steps:  # by a forward in a graph of the user's, which cannot count
+            if weights.asked == weights.steps:  # the last forward ran in a graph of the user, which cannot count
                 weights.advance()
             weights.asked = weights.steps
             if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-                weights.mask = attention_mask  # what goes to the forward may have four dimensions
+                weights.mask = attention_mask  # the forward may get a 4D mask
         return inputs
 
     def get_compiled_call(self, compile_config=None):
-        """Return the compiled forward for one token, with what must happen outside of its graph before and after."""
+        """Return the compiled forward for one token; updates of complete chunks are applied outside of its graph."""
         call = super().get_compiled_call(compile_config)
         if not self.fast_mlps:
             return call
 
         def step(*args, **kwargs):
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-            if tokens is None or tokens.shape[1] > 1:  # a prompt that is read in parts
+            if tokens is None or tokens.shape[1] > 1:  # prefill in parts
                 return self(*args, **kwargs)
             weights = kwargs["past_key_values"].fast_weights
             out = call(*args, **kwargs)
@@ -1362,22 +1391,22 @@ class FastWeightsMixin:
 
 
 def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]], settings: dict) -> str:
-    """Return a digest of weights by their names, shapes, and 64 numbers of each, rounded to bf16.
+    """Return a SHA-256 digest of weights: names, shapes and 64 elements of each, rounded to bf16.
 
-    ``settings``: what else decides what is written, the READING_KEYS.
+    ``settings``: values of FINGERPRINT_KEYS, which are part of the digest.
     """
     shapes: dict[str, list[int]] = {}
     picked: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
     for name, tensor in named:
         shapes[name] = list(tensor.shape)
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # others, quantised, are told by their names
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # quantized tensors: only names and shapes
             numbers = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)][:64]
             if tensor.device.type == "cpu":
-                numbers = numbers.clone()  # the tensor may be there for a moment only, as offloaded ones are
+                numbers = numbers.clone()  # an offloaded tensor is on the CPU only during this iteration
             picked.setdefault((tensor.device, tensor.dtype), {})[name] = numbers
     content = {}
     for (_, dtype), tensors in picked.items():
-        numbers = torch.cat(list(tensors.values()))  # a few kernels, and one wait, for all of a device
+        numbers = torch.cat(list(tensors.values()))  # a few kernels and one synchronization per device
         numbers = numbers.to(torch.bfloat16 if dtype.is_floating_point else torch.int16).view(torch.int16).tolist()
         for name, tensor in tensors.items():
             content[name], numbers = numbers[: len(tensor)], numbers[len(tensor) :]
@@ -1387,29 +1416,27 @@ def fingerprint_of_weights(named: Iterable[tuple[str, Tensor]], settings: dict) 
 
 
 def fingerprint_of_tokenizer(tokenizer) -> str:
-    """Return a digest that is the same for tokenizers that give every text the same numbers."""
+    """Return a SHA-256 digest; tokenizers with the same digest produce the same token IDs."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def text_record(numbers: list[int], name: str | None) -> dict:
-    """Return what a list of texts says of one, by its tokens' numbers."""
+    """Return the entry of ``FastWeights.texts`` for a text, given its token IDs."""
     digest = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
     return dict(name=name, tokens=len(numbers), sha256=digest)
 
 
 ASSISTED = (
-    "fast weights cannot unread tokens, as assisted generation (assistant_model, prompt_lookup_num_tokens) and crop "
-    "do: generate without"
+    "fast weights cannot be rolled back: assisted generation (assistant_model, prompt_lookup_num_tokens) and crop() "
+    "are not supported"
 )
-CONTINUOUS = (
-    "continuous batching mixes texts in one row and keeps no fast weights: use generate with a batch of prompts"
-)
+CONTINUOUS = "continuous batching is not supported (it mixes texts in one row): use generate with a batch of prompts"
 
 
 def _hand_over(layer, args, kwargs):
-    """Give the Reading of a forward to a layer's MLP; also when a checkpointed layer runs again."""
+    """Pass the ForwardContext to the MLP of a layer, also when a checkpointed layer is recomputed."""
     context = kwargs.pop(CONTEXT_KWARG, None)
     if isinstance(layer.mlp, FastWeightMLP):
         layer.mlp.context = context
@@ -1417,7 +1444,7 @@ def _hand_over(layer, args, kwargs):
 
 
 def _documents(kwargs: dict, rows: int, length: int) -> list[list[int]] | None:
-    """Return the bounds of each row's documents where positions start anew in it, as attention has it."""
+    """Return each row's document bounds, found where positions restart, as in attention; None: one document per row."""
     lengths, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if lengths is not None and rows == 1:
         bounds = [int(bound) for bound in lengths]
@@ -1431,7 +1458,7 @@ def _documents(kwargs: dict, rows: int, length: int) -> list[list[int]] | None:
     return bounds * rows if len(bounds) == 1 else bounds
 
 
-# What a config.json says of fast weights, and what it means where it does not say it
+# Keys of config.json for fast weights, with their defaults
 FAST_WEIGHT_KEYS = dict(
     ttt_mode=True,
     ttt_layers=[],

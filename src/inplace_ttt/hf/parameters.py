@@ -1,4 +1,4 @@
-"""Parameters of a model, counted in the model itself: two of its layers are built where tensors have no memory."""
+"""Count the parameters of a model, by building two of its layers on the meta device."""
 
 import copy
 from collections import Counter
@@ -11,19 +11,19 @@ from inplace_ttt.config import TTT, Config, Model
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Numbers of parameters of a layer."""
+    """Count the parameters of one layer."""
 
-    split: int  # over tensor-parallel ranks: of attention and MLP
-    whole: int  # on each of them: norms
-    fast: int  # likewise, of a layer with fast weights alone
+    split: int  # parameters sharded over tensor-parallel ranks: attention and MLP
+    whole: int  # parameters replicated on every tensor-parallel rank: norms
+    fast: int  # parameters that only TTT layers have; replicated on every tensor-parallel rank
 
 
 _known: dict[str, LayerParameters] = {}
 
 
 def layer_parameters(model: Model, ttt: TTT) -> LayerParameters:
-    """Count the parameters of one layer of the family's class, without fast weights and with them."""
-    # what does not change them is left out, so that few models are built
+    """Count the parameters of one layer of a model family, and those that fast weights add."""
+    # settings that do not change the counts are removed, so that few models are built
     sizes = replace(copy.deepcopy(model), num_layers=2, vocab_size=8, sliding_window=None, window_attn_skip_freq=None)
     key = repr((sizes, ttt.conv_kernel, ttt.project))
     if key not in _known:
@@ -32,7 +32,7 @@ def layer_parameters(model: Model, ttt: TTT) -> LayerParameters:
 
 
 def _count(model: Model, ttt: TTT) -> LayerParameters:
-    """Count those of the second layer, and of the first one, which has fast weights, these alone."""
+    """Count the parameters of the second layer, and the fast-weight parameters of the first layer."""
     from inplace_ttt.hf import modeling_inplace_ttt as exported
     from inplace_ttt.hf.config import write_config
 

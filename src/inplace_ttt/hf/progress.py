@@ -1,4 +1,4 @@
-"""Progress of a conversion."""
+"""Progress bar of a conversion."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def bytes_bar(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; what it gives is called with the bytes that were done, and with those of all."""
+    """Show a progress bar; yield a function to call with (bytes done since the last call, total bytes)."""
     with Progress(TextColumn(doing), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=None, visible=False)  # an error before the first tensor stands alone
+        task = bar.add_task("", total=None, visible=False)  # hidden, so that an early error is printed without a bar
         yield lambda size, total: bar.update(task, advance=size, total=total, visible=True)

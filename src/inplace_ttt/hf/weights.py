@@ -1,7 +1,7 @@
-"""The weight map: which tensors of a Hugging Face checkpoint make which tensor of Megatron's model, and back.
+"""Weight map: the Hugging Face tensors of each parameter of the Megatron model.
 
-One table, and the rows that a family adds. Every tensor on either side is in exactly one row: what is not, or has
-another shape than the table says, is an error that names it.
+The map consists of one table and the parameters that a family adds. Every tensor on either side occurs exactly once.
+Missing and unknown tensors and wrong shapes are errors that name the tensor.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ResolvedParam:
-    """Name one tensor of Megatron's model and the Hugging Face tensors that it is made of."""
+    """Map one Megatron parameter to the Hugging Face tensors that it consists of."""
 
     megatron_param: str
-    hf_params: dict[str, Shape]  # by name
+    hf_params: dict[str, Shape]  # shape by tensor name
     transform: ParamTransform
 
 
-# Megatron's names under decoder.layers.N., Hugging Face's under model.layers.N. with their sizes (see ``_sizes``)
+# Megatron names below decoder.layers.N., Hugging Face names below model.layers.N. with their shapes (see ``_sizes``)
 LAYER_PARAMS = (
     ParamMapping("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "d"}, DIRECT),
     ParamMapping(
@@ -45,7 +45,7 @@ UNTIED_OUTPUT_PARAMS = (ParamMapping("output_layer.weight", {"lm_head.weight": "
 
 
 def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
-    """Return the sizes that the letters of the table stand for."""
+    """Return the sizes that the letters of the table denote."""
     return {
         "d": model.hidden_size,
         "f": model.ffn_hidden_size,
@@ -59,7 +59,7 @@ def _sizes(model: Model, ttt: TTT) -> dict[str, int]:
 
 
 def weight_map(model: Model, ttt: TTT) -> list[ResolvedParam]:
-    """Return the parameters of a whole model, those of fast weights included."""
+    """Return the mappings of all parameters of a model, including those of fast weights."""
     sizes = _sizes(model, ttt)
 
     def row(entry: ParamMapping, here: str = "", there: str = "") -> ResolvedParam:
@@ -79,11 +79,13 @@ def weight_map(model: Model, ttt: TTT) -> list[ResolvedParam]:
 
 
 def check_names(there: set[str], mapped: set[str], place: str) -> None:
-    """Raise UserError where the tensors of a checkpoint are not those of the map."""
+    """Raise UserError if the tensors of a checkpoint (``there``) are not those of the map (``mapped``)."""
     missing, unknown = sorted(mapped - there), sorted(there - mapped)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"{place} has no tensor '{missing[0]}'{more}, which the model's configuration asks for")
+        raise UserError(f"{place} has no tensor '{missing[0]}'{more}, which the model's configuration requires")
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise UserError(f"{place} has a tensor '{unknown[0]}'{more} that has no place in the model: it would be lost")
+        raise UserError(
+            f"{place} has an unknown tensor '{unknown[0]}'{more}: the model's configuration does not use it"
+        )

@@ -1,4 +1,4 @@
-"""Families of models. A further one is a file like ``qwen3.py``, a line here, two classes in the exported module."""
+"""Model families. A new family needs a file like ``qwen3.py``, a line here and two classes in the exported module."""
 
 from inplace_ttt.config import Model
 from inplace_ttt.models.family import Family

@@ -1,4 +1,4 @@
-"""Describe what tells one family of models from another."""
+"""Describe the differences between model families."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,15 +11,15 @@ WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "lay
 
 @dataclass(frozen=True)
 class Family:
-    """Describe a family: decoder-only, RMSNorm before attention and MLP, rotary positions, a gated MLP with SiLU."""
+    """Describe a family of decoder-only models with pre-RMSNorm, RoPE and a gated SiLU MLP."""
 
     name: str  # model.family, and model_type in config.json
-    architecture: str  # its class in transformers
-    config_class: str  # that of its configuration
+    architecture: str  # model class in transformers
+    config_class: str  # configuration class in transformers
     megatron: dict[str, Any]  # arguments of Megatron's TransformerConfig
-    rows: tuple[ParamMapping, ...] = ()  # of the weight map, in every layer, beside those that all families have
-    # keys of config.json that may have one value alone; they are written, too
+    rows: tuple[ParamMapping, ...] = ()  # parameters of each layer that only this family has
+    # keys of config.json with the only supported value; exports write them
     fixed: dict[str, Any] = field(default_factory=dict)
-    has_windows: bool = False  # config.json can say that layers attend to a window
-    # size of a head where config.json does not say it, from hidden_size and num_attention_heads
+    has_windows: bool = False  # layers may use a sliding window
+    # default of head_dim, from hidden_size and num_attention_heads
     head_dim: Callable[[int, int], int] = lambda hidden, heads: max(1, hidden // heads)

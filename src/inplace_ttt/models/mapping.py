@@ -1,4 +1,4 @@
-"""Map tensors of a Hugging Face checkpoint to one of Megatron's model, and back."""
+"""Transforms between Hugging Face tensors and Megatron parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from inplace_ttt.config import Model, padded_vocab_size
 
 @dataclass(frozen=True)
 class ParamTransform:
-    """Merge tensors into one, and split the one again."""
+    """Merge Hugging Face tensors into one Megatron parameter, and split it again."""
 
     join: Callable[[Model, list[Tensor]], Tensor]
     split: Callable[[Model, Tensor], list[Tensor]]
 
 
 class ParamMapping(NamedTuple):
-    """Map one Megatron parameter to Hugging Face tensors, whose sizes are given by letters."""
+    """Map one Megatron parameter to Hugging Face tensors, with shapes in letters (see ``hf/weights._sizes``)."""
 
     megatron_param: str
     hf_params: dict[str, str]
@@ -52,7 +52,7 @@ def _halve(model: Model, tensor: Tensor) -> list[Tensor]:
 
 
 def _join_heads(model: Model, tensors: list[Tensor]) -> Tensor:
-    """Join heads as Megatron stores them: queries, key and value of the first group, then of the next one."""
+    """Concatenate Q, K and V as Megatron stores them: queries, key and value of each query group in turn."""
     parts = [tensor.unflatten(0, (model.num_query_groups, -1)) for tensor in tensors]
     return torch.cat(parts, dim=1).flatten(0, 1)
 

@@ -1,2 +1,2 @@
-"""Keep a job of many ranks going, or end it in one sentence: locks, signals, exit codes, a watchdog, stragglers,
-checksums, and preflight checks."""
+"""Failure handling for multi-rank jobs: locks, signals, exit codes, watchdog, straggler detection, checksums, preflight
+checks."""

@@ -1,7 +1,7 @@
-"""``manifest.json``: how long every file of a checkpoint is, and its checksum.
+"""Checkpoint manifest (``manifest.json``): size and checksum of every file.
 
-Every rank sums the files that it has written, in the process that writes them; sums are compared by all ranks together,
-each reading a share of the files, before a checkpoint is used.
+Every rank computes the checksums of its files in the process that writes them. Before a checkpoint is used, all ranks
+verify it together; each reads a share of the files.
 """
 
 import hashlib
@@ -15,25 +15,25 @@ import torch.distributed as dist
 import xxhash
 
 NAME = "manifest.json"
-NEEDED = (".metadata", "metadata.json", "run.json")  # of every checkpoint
-PARTIAL_MARK = ".inplace_ttt_partial"  # a file in folders that we are writing, and that we may remove
-READERS = 4  # files at a time
+NEEDED = (".metadata", "metadata.json", "run.json")  # files of every checkpoint
+PARTIAL_MARK = ".inplace_ttt_partial"  # marks a folder that is being written and may be deleted
+READERS = 4  # threads, one file each
 
 
 def checksum(path: Path) -> str:
-    """Return XXH3 with 128 bits, which finds damage at the speed of memory and is no proof against forgery."""
+    """Return the XXH3-128 hash of a file. It detects damage at memory bandwidth, but not forgery."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def write_sums(folder: Path, rank: int, names: Iterable[str]) -> None:
-    """Keep the checksums of what a rank has written until the manifest is."""
+    """Write the checksums of the files of a rank to a temporary file for ``write_manifest``."""
     sums = {name: checksum(folder / name) for name in names}
     _sums_of(folder, rank).write_text(json.dumps(sums))
 
 
 def write_manifest(folder: Path) -> None:
-    """Describe every file, by the sums that ranks have left where they have, and have the disk hold them all."""
+    """Write the manifest and flush all files to disk; compute only checksums that no rank has written."""
     sums = {}
     for path in folder.glob(".sums_*.json"):
         sums |= json.loads(path.read_text())
@@ -46,10 +46,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder by its file sizes, or None."""
+    """Check the file sizes of a checkpoint folder. Return what is wrong, or None."""
     manifest = folder / NAME
     if not manifest.is_file():
-        return f"'{folder}' has no {NAME}: it is not a whole checkpoint"
+        return f"'{folder}' has no {NAME}: it is not a complete checkpoint"
     try:
         sizes = {name: size for name, (size, _) in _entries(folder).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -62,22 +62,23 @@ def damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"'{path}' is missing"
         if path.stat().st_size != size:
-            return f"'{path}' has {path.stat().st_size} bytes where {size} were written"
+            return f"'{path}' has {path.stat().st_size} bytes instead of {size}"
     return None
 
 
 def corruption(folder: Path, alone: bool = False) -> str | None:
-    """Return what is wrong with a checkpoint folder by its checksums, or None.
+    """Check the checksums of a checkpoint folder. Return what is wrong, or None.
 
-    Where there is a process group all ranks call it together, each reads a share of the files, and all learn the same;
-    unless ``alone``.
-    Raises OSError where a file is there and cannot be read.
+    If a process group exists, this is a collective: each rank reads a share of the files and all return the same
+    result. With ``alone`` this rank reads all files and communicates with no other rank.
+
+    Raises OSError if an existing file cannot be read.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not alone else (0, 1)
     fault = error = None
     try:
         fault = damage(folder) or _compare(folder, rank, size)
-    except OSError as caught:  # says nothing of the file: another try may read it
+    except OSError as caught:  # not proof of damage: a retry may succeed
         error = caught
     found = [(fault, error)]
     if size > 1:
@@ -104,17 +105,17 @@ def _compare(folder: Path, rank: int, size: int) -> str | None:
         found = readers.map(lambda entry: checksum(folder / entry[0]), mine)
         for (name, (_, expected)), read in zip(mine, found, strict=True):
             if expected is not None and read != expected:
-                return f"'{folder / name}' is corrupt: its checksum is {read} where {expected} was written"
+                return f"'{folder / name}' is corrupt: its checksum is {read} instead of {expected}"
     return None
 
 
 def _entries(folder: Path) -> dict[str, tuple[int, str | None]]:
-    """Return size and checksum of each file; earlier versions wrote sizes alone."""
+    """Return size and checksum of each file; the checksum is None in manifests of earlier versions."""
     entries = json.loads((folder / NAME).read_text())
     found = {name: (entry, None) if isinstance(entry, int) else tuple(entry) for name, entry in entries.items()}
     for name, (size, known) in found.items():
         if "/" in name or "\0" in name or name in ("", ".", "..") or type(size) is not int:
-            raise ValueError(f"{name} is no file of the folder")
+            raise ValueError(f"{name} is not a file name")
         if not isinstance(known, str | None):
             raise TypeError(f"{name} has no checksum")
     return found

@@ -1,4 +1,4 @@
-"""Exit codes, the Slurm exit file, torchrun's error file, cleanup of child processes."""
+"""Exit codes, Slurm exit file, torchrun error file and cleanup of child processes."""
 
 import contextlib
 import errno
@@ -12,14 +12,14 @@ import psutil
 
 from inplace_ttt.resilience.torchrun import MARK
 
-# What a user must mend before a run can go on; other failures of a file system may pass
+# file system errors that a user must fix before a run can resume; others may be temporary
 PERMANENT_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-# What names something that no file can be: only the user can change that
+# errors of invalid paths, which a user must fix
 PATH_ERRNOS = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ESPIPE, errno.ENXIO}
 
 
 class _Tolerant:
-    """A stream that nobody may read any more, as behind ``| head``: work goes on without it."""
+    """Wrap a stream and ignore broken pipes, such as after ``| head``."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -38,7 +38,7 @@ class _Tolerant:
 
 
 def tolerate_closed_output() -> None:
-    """Let a job go on whose standard output nobody reads any more."""
+    """Ignore broken pipes of standard output, so that a job continues without a reader."""
     if sys.stdout is not None and not isinstance(sys.stdout, _Tolerant):
         sys.stdout = _Tolerant(sys.stdout)
 
@@ -46,9 +46,9 @@ def tolerate_closed_output() -> None:
 def fail(message: str, code: int) -> int:
     """Report why this process ends, and return its exit code.
 
-    The Slurm job reads the code from a file, for torchrun's own is 1 whatever happened. torchrun prints the message
-    last (``torchrun.py``), from the error file that it names; a rank without torchrun prints it itself. Each report is
-    made by itself: a full disk, which may be the reason, keeps some from being written.
+    The Slurm job reads the code from a file, since torchrun's own exit code is always 1. torchrun prints the message
+    last, from its error file (``torchrun.py``); a rank without torchrun prints it itself. Each report is independent of
+    the others, because a full disk, which may be the cause, can prevent some of them.
     """
     told, report = os.environ.get("INPLACE_TTT_EXIT_FILE"), os.environ.get("TORCHELASTIC_ERROR_FILE")
     logs, rank = os.environ.get("INPLACE_TTT_LOGS"), os.environ.get("RANK", "0")
@@ -62,7 +62,7 @@ def fail(message: str, code: int) -> int:
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
             torchrun_says = True
     with contextlib.suppress(OSError):
-        if logs and torchrun_says:  # of each rank (launch/slurm/rank.sh)
+        if logs and torchrun_says:  # one log per rank (launch/slurm/rank.sh)
             with Path(logs, f"rank_{rank}.log").open("a") as log:
                 log.write(f"{message}\n")
     with contextlib.suppress(OSError):
@@ -73,9 +73,9 @@ def fail(message: str, code: int) -> int:
 
 
 def _tell(file: Path, code: int) -> None:
-    """The first rank to fail knows why, others may have lost contact with it: there is one digit, 0 until it is told.
+    """Write the exit code to the Slurm exit file, unless another rank has written one: the first failure is the cause.
 
-    Written over, for which a full disk has room.
+    The single digit is overwritten in place, which works on a full disk.
     """
     with file.open("r+") as stream:
         if stream.read(1) == "0":
@@ -84,7 +84,7 @@ def _tell(file: Path, code: int) -> None:
 
 
 def leave(code: int) -> None:
-    """End this process and those it started, at once: a rank that failed must not wait for peers in a teardown."""
+    """End this process and its children immediately; a failed rank must not wait for peers during teardown."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()

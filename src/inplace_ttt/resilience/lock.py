@@ -1,4 +1,4 @@
-"""Keep what one process writes to from a second one: a run's folder, a corpus, an export."""
+"""File locks that keep a second process from writing to the same run folder, corpus or export."""
 
 import contextlib
 import errno
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from inplace_ttt.config.errors import UserError
 
-# What file systems answer that know no locks
+# errors of file systems without locks
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _held: set[int] = set()
 
 
 def _forget() -> None:
-    """Close the locks' files in a forked child: a lock is its parent's and ends with it."""
+    """Close lock files in a forked child, so that a lock ends with the parent process."""
     for descriptor in _held:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -28,11 +28,13 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class Lock:
-    """Lock a file by flock(2); the kernel frees it when the process dies."""
+    """Lock a file with flock(2); the kernel releases the lock when the process dies."""
 
     def __init__(self, path: Path, what: str):
-        """``what`` is locked, such as "run.dir='runs/a'". Raises UserError, naming host and process, where it is
-        locked already; OSError where ``path`` cannot be written."""
+        """Lock ``path``. ``what`` is the locked resource in messages, such as "run.dir='runs/a'".
+
+        Raises UserError, naming host and process, if it is locked; OSError if ``path`` cannot be written.
+        """
         self.path, self.warning = path, None
         while True:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -47,19 +49,19 @@ class Lock:
                     os.close(self.descriptor)
                     raise
                 self.warning = (
-                    f"the file system of '{path.parent}' has no locks ({error.strerror}): nothing keeps a second "
-                    f"process from writing to {what}"
+                    f"the file system of '{path.parent}' does not support locks ({error.strerror}): make sure that no "
+                    f"second process writes to {what}"
                 )
             if self._is_there():
                 break
-            os.close(self.descriptor)  # whoever had it has removed it meanwhile
+            os.close(self.descriptor)  # the previous holder has removed the file in the meantime
         _held.add(self.descriptor)
         told = json.dumps(dict(host=socket.gethostname(), process=os.getpid(), since=time.strftime("%F %T")))
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, told.encode(), 0)
 
     def release(self) -> None:
-        """Remove the file and let others lock it."""
+        """Remove the file and release the lock."""
         if self.descriptor in _held:
             _held.discard(self.descriptor)
             with contextlib.suppress(OSError):
@@ -87,8 +89,11 @@ class Lock:
 
 
 def lock_beside(output: Path, what: str) -> Lock:
-    """Lock what is written to ``output`` by a file beside it; its folder is made if need be."""
+    """Lock ``output`` through a file next to it; create its parent folder if necessary.
+
+    Raises UserError if it is locked or has no file name.
+    """
     if not output.name or output.name == "..":
-        raise UserError(f"'{output}' is no name for what is to be written: name a new folder, such as out/model")
+        raise UserError(f"'{output}' is not a valid output name: name a new folder, such as out/model")
     output.parent.mkdir(parents=True, exist_ok=True)
     return Lock(output.with_name(f".{output.name}.lock"), what)

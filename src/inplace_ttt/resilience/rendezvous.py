@@ -1,4 +1,4 @@
-"""Connect the ranks of a job through a store: torchrun's, or one that the first rank opens."""
+"""Rendezvous of the ranks of a job through a store, opened by torchrun or by rank 0."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ import torch.distributed as dist
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.environment import World, master_address
 
-ANSWERS = 15.0  # seconds in which torchrun's store answers, for its agents are there before the ranks
+ANSWERS = 15.0  # timeout in seconds for torchrun's store, which exists before the ranks start
 
 
 class Rendezvous:
     """Open connections to the job's store."""
 
     def __init__(self, world: World, minutes: float):
-        """``minutes``: how long to wait for the first rank where torchrun has not opened the store.
+        """Connect to the store; open it on rank 0 if torchrun has not. ``minutes``: timeout for rank 0 and other ranks.
 
-        Raises UserError where the store cannot be opened or reached.
+        Raises UserError if the store cannot be opened or reached.
         """
         self.world, self.seconds = world, 60 * minutes
         self.address, self.port = master_address()
@@ -30,21 +30,23 @@ class Rendezvous:
         self.store = self.connect()
 
     def connect(self) -> dist.Store:
-        """Return a new connection. Calls on one block each other."""
+        """Return a new connection, on which calls block each other. Raises UserError if the store cannot be reached."""
         self._wait_for_listener()
         try:
             store = dist.TCPStore(
                 self.address, self.port, is_master=False, timeout=timedelta(seconds=ANSWERS), wait_for_workers=False
             )
         except (RuntimeError, ValueError) as error:
-            raise self._no_answer(f"it is no store: {first_line(error)[:120]}") from error
+            raise self._no_answer(f"it is not a store: {first_line(error)[:120]}") from error
         store.set_timeout(timedelta(seconds=max(self.seconds, ANSWERS)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"inplace_ttt/{attempt}", store)
 
     def _wait_for_listener(self) -> None:
-        """Return when something listens there. torchrun's agent does before its ranks start; the first rank, where it
-        opens the store, may start later than this one. (torch's own client prints its stack where nobody listens.)"""
+        """Wait until the port is open. (torch's own client prints a stack trace if it is not.)
+
+        torchrun's agent opens it before its ranks start. If rank 0 opens it, rank 0 may start later than this rank.
+        """
         patience = ANSWERS if self.by_agent else max(self.seconds, ANSWERS)
         started, said = time.monotonic(), False
         while True:
@@ -57,18 +59,18 @@ class Rendezvous:
                     raise self._no_answer(error.strerror or str(error)) from error
             if waited > ANSWERS and not said:
                 place = f"{self.address}:{self.port}"
-                print(f"rank {self.world.rank} waits for the first rank at {place}", file=sys.stderr, flush=True)
+                print(f"rank {self.world.rank} waits for rank 0 at {place}", file=sys.stderr, flush=True)
                 said = True
             time.sleep(0.2)
 
     def _no_answer(self, why: str) -> UserError:
         return UserError(
-            f"nothing answers at MASTER_ADDR={self.address} MASTER_PORT={self.port} ({why}): start all ranks of the "
-            f"job, by one torchrun on each node"
+            f"no response from MASTER_ADDR={self.address} MASTER_PORT={self.port} ({why}): start all ranks of the job, "
+            f"with one torchrun per node"
         )
 
     def wait_for_all(self) -> None:
-        """Return when every rank has come here. Raises UserError naming those that do not."""
+        """Wait until every rank has called this. Raises UserError, naming the missing ranks, after the timeout."""
         self.store.set(f"here/{self.world.rank}", "")
         started, said = time.monotonic(), False
         while True:
@@ -80,7 +82,7 @@ class Rendezvous:
             named = f"{len(missing)} of {self.world.size} ranks ({few})"
             if waited > self.seconds:
                 raise UserError(
-                    f"{named} have not come to MASTER_ADDR={self.address} MASTER_PORT={self.port} in "
+                    f"{named} did not connect to MASTER_ADDR={self.address} MASTER_PORT={self.port} within "
                     f"{self.seconds / 60:.1f} minutes: start WORLD_SIZE={self.world.size} ranks"
                 )
             if waited > ANSWERS and not said and self.world.local_rank == 0:
@@ -89,7 +91,7 @@ class Rendezvous:
             time.sleep(min(0.02 + waited / 10, 1.0))
 
     def _listen(self) -> dist.Store:
-        """Open the store on one address alone: torch would listen on all that this host has."""
+        """Open the store on MASTER_ADDR only; torch would listen on all addresses of this host."""
         try:
             family, kind, protocol, _, place = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)[0]
             listener = socket.socket(family, kind, protocol)
@@ -100,8 +102,8 @@ class Rendezvous:
             if error.errno == errno.EADDRINUSE:
                 raise UserError(f"MASTER_PORT={self.port} is in use on this host: choose another port") from error
             raise UserError(
-                f"MASTER_ADDR={self.address} is no address that this host, which has RANK=0, can listen on "
-                f"({error.strerror}): name an address of it"
+                f"MASTER_ADDR={self.address} is not an address of this host, which has RANK=0 ({error.strerror}): use "
+                f"one of its addresses"
             ) from error
         return dist.TCPStore(
             self.address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -109,7 +111,7 @@ class Rendezvous:
 
 
 def join(world: World, rendezvous: Rendezvous | None, backend: str, timeout: timedelta) -> None:
-    """Form the default process group, by the rendezvous, or alone without opening any port."""
+    """Create the default process group; without a rendezvous, for one process and without opening a port."""
     if rendezvous is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return

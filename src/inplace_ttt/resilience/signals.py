@@ -1,4 +1,7 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and stop; ranks hear them at different times and agree in the step."""
+"""Stop signals: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save a checkpoint and stop.
+
+Ranks receive them at different times; they agree within a step.
+"""
 
 import contextlib
 import ctypes
@@ -10,13 +13,13 @@ from multiprocessing import resource_tracker
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; use as a context."""
+    """Record stop signals of this process while the context is active."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self):
-        self.received: str | None = None
-        self.answer: str | None = None  # is printed when the first request comes, by whoever sets it
+        self.received: str | None = None  # name of the first signal
+        self.answer: str | None = None  # printed by rank 0 at the first signal
         self._heard = 0.0
 
     def __enter__(self) -> "StopRequest":
@@ -29,7 +32,7 @@ class StopRequest:
 
     def _note(self, number, frame) -> None:
         now = time.monotonic()
-        # torchrun passes on what the terminal has sent to all: only a later Ctrl-C means that the user will not wait
+        # torchrun forwards a SIGINT that the terminal has already sent to all: only a later one means "do not wait"
         if number == signal.SIGINT and self.received == "SIGINT" and now - self._heard > 2:
             raise KeyboardInterrupt
         self._heard = now
@@ -40,13 +43,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Processes started inside never hear a request to stop.
+    """Block stop signals in processes that are started in this context.
 
-    A scheduler sends it to every process of a job. A rank saves and leaves; what helps it to save must not die first.
+    A scheduler signals every process of a job. Helper processes must not die before their rank has saved.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
-        resource_tracker.ensure_running()  # which opens a part of the mask again, so not later
+        resource_tracker.ensure_running()  # unblocks some of these signals when it starts, so start it first
         signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
         yield
     finally:
@@ -54,6 +57,6 @@ def block_stop_signals() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when the one that started it is gone."""
+    """Let the kernel kill this process when its parent process dies."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Straggler detection: which ranks hold up the others.
+"""Straggler detection: find the ranks that slow down the others.
 
-Step times cannot say it: all ranks wait for the slowest, so all take as long. Two things can, for they wait for nobody:
-a piece of arithmetic that is the same everywhere, timed in every step, which a GPU that is throttled or shared takes
-longer for; and the seconds in which a rank reads its data.
+Step times do not show it: all ranks wait for the slowest, so all steps take equally long. Two measurements do, because
+they wait for no other rank. One is a fixed matrix product, timed in every step, which is slower on a throttled or
+shared GPU. The other is the time that a rank needs to load its data.
 """
 
 import statistics
@@ -13,26 +13,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AVERAGED_STEPS = 50  # steps that are averaged
-MIN_STEPS = 20  # steps before anyone is named
-SLOW_COMPUTE_FACTOR = {"cuda": 1.15, "cpu": 1.5}  # times the median of all ranks; on CPUs other programs run, too
-SLOW_DATA_FRACTION = 0.05  # of a step, in reading data beyond the median
+AVERAGED_STEPS = 50  # length of the moving average
+MIN_STEPS = 20  # steps before any rank is reported
+SLOW_COMPUTE_FACTOR = {
+    "cuda": 1.15,
+    "cpu": 1.5,
+}  # threshold over the median of all ranks; higher on CPUs, which run other programs, too
+SLOW_DATA_FRACTION = 0.05  # threshold of data loading beyond the median, as fraction of a step
 
 
 class MatmulProbe:
-    """Small matrix products, some milliseconds of a CPU and half a millisecond of a GPU."""
+    """Time small matrix products: some milliseconds on a CPU, half a millisecond on a GPU."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
         size, self.times = (2048, 16) if self.on_gpu else (192, 24)
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
-        row = torch.linspace(-1, 1, size, device=device, dtype=dtype)  # no random numbers: training's are its own
+        row = torch.linspace(
+            -1, 1, size, device=device, dtype=dtype
+        )  # no random numbers: they would change the training
         self.a, self.out = row.repeat(size, 1), torch.empty(size, size, device=device, dtype=dtype)
         self.events = self.before = None
         self.taken = 0.0
 
     def run(self) -> None:
-        """Does the work; on a GPU, has it done in its turn. The run before must be over."""
+        """Run the products. On a GPU, launch them on the current stream. The previous run must have finished."""
         if self.on_gpu:
             self.before = self.events
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -45,7 +50,7 @@ class MatmulProbe:
             self.events[1].record()
 
     def seconds(self) -> float:
-        """Return the seconds of the last run; on a GPU of the run before, because the last may not be over."""
+        """Return the seconds of the last run; on a GPU of the previous one, since the last may not have finished."""
         if self.on_gpu:
             return self.before[0].elapsed_time(self.before[1]) / 1e3 if self.before else 0.0
         return self.taken
@@ -53,37 +58,39 @@ class MatmulProbe:
 
 @dataclass(frozen=True)
 class Straggler:
+    """Describe a slow rank."""
+
     rank: int
     host: str
-    compute: float  # what its arithmetic takes, over the median of all ranks; 0: no more than usual
-    data: float  # seconds a step in which it reads data, beyond the median; 0: no more than usual
+    compute: float  # time of the matmul probe / median of all ranks; 0: below the threshold
+    data: float  # seconds per step of data loading above the median; 0: below the threshold
 
     def __str__(self) -> str:
         reasons = []
         if self.compute:
-            reasons.append(f"its arithmetic takes {self.compute:.2f} times what others' takes")
+            reasons.append(f"matmul probe {self.compute:.2f}x the median")
         if self.data > 0:
-            reasons.append(f"it reads its data {self.data:.2g} s a step longer")
-        return f"rank {self.rank} ({self.host}) holds up the others: {', '.join(reasons)}"
+            reasons.append(f"data loading {self.data:.2g} s per step above the median")
+        return f"straggler: rank {self.rank} ({self.host}): {', '.join(reasons)}"
 
 
 class StragglerDetector:
-    """The last steps of all ranks; lives on the first."""
+    """Compare the last steps of all ranks; used on rank 0 only."""
 
     def __init__(self, hosts: list[str], device_type: str):
-        self.hosts, self.too_slow = hosts, SLOW_COMPUTE_FACTOR[device_type]  # hosts: of each rank
+        self.hosts, self.too_slow = hosts, SLOW_COMPUTE_FACTOR[device_type]  # hosts: one per rank
         self.steps: deque[tuple[list[float], list[float], float]] = deque(maxlen=AVERAGED_STEPS)
 
     def add(self, compute: list[float], data: list[float], step_seconds: float) -> None:
-        """Note the seconds of each rank's probe and reading in a step, and of the whole step."""
+        """Record one step: seconds of probe and data loading of each rank, and of the whole step."""
         self.steps.append((compute, data, step_seconds))
 
     def spread(self) -> float:
-        """The slowest rank's arithmetic over the median's; 0 while too little is known."""
+        """Return the probe time of the slowest rank / median; 0 before MIN_STEPS steps."""
         return max(self._compute(), default=0.0)
 
     def slow(self) -> list[Straggler]:
-        """The slowest first."""
+        """Return the stragglers, the slowest first."""
         compute = self._compute()
         if not compute:
             return []
@@ -111,7 +118,10 @@ class StragglerDetector:
 
 
 def one_hot_table(values: list[float], rank: int, size: int, device: torch.device) -> Tensor:
-    """(len(values) * size,) this rank's numbers among zeros: the largest of all ranks is everyone's."""
+    """Return (len(values) * size,): this rank's values in its column, zeros elsewhere.
+
+    An all-reduce with MAX yields the table of all ranks.
+    """
     table = torch.zeros(len(values), size, device=device)
     table[:, rank] = torch.tensor(values, device=device)
     return table.flatten()

@@ -1,9 +1,9 @@
-"""Have torchrun print the sentence of a rank that failed, last and once, instead of a traceback.
+"""Error output of torchrun: print the message of the failed rank as last line, without a traceback.
 
-torchrun's agent raises ChildFailedError, and Python prints where in torch it did. The agent loads the entry points of
-the group ``torchrun.handlers`` (pyproject.toml); this one registers a rendezvous like the others there, and where the
-agent starts a script of ``launch/`` sets how its exceptions are shown. Without it torchrun's summary quotes the same
-sentence, from the error file that ``exits.fail`` writes. torchrun's exit code is 1 either way.
+torchrun's agent raises ChildFailedError, and Python prints its traceback. The agent loads the entry points of the group
+``torchrun.handlers`` (pyproject.toml). The one here registers a rendezvous like the others, and sets ``sys.excepthook``
+if the agent starts a script of ``launch/``. Without it, torchrun's summary quotes the same message from the error file
+that ``exits.fail`` writes. torchrun's exit code is 1 in both cases.
 """
 
 import logging
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-RESUME_HINT = "the same command goes on from what was saved"
-MARK = "inplace_ttt_exit_code"  # key of an error file's extraInfo: the message is a sentence for the user
+RESUME_HINT = "rerun the same command to resume"
+MARK = "inplace_ttt_exit_code"  # key in extraInfo of an error file: the exit code of a rank that reported its error
 _NOISY = tuple(
     f"torch.distributed.elastic.{module}"
     for module in ("agent.server.api", "multiprocessing.api", "multiprocessing.errors.error_handler")
@@ -21,10 +21,10 @@ _NOISY = tuple(
 
 
 def rendezvous() -> Callable:
-    """Return the creator of a rendezvous that is torchrun's static one; set how the agent's exceptions are shown."""
+    """Return the factory of torchrun's static rendezvous; install the exception hook if a script here is started."""
     if _starts_our_script(sys.argv):
         sys.excepthook = _show
-        for name in _NOISY:  # they tell of each process that is ended because another one was
+        for name in _NOISY:  # they log every process that is terminated after a failure
             logging.getLogger(name).addFilter(lambda record: record.levelno < logging.WARNING)
     return _create
 
@@ -59,21 +59,21 @@ def _show(kind: type[BaseException], error: BaseException, trace) -> None:
 
 
 def _sentences(error: BaseException) -> list[str]:
-    """Return what ranks of ours said of their end, each sentence once; the first one to fail comes last."""
+    """Return the messages of failed ranks without duplicates; that of the first failure comes last."""
     failures = sorted(getattr(error, "failures", {}).items(), key=lambda one: one[1].timestamp, reverse=True)
     codes = {rank: _code(failure.message) for rank, failure in failures}
-    is_explained = any(code in (2, 3) for code in codes.values())  # then torchrun has ended the others, by SIGTERM
+    is_explained = any(code in (2, 3) for code in codes.values())  # torchrun then ended the others with SIGTERM
     said = []
     for rank, failure in failures:
         if codes[rank] is not None:
             said.append(failure.message["message"])
         elif failure.exitcode < 0 and not (is_explained and -failure.exitcode == signal.SIGTERM):
-            # it could not say anything
+            # a killed rank reports nothing itself
             name = next((one.name for one in signal.Signals if one == -failure.exitcode), -failure.exitcode)
-            said.append(f"stopped: rank {rank} was ended by {name}; {RESUME_HINT}")
+            said.append(f"stopped: rank {rank} was killed by {name}; {RESUME_HINT}")
     return list(dict.fromkeys(said))[-4:]
 
 
 def _code(message) -> int | None:
-    """Return the exit code that a rank of ours has noted in its error file; None for others."""
+    """Return the exit code in the error file of a rank; None if ``exits.fail`` did not write the file."""
     return message.get("extraInfo", {}).get(MARK) if isinstance(message, dict) else None

@@ -1,16 +1,16 @@
-"""Notice that a rank hangs, and say which one it is and where the others wait for it.
+"""Watchdog: detect a hanging rank, and report which one it is and where the others wait for it.
 
-A collective waits for the slowest of its ranks: where one is stopped or cut off, all stand still and none knows why.
-So every rank marks what it goes about, and a thread beside it tells the job's store every second that it is there and
-what it does. When a rank's marks stand still for too long, or another rank is silent for as long, it reads what all
-have told and ends the job in a sentence. Only durations of a machine's own monotonic clock count: clocks may differ,
-and may jump.
+A collective waits for its slowest rank: if one is stopped or disconnected, all ranks hang without knowing why. So each
+rank records its current phase. A background thread writes a heartbeat with this phase to the job's store once per
+second. If a phase exceeds the time limit, or another rank sends no heartbeat for that long, the thread reads all
+heartbeats and ends the job with one message. Only durations of a local monotonic clock are compared, since wall clocks
+of hosts differ and can jump.
 
-Where the network is cut the store's client may wait for ever. So a second thread watches the marks, and whatever it
-asks the store is given some seconds.
+Without a network the store's client may block forever. So a second thread watches the phase of its own rank, and every
+request to the store has a timeout.
 
-The store is open to whoever reaches its port. Once the ranks are joined they sign what they tell with a key that they
-share through the process group, and the store never holds.
+Anyone who can reach the store's port can write to it. Once the ranks are connected they sign heartbeats with a key that
+they share through the process group, never through the store.
 """
 
 import contextlib
@@ -36,25 +36,25 @@ from inplace_ttt.config import one_line
 from inplace_ttt.environment import World
 from inplace_ttt.resilience.rendezvous import Rendezvous
 
-# Innermost Python frames of a rank that waits for others, rather than being what others wait for
+# files of innermost Python frames that show that a rank waits for others
 _WAITING = ("torch/distributed/", "ttt/transport/", "p2p_communication.py", "tensor_parallel/mappings")
 PACKAGE = Path(inplace_ttt.__file__).parent
-ANSWER = 10.0  # seconds in which the store answers, if it is reached
-DONE = "done"  # why a rank ends that has nothing to complain of
+ANSWER = 10.0  # timeout in seconds for requests to the store
+DONE = "done"  # reason of a rank that ends without an error
 
 
 @dataclass
 class Heartbeat:
-    """Hold what a rank tells of itself."""
+    """Hold the status that a rank publishes."""
 
-    number: int  # grows with every beat
+    number: int  # increases with every heartbeat
     host: str
-    process: int
-    phases: int  # how many it has set
-    phase: str  # the last one
-    where: str  # in the code, where it has stood for a while
-    waiting: bool  # for other ranks; likewise
-    left: str | None = None  # why it ended, once it has
+    process: int  # process ID
+    phases: int  # number of phases so far
+    phase: str  # current phase
+    where: str  # current function or line; empty until the phase lasts for two intervals
+    waiting: bool  # waits for other ranks; False until the phase lasts for two intervals
+    left: str | None = None  # reason for its end; None: running
 
     @property
     def failed(self) -> bool:
@@ -63,26 +63,32 @@ class Heartbeat:
 
 @dataclass
 class PeerStatus:
-    """Hold what is known of another rank: its last beat, and for how many seconds it has been the last."""
+    """Hold the last heartbeat of a rank, and the seconds since it arrived."""
 
     beat: Heartbeat
     silent: float
 
 
 class Watchdog:
-    """Watch the other ranks, for one rank. ``mark`` costs nothing; without a job's store nothing is watched."""
+    """Watch all ranks from one rank, in background threads. Without a store nothing is watched."""
 
-    INTERVAL = 1.0  # seconds between beats
+    INTERVAL = 1.0  # seconds between heartbeats
 
     def __init__(self, rank: int, size: int, limit: float, on_hang: Callable[[str], None], store=None):
-        """``on_hang`` is called in the watching thread with a sentence, and ends the process. ``limit``: seconds."""
+        """Start watching if there is a store.
+
+        Args:
+            limit: seconds that a phase may take, times its timeout factor.
+            on_hang: called in a background thread with the message; must end the process.
+            store: store of the job; None: do not watch.
+        """
         self.rank, self.size, self.limit, self.on_hang, self.store = rank, size, limit, on_hang, store
         self.interval = min(self.INTERVAL, limit / 10)
         self._phases, self._phase, self._since, self._timeout_factor = 0, "starting", time.monotonic(), 1.0
         self._main, self._host = threading.get_ident(), socket.gethostname()
         self._number, self._left = 0, None
         self._secret: bytes | None = None
-        self._seen: dict[int, tuple[Heartbeat, float]] = {}  # of each rank: its last beat, and when that was new
+        self._seen: dict[int, tuple[Heartbeat, float]] = {}  # per rank: last heartbeat and its arrival time
         self._lock, self._ended = threading.Lock(), threading.Event()
         if store is not None:
             self._send_heartbeat()
@@ -93,27 +99,27 @@ class Watchdog:
     def join(
         cls, world: World, limit: float, on_hang: Callable[[str], None], rendezvous: Rendezvous | None
     ) -> "Watchdog":
-        """Watch through the job's store, on a connection of its own; a process that is alone watches nothing."""
+        """Watch through a separate connection to the job's store; without a rendezvous (one process) do not watch."""
         store = None
         if rendezvous is not None:
             store = dist.PrefixStore("watch", rendezvous.connect())
         return cls(world.rank, world.size, limit, on_hang, store)
 
     def share_secret(self) -> None:
-        """Give all ranks a key to sign their beats with, through the process group: every rank calls it.
+        """Share a key for signing heartbeats through the process group. All ranks must call this.
 
-        Whoever reaches the store can write to it. From here on a beat that is not signed with the key is no beat.
+        From then on heartbeats with another signature are ignored, since anyone who reaches the store can write to it.
         """
         if self.store is not None:
             secret = [secrets.token_bytes(32)]
             dist.broadcast_object_list(secret, src=0)
-            for beat, _ in list(self._seen.values()):  # what anyone may have written; all ranks are here now
+            for beat, _ in list(self._seen.values()):  # unsigned ones may be forged; all ranks are alive here
                 beat.number, beat.left = -1, None
             self._secret = secret[0]
             self._send_heartbeat()
 
     def set_phase(self, phase: str, timeout_factor: float = 1.0) -> None:
-        """Note what the rank does now, and how many times the limit it may take."""
+        """Start a phase, which may take ``timeout_factor`` times the limit."""
         self._phases, self._phase, self._timeout_factor, self._since = (
             self._phases + 1,
             phase,
@@ -122,16 +128,16 @@ class Watchdog:
         )
 
     def leave(self, why: str = DONE) -> None:
-        """End watching, and tell the others why this rank ends: they will lose contact with it."""
+        """Stop watching, and publish why this rank ends, since the others will lose contact with it."""
         if self.store is not None and not self._ended.is_set():
             self._left = why
             _within(ANSWER, self._send_heartbeat)
             self._ended.set()
 
     def finish(self) -> None:
-        """Leave with the others: wait until no rank is at work any more.
+        """Wait until all ranks have finished, then stop watching.
 
-        Whoever left at once could not notice that another rank hangs in what it does last, and nobody else would.
+        A rank that left at once could not report that another rank hangs in its last phase.
         """
         if self.store is None:
             return
@@ -140,7 +146,7 @@ class Watchdog:
         _within(ANSWER, self._send_heartbeat)
         while not self._ended.is_set():
             known = _within(ANSWER, self._read_heartbeats)
-            # None: the store is gone, which the first rank may have opened: it waits for all others
+            # None: the store is gone. If rank 0 opened it, all ranks have finished, since rank 0 waits for them
             if known is None or all(seen.beat.left for rank, seen in known.items() if rank != self.rank):
                 self._ended.set()
             else:
@@ -154,14 +160,14 @@ class Watchdog:
         self.leave(DONE if error is None else one_line(error))
 
     def explain_loss(self) -> str | None:
-        """Why contact with others may be lost: a sentence, or None where all are heard from."""
+        """Return why contact with other ranks may be lost; None if all of them send heartbeats."""
         if self.store is None:
             return None
         known = _within(ANSWER, self._poll_for_losses)
         return _unreachable() if known is None else describe_lost_rank(known, self.rank, 2.5 * self.interval)
 
     def _poll_for_losses(self) -> dict[int, PeerStatus]:
-        """Return what ranks tell, after some beats or as soon as one says why it ended."""
+        """Return the status of all ranks after a few intervals, or as soon as one reports a failure."""
         known = self._read_heartbeats()
         for _ in range(4):
             time.sleep(self.interval)
@@ -171,9 +177,9 @@ class Watchdog:
         return known
 
     def _send_heartbeats(self) -> None:
-        looks_around = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one of a machine is enough
+        looks_around = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one rank per host is enough
         while not self._ended.wait(self.interval):
-            # RuntimeError: the store is not reached; if that stops the rank, the guard sees it
+            # RuntimeError: the store cannot be reached; if that blocks the rank, the other thread notices
             with contextlib.suppress(RuntimeError):
                 self._send_heartbeat()
                 if looks_around and self._number % 5 == 0:
@@ -183,7 +189,7 @@ class Watchdog:
         others = {rank: seen for rank, seen in known.items() if rank != self.rank}
         failed = [seen for seen in others.values() if seen.beat.failed]
         if any(seen.silent > 10 * self.interval for seen in failed):
-            # who waits for a rank that has failed may not hear of it otherwise: NCCL's kernels go on waiting
+            # NCCL kernels wait forever for a failed rank, so this is the only notice
             self._end(describe_lost_rank(known, self.rank, self.limit))
         elif any(seen.silent > self.limit and not seen.beat.left for seen in others.values()):
             self._end(describe_hang(known, self.limit / 2))
@@ -194,7 +200,7 @@ class Watchdog:
                 self._end(_within(ANSWER, self._diagnosis) or _unreachable())
 
     def _diagnosis(self) -> str:
-        """Looks for as long as it takes to tell who is silent."""
+        """Wait until silent ranks can be identified, then describe the hang."""
         self._read_heartbeats()
         time.sleep(3 * self.interval)
         return describe_hang(self._read_heartbeats(), 2.5 * self.interval)
@@ -215,7 +221,7 @@ class Watchdog:
             self.store.set(str(self.rank), self._signed(json.dumps(asdict(beat))))
 
     def _read_heartbeats(self) -> dict[int, PeerStatus]:
-        """Return what every rank that has told anything told last."""
+        """Return the status of every rank that has sent a heartbeat."""
         ranks = range(self.size)
         if len(self._seen) < self.size:
             ranks = [rank for rank in ranks if rank in self._seen or self.store.check([str(rank)])]
@@ -231,11 +237,11 @@ class Watchdog:
         return f"{self._signature(self.rank, text)} {text}"
 
     def _signature(self, rank: int, text: str) -> str:
-        """Sign a rank's beat; before the ranks share a key the signature is empty."""
+        """Return the signature of a heartbeat; "-" before the ranks share a key."""
         return hmac.digest(self._secret, f"{rank} {text}".encode(), "sha256").hex() if self._secret else "-"
 
     def _verified(self, rank: int, content: bytes) -> Heartbeat | None:
-        """Return the beat that a rank wrote, or None where its signature is not the rank's."""
+        """Return the heartbeat of a rank; None if its signature or content is invalid."""
         try:
             signature, _, text = content.decode().partition(" ")
             if hmac.compare_digest(signature, self._signature(rank, text)):
@@ -249,7 +255,7 @@ class Watchdog:
 
 
 def _within(seconds: float, action: Callable):
-    """Return what an action returns; None where it takes longer, or the store is not reached."""
+    """Return the result of an action; None on a timeout or if the store cannot be reached."""
     found = []
 
     def run() -> None:
@@ -263,8 +269,11 @@ def _within(seconds: float, action: Callable):
 
 
 def describe_hang(known: dict[int, PeerStatus], silence: float) -> str:
-    """The rank that the others wait for, and where: silent for longer than ``silence`` seconds, else at work while the
-    others wait, else behind them."""
+    """Describe the rank that the others wait for, and where they wait.
+
+    This is a rank without a heartbeat for ``silence`` seconds, else a rank that computes while the others wait, else a
+    rank in an earlier phase.
+    """
     silent = [rank for rank, seen in known.items() if seen.silent > silence and not seen.beat.left]
     heard = {rank: seen.beat for rank, seen in known.items() if rank not in silent and not seen.beat.left}
     if silent:
@@ -275,15 +284,15 @@ def describe_hang(known: dict[int, PeerStatus], silence: float) -> str:
     late = next((group for group in (working, behind) if 0 < len(group) < len(heard)), None)
     if late is None:
         rank, beat = next(iter(heard.items()))
-        return f"no rank goes on; rank {rank} waits in {_describe_place(beat)}"
+        return f"no rank makes progress; rank {rank} is waiting in {_describe_place(beat)}"
     named = _list(known, late)
     first = heard[late[0]]
     rest = {rank: beat for rank, beat in heard.items() if rank not in late}
-    return f"{named} {_does(late)} not go on from {_describe_place(first)}{_describe_waiting(rest)}"
+    return f"{named} {_is(late)} stuck in {_describe_place(first)}{_describe_waiting(rest)}"
 
 
 def describe_lost_rank(known: dict[int, PeerStatus], me: int, silence: float) -> str | None:
-    """Return why ranks that cannot be reached ended, else which are not heard from; None: all are there."""
+    """Describe a failed rank, else the ranks without a heartbeat for ``silence`` seconds; None: there are none."""
     ended = [rank for rank, seen in known.items() if rank != me and seen.beat.failed]
     if ended:
         first = known[ended[0]].beat
@@ -294,7 +303,7 @@ def describe_lost_rank(known: dict[int, PeerStatus], me: int, silence: float) ->
 
 def _describe_silent(known: dict[int, PeerStatus], silent: list[int]) -> str:
     last = known[silent[0]].beat.phase
-    return f"{_list(known, silent)} {_does(silent)} not answer any more, last heard of in {last}"
+    return f"{_list(known, silent)} no longer {_responds(silent)}; last heartbeat in {last}"
 
 
 def _describe_waiting(heard: dict[int, Heartbeat]) -> str:
@@ -314,8 +323,12 @@ def _list(known: dict[int, PeerStatus], ranks: list[int]) -> str:
     return ", ".join(named) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
 
 
-def _does(ranks: list[int]) -> str:
-    return "does" if len(ranks) == 1 else "do"
+def _is(ranks: list[int]) -> str:
+    return "is" if len(ranks) == 1 else "are"
+
+
+def _responds(ranks: list[int]) -> str:
+    return "responds" if len(ranks) == 1 else "respond"
 
 
 def _unreachable() -> str:
@@ -323,17 +336,17 @@ def _unreachable() -> str:
 
 
 def _where(thread: int) -> tuple[str, bool]:
-    """The function that a thread is in and the line of ours that called it; whether it waits for other ranks.
+    """Return where a thread is (function, and the line of this package that called it), and if it waits for others.
 
-    faulthandler reads other threads' frames as they lie. sys._current_frames would make objects of them, which outlive
-    the call that they are of, and with it what that call holds: Python 3.12.1 crashed of it.
+    faulthandler reads the frames of other threads without creating objects. sys._current_frames creates frame objects,
+    which outlive the call and keep its variables alive; Python 3.12.1 crashed in it.
     """
     with open(os.memfd_create("stack"), "w+b") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         stacks = _stacks(file.read().decode(errors="replace"))
     frames = stacks.get(thread, [])
-    if frames and frames[0].function == "_engine_run_backward":  # autograd's own thread does the work
+    if frames and frames[0].function == "_engine_run_backward":  # the backward pass runs in a thread of autograd
         others = (inner for other, inner in stacks.items() if other not in (thread, threading.get_ident()))
         frames = next((inner for inner in others if any(frame.ours for frame in inner)), frames)
     if not frames:
@@ -357,7 +370,7 @@ class _Frame(NamedTuple):
 
 
 def _stacks(text: str) -> dict[int, list[_Frame]]:
-    """Frames by thread, the innermost first, out of what faulthandler writes."""
+    """Parse the output of faulthandler; return frames by thread, the innermost first."""
     stacks, frames = {}, []
     for line in text.splitlines():
         if thread := re.match(r"(?:Thread|Current thread) (0x[0-9a-f]+)", line):

@@ -1,1 +1,1 @@
-"""Preflight checks: of this node, and between the nodes of a job."""
+"""Preflight checks of one node, and across the nodes of a job."""

@@ -1,4 +1,4 @@
-"""Check what this machine has for training, and say what each part gives and what its lack costs."""
+"""Preflight checks of one node: hardware, drivers and packages, with the effect of each on training."""
 
 import functools
 import importlib.util
@@ -15,23 +15,25 @@ from inplace_ttt.packages import version
 
 
 class State(Enum):
-    THERE = "there"
-    LACKING = "lacking"  # training runs without it
-    BROKEN = "broken"  # training does not run
+    THERE = "ok"
+    LACKING = "warning"  # training runs, possibly slower
+    BROKEN = "failed"  # training does not run
 
 
 @dataclass(frozen=True)
 class Finding:
-    part: str
+    """Hold the result of one check."""
+
+    part: str  # name of the checked part
     state: State
     found: str  # version, or what is wrong
-    meaning: str  # what it gives where it is there, what its lack costs where it is not
+    meaning: str  # effect on training, or how to fix it
 
 
 def python() -> Finding:
     found = platform.python_version()
     if not found.startswith("3.12."):
-        return Finding("Python", State.BROKEN, found, "3.12 is needed: the pinned packages are for it")
+        return Finding("Python", State.BROKEN, found, "install Python 3.12: the pinned packages need it")
     return Finding("Python", State.THERE, found, "")
 
 
@@ -48,17 +50,21 @@ def gpus() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no GPU: driver, or container flags"
-        return Finding("GPU", State.LACKING, why, "training runs on the CPU in fp32: enough to try things, no more")
+        why = (
+            "torch is a CPU build"
+            if torch.version.cuda is None
+            else "torch finds no GPU: check the driver and container flags"
+        )
+        return Finding("GPU", State.LACKING, why, "training runs on the CPU in fp32: for trials only")
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = {f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in properties}
     found = f"{len(properties)} x {' and '.join(sorted(names))}, CUDA {torch.version.cuda}"
     if len(names) > 1:
-        return Finding("GPU", State.LACKING, found, "GPUs differ: every step waits for the slowest of them")
+        return Finding("GPU", State.LACKING, found, "GPUs differ: every step waits for the slowest one")
     try:
         torch.ones(8, device="cuda").sum().item()
     except RuntimeError as error:
-        return Finding("GPU", State.BROKEN, first_line(error)[:120], f"{found} do not compute")
+        return Finding("GPU", State.BROKEN, first_line(error)[:120], f"a kernel fails on {found}")
     return Finding("GPU", State.THERE, found, "bf16 training")
 
 
@@ -66,20 +72,20 @@ def nccl() -> Finding:
     import torch
 
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
-        return Finding("NCCL", State.LACKING, "not usable", "several processes speak gloo, over the CPU")
+        return Finding("NCCL", State.LACKING, "not usable", "multi-process runs use gloo on the CPU")
     found = ".".join(map(str, torch.cuda.nccl.version()))
-    return Finding("NCCL", State.THERE, found, "chunk states and gradients travel between GPUs directly")
+    return Finding("NCCL", State.THERE, found, "carries and gradients are transferred directly between GPUs")
 
 
 def _times(variant: str) -> str:
-    """Return how many times a plain MLP's time a layer was seen to take, at the chunks that need most and least."""
+    """Return the measured time of a TTT layer relative to a plain MLP, as a range over chunk sizes."""
     found = [find("layer_h100", "ratio", variant=variant, chunk_size=size) for size in (4096, 512)]
     least, most = (one if isinstance(one, list) else [one] for one in found)
     return f"{least[0]:.1f} to {most[-1]:.1f}"
 
 
 def kernels() -> Finding:
-    """Tell whether the fast-weight kernels run here, by running one."""
+    """Run a fast-weight kernel and compare its result with the reference in fp64."""
     import torch
 
     part = "fast-weight kernels"
@@ -101,34 +107,34 @@ def kernels() -> Finding:
         exact = naive.fast_weight_linear(*(t.double() for t in operands), eta=0.01, chunk_size=64)
         error = ((out.double() - exact).norm() / exact.norm()).item()
     except Exception as error:
-        return Finding(part, State.BROKEN, first_line(error)[:120], "a kernel does not run; is there a C compiler?")
+        return Finding(part, State.BROKEN, first_line(error)[:120], "a kernel does not run: check the C compiler")
     if not error < 1e-2:
-        return Finding(part, State.BROKEN, f"wrong by {error:.0e}", "do not train on this machine")
-    found = f"Triton {version('triton')}, right to {error:.0e}"
-    return Finding(part, State.THERE, found, "a TTT layer at the cost of its arithmetic")
+        return Finding(part, State.BROKEN, f"relative error {error:.0e}", "do not train on this machine")
+    found = f"Triton {version('triton')}, relative error {error:.0e}"
+    return Finding(part, State.THERE, found, "TTT layers run at kernel speed")
 
 
 def compiler() -> Finding:
     found = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if found:
-        return Finding("C compiler", State.THERE, found, "Triton and torch.compile build their launchers with it")
+        return Finding("C compiler", State.THERE, found, "Triton and torch.compile use it to build launchers")
     return Finding("C compiler", State.LACKING, "no gcc, cc or clang", "kernels that are not cached cannot start")
 
 
 def transformer_engine() -> Finding:
     part = "Transformer Engine"
-    lack = "unfused norms and linears, attention by gathered keys and values, gradients added in a pass of their own"
+    lack = "unfused norms and linears, attention gathers keys and values, separate pass for gradient accumulation"
     try:
         why = te.unavailable_reason()
     except UserError as error:
-        return Finding(part, State.BROKEN, str(error), "nothing that imports megatron-core runs")
+        return Finding(part, State.BROKEN, str(error), "megatron-core cannot be imported")
     if why is not None:
         return Finding(part, State.LACKING, why, f"{lack}: pip install -e '.[gpu]', or NVIDIA's image")
     return Finding(
         part,
         State.THERE,
-        version(te.PACKAGE) or "without a version",
-        "fused norms and linears, cuDNN attention also over context-parallel ranks",
+        version(te.PACKAGE) or "unknown version",
+        "fused norms and linears, cuDNN attention, also with context parallelism",
     )
 
 
@@ -138,26 +144,26 @@ def adam() -> Finding:
         return Finding(part, State.THERE, "Transformer Engine's", "one kernel for all parameters")
     if importlib.util.find_spec("amp_C") is not None:
         return Finding(part, State.THERE, f"apex {version('apex') or ''}".strip(), "one kernel for all parameters")
-    return Finding(part, State.LACKING, "neither Transformer Engine's nor apex's", "one small kernel after the other")
+    return Finding(part, State.LACKING, "neither Transformer Engine's nor apex's", "one small kernel per parameter")
 
 
 def apex() -> Finding:
     found = importlib.util.find_spec("amp_C")
     if found is not None:
-        return Finding("apex", State.THERE, version("apex") or "without a version", "")
+        return Finding("apex", State.THERE, version("apex") or "unknown version", "")
     if version("apex"):
         wrong = f"{version('apex')} is the web toolkit of that name, not NVIDIA's"
-        return Finding("apex", State.LACKING, wrong, "pip uninstall apex; nothing is lost where Transformer Engine is")
-    return Finding("apex", State.LACKING, "not installed", "nothing where Transformer Engine is there")
+        return Finding("apex", State.LACKING, wrong, "pip uninstall apex; not needed with Transformer Engine")
+    return Finding("apex", State.LACKING, "not installed", "not needed with Transformer Engine")
 
 
 def wire() -> Finding:
-    """Return how the GPUs of this node are connected."""
+    """Check the NVLink connections between the GPUs of this node."""
     import torch
 
     part = "NVLink"
     if torch.cuda.device_count() < 2:
-        return Finding(part, State.LACKING, "fewer than two GPUs", "nothing to join")
+        return Finding(part, State.LACKING, "fewer than two GPUs", "NVLink is not needed")
     joined = all(
         torch.cuda.can_device_access_peer(a, b)
         for a in range(torch.cuda.device_count())
@@ -166,9 +172,9 @@ def wire() -> Finding:
     )
     links = _nvlinks()
     if joined and links:
-        return Finding(part, State.THERE, f"{links} links at GPU 0", "chunk states pass within the node at its speed")
-    found = "GPUs reach each other without it" if joined else "GPUs do not reach each other"
-    return Finding(part, State.LACKING, found, "context parallelism waits for its transfers: prefer fewer ranks of it")
+        return Finding(part, State.THERE, f"{links} links at GPU 0", "carries within the node use NVLink")
+    found = "peer access without NVLink" if joined else "no peer access between GPUs"
+    return Finding(part, State.LACKING, found, "context-parallel transfers are slow: use fewer context-parallel ranks")
 
 
 @functools.cache
@@ -181,8 +187,10 @@ def _nvlinks() -> int:
 
 
 def examine(light: bool = False) -> list[Finding]:
-    """Everything, the essential first; what is broken there ends the examination. ``light`` leaves GPUs alone, in which
-    a training may need all memory."""
+    """Run all checks of this node, essential ones first; stop after a failed essential check.
+
+    ``light``: skip checks that use GPU memory, which a training may need completely.
+    """
     findings = [python(), *packages()]
     if any(finding.state is State.BROKEN for finding in findings):
         return findings

@@ -1,4 +1,4 @@
-"""Checks by the ranks of a job, of themselves and of their neighbours, before they train together."""
+"""Preflight checks across the ranks of a job; each rank reports on itself and on the link from its neighbor."""
 
 import hashlib
 import os
@@ -25,38 +25,38 @@ from inplace_ttt.resilience.rendezvous import Rendezvous, join
 from inplace_ttt.resilience.watchdog import Watchdog
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu13")
-PINGS = 5
+PINGS = 5  # exchanges per rank to compare clocks
 
 
 @dataclass
 class Report:
-    """Hold what a rank found out about itself."""
+    """Hold the results of one rank."""
 
     rank: int
     host: str
     versions: dict[str, str]
-    gpu: str | None = None  # name and memory
-    free: float = 1.0  # share of the GPU's memory
-    ecc: int = 0  # uncorrected errors
-    flops: float = 0.0  # FLOP/s of a matrix product
-    wrong: bool = False  # that product's result
-    clock: float = 0.0  # seconds ahead of the first rank's
-    folder: str | None = None  # what is wrong with the run's folder
-    reduce_bandwidth: float = 0.0  # bytes/s, of the bus
-    link: float = 0.0  # bytes/s from the rank before
-    neighbour: str = ""  # that rank's host
-    broken: list[str] = field(default_factory=list)  # parts of the node's own preflight
+    gpu: str | None = None  # name and memory; None: CPU
+    free: float = 1.0  # fraction of GPU memory that is free
+    ecc: int = 0  # uncorrected memory errors
+    flops: float = 0.0  # FLOP/s of the matrix product
+    wrong: bool = False  # the result of the matrix product is wrong
+    clock: float = 0.0  # seconds ahead of rank 0
+    folder: str | None = None  # what is wrong with the run folder; None: nothing
+    reduce_bandwidth: float = 0.0  # bus bandwidth of an all-reduce in bytes/s
+    link: float = 0.0  # bytes/s received from the previous rank
+    neighbour: str = ""  # host of the previous rank
+    broken: list[str] = field(default_factory=list)  # failed checks of the node
 
 
 @dataclass(frozen=True)
 class Place:
-    """Describe this rank: its number, its device, and its group for messages."""
+    """Describe this rank: its index, its device and its group for control messages."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup  # gloo: for words
+    control: dist.ProcessGroup  # gloo, for objects on the CPU
 
     def gather(self, value) -> list:
         values = [None] * self.size
@@ -65,9 +65,9 @@ class Place:
 
 
 def reports_of_all(folder: Path, minutes: float, on_hang: Callable[[str], None]) -> list[Report]:
-    """Join the ranks that torchrun started and look: everyone's reports, on every rank.
+    """Run the checks on all ranks that torchrun started; return the reports of all ranks, on every rank.
 
-    ``on_hang`` hears in a sentence of a rank that is lost or does not go on for ``minutes``, and ends the process.
+    ``on_hang`` is called with a message if a rank is lost, or stuck for ``minutes``; it must end the process.
     """
     world = World.from_environment()
     rendezvous = Rendezvous(world, minutes) if world.size > 1 else None
@@ -92,7 +92,7 @@ def _look(folder: Path, set_phase: Callable[[str], None]) -> list[Report]:
     rank, size, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     place = Place(rank, size, local, device, dist.new_group(backend="gloo"))
-    set_phase("looking at its own node")
+    set_phase("checking its own node")
     report = Report(rank, socket.gethostname(), versions())
     if local == 0:
         report.broken = [f"{one.part}: {one.found}" for one in examine() if one.state is State.BROKEN]
@@ -114,7 +114,7 @@ def _look(folder: Path, set_phase: Callable[[str], None]) -> list[Report]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that must be alike on all nodes."""
+    """Return the versions that must be equal on all nodes."""
     found = {"Python": platform.python_version(), "CUDA": str(torch.version.cuda), "code": _code()}
     for package in PACKAGES:
         found[package] = version(package) or "none"
@@ -124,7 +124,7 @@ def versions() -> dict[str, str]:
 
 
 def _code() -> str:
-    """This package's sources, as a short checksum."""
+    """Return a short checksum of the sources of this package."""
     package, sums = Path(inplace_ttt.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         sums.update(str(path.relative_to(package)).encode() + path.read_bytes())
@@ -132,7 +132,7 @@ def _code() -> str:
 
 
 def _smi(query: str, gpu: int) -> str:
-    """Return what nvidia-smi prints; empty where it prints nothing."""
+    """Return the output of an nvidia-smi query; empty if it fails."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "-i", str(gpu)]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
@@ -149,7 +149,7 @@ def _gpu(report: Report, local_rank: int) -> None:
 
 
 def _arithmetic(report: Report, device: torch.device) -> None:
-    """A matrix product of small whole numbers, which every format holds exactly."""
+    """Time a matrix product and check its result; it uses small integers, which every dtype represents exactly."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     row = (torch.arange(n, device=device) % 3 - 1).to(dtype)
     a, b = row.repeat(n, 1), row[:, None].repeat(1, n)  # every entry of the product is the sum of row * row
@@ -170,7 +170,7 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def _clock(place: Place) -> float:
-    """Seconds by which this rank's clock is ahead of the first rank's, from the exchange that took least time."""
+    """Return the seconds by which this rank's clock is ahead of rank 0, from the fastest of several exchanges."""
     told = torch.zeros(1, dtype=torch.float64)
     if place.rank == 0:
         for other in range(1, place.size):
@@ -190,7 +190,7 @@ def _clock(place: Place) -> float:
 
 
 def _shared(folder: Path, place: Place) -> str | None:
-    """Return why not every node sees and writes the run's folder, or None."""
+    """Check that every node can read and write the run folder. Return what is wrong on this rank, or None."""
     created, text = [None, None], os.urandom(8).hex()
     if place.rank == 0:
         try:
@@ -207,7 +207,9 @@ def _shared(folder: Path, place: Place) -> str | None:
     if place.local_rank == 0:
         try:
             if _patiently(meeting / "first") != created[1]:
-                fault = f"'{folder}' is not the first node's: put run.dir on a file system that all nodes share"
+                fault = (
+                    f"'{folder}' differs from that of the first node: put run.dir on a file system that all nodes share"
+                )
             else:
                 (meeting / f"rank_{place.rank}").write_text(created[1])
         except OSError as error:
@@ -221,7 +223,7 @@ def _shared(folder: Path, place: Place) -> str | None:
 
 
 def _patiently(path: Path) -> str | None:
-    """Return the content of a file that another node has just written; None: it does not come."""
+    """Return the content of a file that another node has just written; None after 5 seconds."""
     for _ in range(50):
         if path.is_file() and (text := path.read_text()):
             return text
@@ -244,7 +246,7 @@ def _all_reduce(place: Place) -> float:
 
 
 def _link(place: Place) -> float:
-    """Bytes a second from the rank before. Every other link at a time, so that a slow one slows no neighbour's."""
+    """Measure bytes/s from the previous rank. Neighboring links run in turns, to be independent."""
     if place.size == 1:
         return 0.0
     tensor, after, before = _payload(place), (place.rank + 1) % place.size, (place.rank - 1) % place.size
@@ -253,7 +255,7 @@ def _link(place: Place) -> float:
     for phase in range(3 if last_alone else 2):
         sends = _phase(place.rank, place.size) == phase
         receives = _phase(before, place.size) == phase
-        for attempt in range(5):  # the first connects
+        for attempt in range(5):  # the first attempt includes connection setup
             if sends:
                 dist.send(tensor, after)
             elif receives:
@@ -265,5 +267,5 @@ def _link(place: Place) -> float:
 
 
 def _phase(sender: int, size: int) -> int:
-    """When a rank sends to the next: no rank does two things at a time."""
+    """Return the turn in which a rank sends to the next one; no rank sends and receives in the same turn."""
     return 2 if size % 2 and sender == size - 1 else sender % 2

@@ -1,7 +1,7 @@
-"""Judge whether nodes can train together, by the reports of their ranks: what is bad is named by its node.
+"""Compare the reports of all ranks, decide if the nodes can train together, and name bad nodes.
 
-Versions and code must be equal everywhere, GPUs healthy and free, the run's folder seen and written by all; GPUs that
-differ, clocks apart, slow arithmetic and slow links cost time and are said.
+Errors: versions or code differ, GPUs are unhealthy or in use, or a node cannot read or write the run folder. Warnings:
+GPUs differ, clocks differ, or matrix products or links are slow.
 """
 
 import statistics
@@ -9,14 +9,14 @@ import statistics
 from inplace_ttt.resilience.preflight.node import Finding, State
 from inplace_ttt.resilience.preflight.ranks import Report
 
-SLOW_GPU, SLOW_LINK = 0.85, 0.5  # of the median
-SLOW_CPU = 0.5  # other programs may run there
-FREE = 0.8  # of a GPU's memory
-CLOCKS = 2.0  # seconds apart
+SLOW_GPU, SLOW_LINK = 0.85, 0.5  # thresholds, as fractions of the median
+SLOW_CPU = 0.5  # fraction of the median; lower, since other programs may use the CPU
+FREE = 0.8  # smallest fraction of free GPU memory
+CLOCKS = 2.0  # largest clock difference in seconds
 
 
 def judge(reports: list[Report]) -> list[Finding]:
-    """Hold what is good and bad about the nodes; bad ones are named."""
+    """Return the findings of all comparisons; they name bad nodes."""
     return [
         _nodes(reports),
         _versions(reports),
@@ -33,8 +33,8 @@ def _nodes(reports: list[Report]) -> Finding:
     broken = [f"{one.host}: {part}" for one in reports for part in one.broken]
     hosts = {one.host for one in reports}
     if broken:
-        return Finding("nodes", State.BROKEN, _few(broken), "run launch/preflight.py there")
-    return Finding("nodes", State.THERE, f"{len(hosts)} with {len(reports)} processes", "each can train by itself")
+        return Finding("nodes", State.BROKEN, _few(broken), "run launch/preflight.py on these nodes")
+    return Finding("nodes", State.THERE, f"{len(hosts)} with {len(reports)} processes", "each can train on its own")
 
 
 def _versions(reports: list[Report]) -> Finding:
@@ -43,36 +43,38 @@ def _versions(reports: list[Report]) -> Finding:
         usual = statistics.mode(one.versions.get(name, "none") for one in reports)
         for host in dict.fromkeys(one.host for one in reports if one.versions.get(name, "none") != usual):
             theirs = next(one.versions.get(name, "none") for one in reports if one.host == host)
-            odd.append(f"{host} has {name} {theirs} where others have {usual}")
+            odd.append(f"{host} has {name} {theirs}, others have {usual}")
     if odd:
-        return Finding("versions", State.BROKEN, _few(odd), "results would depend on the node: make them equal")
+        return Finding("versions", State.BROKEN, _few(odd), "results would depend on the node: install equal versions")
     return Finding("versions", State.THERE, f"equal, code {reports[0].versions['code']}", "")
 
 
 def _gpus(reports: list[Report]) -> Finding:
     bad = [f"{_gpu_of(one)} has {one.ecc} uncorrected memory errors" for one in reports if one.ecc]
-    bad += [f"{_gpu_of(one)}: a product is wrong" for one in reports if one.wrong]
+    bad += [f"{_gpu_of(one)}: wrong matrix product" for one in reports if one.wrong]
     bad += [
-        f"{_gpu_of(one)}: {1 - one.free:.0%} of its memory is taken by other processes"
+        f"{_gpu_of(one)}: {1 - one.free:.0%} of its memory is used by other processes"
         for one in reports
         if one.free < FREE
     ]
     if bad:
-        return Finding("GPUs", State.BROKEN, _few(bad), "have the node repaired or emptied, or leave it out")
+        return Finding("GPUs", State.BROKEN, _few(bad), "repair or free the node, or exclude it")
     kinds = [one.gpu or "CPU" for one in reports]
     usual = statistics.mode(kinds)
     odd = dict.fromkeys(f"{one.host} has {kind}" for one, kind in zip(reports, kinds, strict=True) if kind != usual)
     if odd:
-        return Finding("GPUs", State.LACKING, f"{_few(list(odd))} where others have {usual}", "all wait for the slower")
+        return Finding(
+            "GPUs", State.LACKING, f"{_few(list(odd))}, others have {usual}", "every step waits for the slower ones"
+        )
     if reports[0].gpu is None:
         return Finding("GPUs", State.LACKING, "none", "training runs on the CPU in fp32")
-    return Finding("GPUs", State.THERE, f"{len(reports)} x {usual}, healthy and alike", "")
+    return Finding("GPUs", State.THERE, f"{len(reports)} x {usual}, healthy and identical", "")
 
 
 def _speed(reports: list[Report]) -> Finding:
     usual = statistics.median(one.flops for one in reports)
     floor = (SLOW_GPU if reports[0].gpu else SLOW_CPU) * usual
-    slow = [f"{_gpu_of(one)}: {one.flops / usual:.0%} of the usual" for one in reports if one.flops < floor]
+    slow = [f"{_gpu_of(one)}: {one.flops / usual:.0%} of the median" for one in reports if one.flops < floor]
     found = f"{usual / 1e12:,.3g} TFLOP/s each"
     if slow:
         return Finding("arithmetic", State.LACKING, f"{found}; {_few(slow)}", "every step waits for the slowest")
@@ -84,15 +86,15 @@ def _clocks(reports: list[Report]) -> Finding:
     off = {one.host: one.clock - usual for one in reports if abs(one.clock - usual) > CLOCKS}
     if off:
         found = _few([f"{host} is {abs(by):.1f} s {'ahead' if by > 0 else 'behind'}" for host, by in off.items()])
-        return Finding("clocks", State.LACKING, found, "logs are hard to read and logins may fail")
+        return Finding("clocks", State.LACKING, found, "log times are misleading and logins may fail")
     return Finding("clocks", State.THERE, f"within {max(abs(one.clock - usual) for one in reports):.3f} s", "")
 
 
 def _folder(reports: list[Report]) -> Finding:
     bad = [f"{one.host}: {one.folder}" for one in reports if one.folder]
     if bad:
-        return Finding("run.dir", State.BROKEN, _few(bad), "checkpoints need one that all nodes see and write")
-    return Finding("run.dir", State.THERE, "seen and written by all nodes", "")
+        return Finding("run.dir", State.BROKEN, _few(bad), "use a folder that all nodes can read and write")
+    return Finding("run.dir", State.THERE, "readable and writable on all nodes", "")
 
 
 def _reduce(reports: list[Report]) -> Finding:
@@ -102,7 +104,7 @@ def _reduce(reports: list[Report]) -> Finding:
 
 
 def _links(reports: list[Report]) -> Finding:
-    """Links within nodes are compared with each other, and those between nodes."""
+    """Compare links within nodes with each other, and links between nodes with each other."""
     found, slow = [], []
     for kind, inside in (("within nodes", True), ("between nodes", False)):
         links = [one for one in reports if one.link and (one.host == one.neighbour) is inside]
@@ -116,9 +118,7 @@ def _links(reports: list[Report]) -> Finding:
                 ends = f"rank {before.rank} ({before.host}) to rank {one.rank} ({one.host})"
                 slow.append(f"{ends} only {one.link / 1e9:,.3g} GB/s")
     if slow:
-        return Finding(
-            "ring", State.LACKING, f"{', '.join(found)}; {_few(slow)}", "chunk states wait for the slowest link"
-        )
+        return Finding("ring", State.LACKING, f"{', '.join(found)}; {_few(slow)}", "carries wait for the slowest link")
     return Finding("ring", State.THERE, ", ".join(found) or "one process", "")
 
 
