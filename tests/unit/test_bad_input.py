@@ -82,7 +82,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("ttt.clip=x", "use a number"),
         ("train.steps=1.5", "use a whole number"),
         ("ttt.project=perhaps", "use true or false"),
-        ("data.sources={path: x}", "use a list"),
+        ("data.sources={path: x}", "use data.sources=[{path: data/mine}]"),
         ("ttt.layers=['${nope}']", "ttt.layers"),
         ("run.name=${ceil_div:1}", "run.name"),
         ("ttt.clip=1e-320", "use 1e-30 or more"),

@@ -13,9 +13,10 @@ import pytest
 from inplace_ttt.config import UserError
 from inplace_ttt.data.chat import Encoder
 from inplace_ttt.data.conversations import Conversation, Conversations
+from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.documents import SkipReport, read_documents
 from inplace_ttt.data.packed import PackedDocuments, open_answers, open_indexed
-from inplace_ttt.data.prepare import read_description
+from inplace_ttt.data.prepare import Options, prepare, read_description
 from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.training.records import read_metrics
 from launching import ROOT, SMALL, run_main
@@ -318,3 +319,58 @@ def test_what_is_refused(corpus, tmp_path, refused):
     with pytest.raises(UserError, match=r"which has supervised=true, names .*answers"):
         open_answers(str(base / "chats"), open_indexed(str(base / "chats")))
     (base / "chats.answers.bin").write_bytes(answers)
+
+
+def test_a_corpus_without_its_description(corpus, tmp_path):
+    """Its loss mask is found all the same."""
+    base, _ = corpus
+    for ending in ("bin", "idx", "answers.bin", "answers.idx"):
+        (tmp_path / f"copy.{ending}").write_bytes((base / f"chats.{ending}").read_bytes())
+    assert Corpus.open(str(tmp_path / "copy")).answers is not None
+    for ending in ("answers.bin", "answers.idx"):
+        (tmp_path / f"copy.{ending}").unlink()
+    assert Corpus.open(str(tmp_path / "copy")).answers is None
+
+
+@pytest.mark.slow
+def test_parts_of_another_template_are_made_again(tmp_path, monkeypatch):
+    """A stopped preparation does not mix templates."""
+    monkeypatch.setattr("inplace_ttt.data.prepare.PART_BYTES", 1000)
+    tokenizer, rows = chat_tokenizer(NO_PROMPT, 300), [Conversation(TALK[:3]).to_json()]
+    made = dict(settings={}, workers=1, progress=lambda *_: None)
+
+    def stopped():
+        yield from rows
+        raise KeyboardInterrupt
+
+    def tokens(prefix):
+        indexed = open_indexed(str(tmp_path / prefix))
+        return np.concatenate([indexed[number] for number in range(len(indexed))]).tolist()
+
+    options = Options(supervised=True)
+    rows = rows * 40  # in many parts
+    with pytest.raises(KeyboardInterrupt):
+        prepare(stopped(), tokenizer, str(tmp_path / "a"), options=options, **made)
+    assert list((tmp_path / "a.parts").glob("0*"))
+    tokenizer.chat_template = CHATML
+    for prefix in ("a", "b"):
+        prepare(rows, tokenizer, str(tmp_path / prefix), options=options, **made)
+    assert tokens("a") == tokens("b")
+
+
+def test_steps_and_evaluations_without_answers(corpus, tmp_path):
+    """They are named, not shown as perfect."""
+    base, _ = corpus
+    talk = [dict(role="user", content="What is it? " * 300), dict(role="assistant", content="4")]
+    (tmp_path / "long.jsonl").write_text("\n".join([json.dumps(dict(messages=talk))] * 2))
+    words = [tmp_path / "long.jsonl", "--supervised", "--tokenizer", base / "tokenizer", "--output", tmp_path / "long"]
+    assert prepare_data(*words)[0] == 0
+    options = [
+        "data.kind=indexed", f"data.sources=[{{path: {tmp_path / 'long'}}}]", "data.seq_length=64", "train.steps=1",
+        f"data.validation=[{{path: {tmp_path / 'long'}}}]", "train.global_batch_size=2", "train.eval_samples=1",
+        "data.reset_at_documents=true", "model.vocab_size=null", "model.sliding_window=null", f"run.dir={tmp_path}/run",
+    ]  # fmt: skip
+    code, printed = run_ranks(1, run_main, *SMALL, *options)[0]
+    assert code == 0 and "no token of its samples counts in the loss" in printed, printed
+    assert "no held-out loss: none of the held-out tokens counts" in printed
+    assert "has the same content as one of data.sources" in printed

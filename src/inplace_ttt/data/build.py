@@ -14,7 +14,7 @@ from inplace_ttt.config import Config, Source, UserError
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.identity import check_tokens
-from inplace_ttt.data.packed import PACKING, BlendedDataset, PackedDocuments, split_documents
+from inplace_ttt.data.packed import PACKING, BlendedDataset, PackedDocuments, all_documents, split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
 from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.resilience.signals import block_stop_signals
@@ -49,6 +49,7 @@ class DataSplits:
     validation: object | None  # None: no evaluation
     vocab_size: int
     epochs: tuple[float, ...] = ()  # per source, number of epochs in the run
+    held_out_epochs: tuple[float, ...] = ()  # per source of ``validation``, number of times that an evaluation reads it
     held_out: tuple[str, ...] = ()  # names of the sources of ``validation``, in the order of ``Sample.source``
 
 
@@ -108,7 +109,7 @@ def build_splits(config: Config, corpora: Corpora | None = None, packing: int = 
         if len(validation):
             held_out.append(PackedDocuments(one.indexed, validation, seed=0, shuffle=False, **common))
     for one in corpora.validation:
-        everything, _ = split_documents(one.indexed, 0.0, one.prefix)
+        everything = all_documents(one.indexed, one.prefix, "data.validation")
         common["answers"] = one.answers
         held_out.append(PackedDocuments(one.indexed, everything, seed=0, shuffle=False, **common))
     weights = [source.weight for source in data.sources]
@@ -120,21 +121,34 @@ def build_splits(config: Config, corpora: Corpora | None = None, packing: int = 
             f"need {BLEND_BYTES * samples / 2**30:,.1f} GiB for the blend, but {free / 2**30:,.1f} GiB are free: use "
             f"fewer steps, or one source"
         )
-    share, of_held_out = sum(weights), data.validation or data.sources
+    of_held_out = data.validation or data.sources
     is_evaluated = len(held_out) == len(of_held_out) and train.eval_samples
     return DataSplits(
         BlendedDataset(training, weights, samples),
         BlendedDataset(held_out, [one.weight for one in of_held_out], train.eval_samples) if is_evaluated else None,
         corpora.vocab_size,
-        tuple(samples * weight / share / part.samples for weight, part in zip(weights, training, strict=True)),
+        _epochs(samples, weights, training),
+        _epochs(train.eval_samples, [one.weight for one in of_held_out], held_out) if is_evaluated else (),
         tuple(_names(of_held_out)) if is_evaluated else (),
     )
+
+
+def _epochs(samples: int, weights: list[float], parts: list[PackedDocuments]) -> tuple[float, ...]:
+    """Return how many times each part is read for a number of samples."""
+    share = sum(weights)
+    return tuple(samples * weight / share / part.samples for weight, part in zip(weights, parts, strict=True))
 
 
 def _names(sources: list[Source]) -> list[str]:
     """Return the names of sources for records; duplicate names get a number."""
     names = [one.name or os.path.basename(one.path.rstrip("/")) for one in sources]
-    return [f"{name}_{number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    found: list[str] = []
+    for number, name in enumerate(names):
+        unique = name if names.count(name) == 1 else f"{name}_{number}"
+        while unique in found or (unique != name and unique in names):
+            unique += "_"
+        found.append(unique)
+    return found
 
 
 def _vocab_size(config: Config, described: dict) -> int:

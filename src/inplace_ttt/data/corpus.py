@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+from inplace_ttt.data.documents import ANSWERS
 from inplace_ttt.data.identity import identity
 from inplace_ttt.data.packed import open_answers, open_indexed
 from inplace_ttt.data.prepare import Description, read_description
@@ -24,7 +25,9 @@ class Corpus:
         """Open the files of a prefix, which ``key`` names. Raises UserError if they are missing or damaged."""
         prefix = os.path.expanduser(path)
         indexed, described = open_indexed(prefix, key), read_description(prefix)
-        answers = open_answers(prefix, indexed) if described and described.supervised else None
+        # without PREFIX.json, which a copy may lack, the files themselves say whether there is a loss mask
+        supervised = described.supervised if described else os.path.isfile(f"{prefix}.{ANSWERS}.bin")
+        answers = open_answers(prefix, indexed) if supervised else None
         return cls(prefix, indexed, described, answers)
 
     @property

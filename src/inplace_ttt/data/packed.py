@@ -206,6 +206,14 @@ def _index_fault(indexed: IndexedDataset) -> str | None:
     return None
 
 
+def all_documents(indexed: IndexedDataset, prefix: str, key: str) -> np.ndarray:
+    """Return the indices of all documents with two tokens or more. Raises UserError, with ``key``, if none has."""
+    usable = np.flatnonzero(indexed.sequence_lengths >= 2)
+    if not len(usable):
+        raise UserError(f"{key}: '{prefix}' has no document of two tokens or more: prepare other data")
+    return usable
+
+
 def split_documents(indexed: IndexedDataset, validation_fraction: float, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """Return document indices (training, validation) of a file; they depend only on the file and the fraction.
 

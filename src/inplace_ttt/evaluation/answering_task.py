@@ -55,10 +55,10 @@ class AnsweringTask:
         job.watchdog.set_phase("reading samples", SLOW_PHASE_FACTOR)
         by_mark: dict[str, dict[SampleRequest, list[Sample]]] = {}
         for model in self.models:
-            set_phase = model.fingerprint()
-            if set_phase not in by_mark:
-                by_mark[set_phase] = self._samples(self.folders[model.path], 1)
-            self.samples[model.path] = by_mark[set_phase]
+            mark = model.fingerprint()
+            if mark not in by_mark:
+                by_mark[mark] = self._samples(self.folders[model.path], 1)
+            self.samples[model.path] = by_mark[mark]
 
     def _make(self) -> None:
         made = set()

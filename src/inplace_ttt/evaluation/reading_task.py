@@ -239,11 +239,7 @@ def _check_vocabulary(chosen: Chosen, asked: list[EvaluatedModel]) -> None:
     for model in {one.model.path: one.model for one in asked}.values():
         size = model.vocabulary()
         other = None
-        if (
-            chosen.tokenizer is not None
-            and (set_phase := model.fingerprint()) is not None
-            and set_phase != chosen.tokenizer
-        ):
+        if chosen.tokenizer is not None and (mark := model.fingerprint()) is not None and mark != chosen.tokenizer:
             other = "were made with another tokenizer than"
         if largest >= size:
             other = f"contain token ID {largest}, which is outside the vocabulary of {size} tokens of"

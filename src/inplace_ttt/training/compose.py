@@ -238,8 +238,10 @@ def _explain(error: BaseException, overrides: list[str], recipes: Recipes) -> st
         try:
             _compose(recipe if override in recipe else [*recipe, override], recipes)
         except (HydraException, OmegaConfBaseException, ValueError, OverflowError, TypeError, RecursionError) as alone:
-            key = KEYS.get(_plain(override.partition("=")[0]))
+            name = _plain(override.partition("=")[0])
+            key = KEYS.get(name)
             use = f": use {KINDS[key.type]}" if key is not None and key.type in KINDS else ""
+            use = f": use {name}=[{{path: data/mine}}]" if name in SOURCE_LISTS else use
             return f"{_shown(override)} cannot be used ({_cause(alone)}){use}"
     cause = _cause(error)
     hints = [f": {hint}" for key, hint in REMOVED.items() if f"'{key.rpartition('.')[2]}'" in cause]

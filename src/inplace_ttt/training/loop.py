@@ -149,7 +149,7 @@ class Trainer:
         self.optimizer, self.scheduler, self.checkpointer = optimizer, scheduler, checkpointer
         self.recorder, self.folder, self.stop, self.watchdog = recorder, folder, stop, watchdog
         self.layers = ttt_layers(config.ttt, config.model.num_layers)
-        self.device = device()
+        self.device, self.empty = device(), False  # empty: a step without tokens that count was reported
         self.probe, self.reading = MatmulProbe(self.device), 0.0
         self.flops = config.train.global_batch_size * forward_flops(config).training  # FLOPs per step
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
@@ -263,6 +263,12 @@ class Trainer:
             record["update_histogram"] = update_histograms.take_counts(modules, self.layers, self.groups)
             record |= update_histograms.quantiles(record["update_histogram"])
         self.recorder.write(record)
+        if not totals.tokens and not self.empty:
+            self.empty = True
+            self.recorder.say(
+                f"step {step}: no token of its samples counts in the loss, which is recorded as 0: a longer "
+                f"data.seq_length or a larger train.global_batch_size reaches the answers"
+            )
         self.recorder.ranks(step, *detector, seconds)
         limit = self.config.ttt.max_update_ratio
         over = [(ratio, layer) for ratio, layer in zip(ratios, self.layers, strict=True) if not ratio <= (limit or 0.0)]
@@ -324,6 +330,9 @@ class Trainer:
         totals = self._totals_of(step, batches, ranges)
         if totals is None:
             return True
+        if not totals.tokens:
+            self.recorder.say(f"step {step}: no held-out loss: none of the held-out tokens counts in the loss")
+            return False
         record = dict(step=step, eval=True, loss=totals.mean_loss, accuracy=totals.accuracy)
         record["position"] = ranges.records(totals.by_position)
         if totals.by_source:

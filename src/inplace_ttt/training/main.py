@@ -116,7 +116,7 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
         corrupt=folder.corrupt,
     )
     watchdog.set_phase("loading a checkpoint", SLOW_PHASE_FACTOR)
-    step, notes = 0, [*folder.notes, *_notes_of_data(config, sets)]
+    step, notes = 0, [*folder.notes, *_notes_of_data(config, corpora, sets)]
     if folder.resume_from is not None:
         step = checkpointer.resume(folder.resume_from).step
         scheduler.step(increment=step)
@@ -166,14 +166,26 @@ def _describe(config: Config, model, groups) -> str:
     )
 
 
-def _notes_of_data(config: Config, sets) -> list[str]:
+def _notes_of_data(config: Config, corpora, sets) -> list[str]:
     """Return notes on the data: sources that repeat, keys that are ignored, and a missing held-out loss."""
     notes = []
     for source, epochs in zip(config.data.sources, sets.epochs, strict=False):
         if epochs > 1.0:
             notes.append(f"'{source.path}' is read {epochs:.1f} times in {config.train.steps} steps")
-    if config.data.kind == "recall" and (config.data.sources or config.data.tokenizer):
-        notes.append("data.kind=recall generates its data: data.sources and data.tokenizer are ignored")
+    for name, epochs in zip(sets.held_out, sets.held_out_epochs, strict=True):
+        if epochs > 1.0:
+            notes.append(
+                f"each evaluation reads the held-out data of '{name}' {epochs:.1f} times: train.eval_samples="
+                f"{config.train.eval_samples} is more than there are"
+            )
+    trained = [one.identity for one in corpora.sources]
+    notes += [
+        f"data.validation: '{one.prefix}' has the same content as one of data.sources: its loss is not a held-out loss"
+        for one in corpora.validation
+        if one.identity in trained
+    ]
+    if config.data.kind == "recall" and (config.data.sources or config.data.validation or config.data.tokenizer):
+        notes.append("data.kind=recall generates its data: data.sources, validation and tokenizer are ignored")
     if sets.validation is None:
         why = "train.eval_samples=0" if not config.train.eval_samples else "a source has no held-out documents"
         notes.append(f"no held-out loss: {why}")
