@@ -21,10 +21,10 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor):
         node, names = super().compose_mapping_node(anchor), set()
-        for key, _ in node.value:
-            if key.value in names if isinstance(key, yaml.ScalarNode) else False:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
                 raise yaml.composer.ComposerError(None, None, f"it has the key '{key.value}' twice", key.start_mark)
-            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            names.add(key.value)
         return node
 
     def compose_node(self, parent, index):

@@ -1,4 +1,4 @@
-"""What a run shows and logs: names are text, narrow terminals show the most important numbers, logging may fail."""
+"""Test what a run shows and logs: names are text, narrow terminals show the main numbers, logging may fail."""
 
 import io
 from types import SimpleNamespace

@@ -102,15 +102,19 @@ class Encoder:
 
     def _content(self, conversation: Conversation, number: int, text: str, message: dict) -> int:
         """Return where the content of a message begins in the text. Raises ValueError if the template moves it."""
+        before = self._before_content(conversation, number, text, message)
+        if before is None or not text.startswith(before):
+            raise ValueError(f"{CHANGED}: message {number} ({message['role']}) is not where it should be")
+        return len(before)
+
+    def _before_content(self, conversation: Conversation, number: int, text: str, message: dict) -> str | None:
+        """Return the text before the content of a message; None if the template leaves the content out."""
         messages, marker = list(conversation.messages), MARKER
         while marker in text:
             marker += marker
         messages[number] = message | dict(content=marker)
-        marked = self._render(conversation, messages)
-        place = marked.find(marker)
-        if place < 0 or not text.startswith(marked[:place]):
-            raise ValueError(f"{CHANGED}: message {number} ({message['role']}) is not where it should be")
-        return place
+        before, found, _ = self._render(conversation, messages).partition(marker)
+        return before if found else None
 
     def _check_contents(self, conversation: Conversation, text: str) -> None:
         """Raise ValueError if the template drops or changes a message, for example one with an unknown role."""
@@ -119,20 +123,14 @@ class Encoder:
             dropped = message["role"] != ASSISTANT and message["content"].strip() not in text
             if message["role"] not in roles and not dropped:
                 roles.add(message["role"])
-                messages = list(conversation.messages)
-                messages[number] = message | dict(content=MARKER + MARKER)
-                dropped = MARKER + MARKER not in self._render(conversation, messages)
+                dropped = self._before_content(conversation, number, text, message) is None
             if dropped:
                 raise ValueError(f"{CHANGED}: message {number} ({message['role']}) is not in its text as it is given")
 
     def _turn_end(self) -> str:
         """Return what the template puts after the content of an answer, before the header of the next message."""
         if self.turn_end is None:
-            talk = [dict(role="user", content=QUESTION), dict(role=ASSISTANT, content=ANSWER)]
-            after = self._render(Conversation(talk)).rpartition(ANSWER)[2]
-            more = self._render(Conversation([*talk, dict(role="user", content=MARKER)]))
-            between = more.rpartition(ANSWER)[2].partition(MARKER)[0]
-            self.turn_end = self._common(after, between)
+            self.turn_end = self._common(self._after_answer(), self._after_answer("user"))
         return self.turn_end
 
     def _common(self, first: str, second: str) -> str:
@@ -146,11 +144,14 @@ class Encoder:
     def _header(self, role: str) -> str:
         """Return what the template puts between the end of an answer and the content of a message of a role."""
         if role not in self.headers:
-            talk = [dict(role="user", content=QUESTION), dict(role=ASSISTANT, content=ANSWER)]
-            more = self._render(Conversation([*talk, dict(role=role, content=MARKER)]))
-            between = more.rpartition(ANSWER)[2].partition(MARKER)[0]
-            self.headers[role] = between.removeprefix(self._turn_end())
+            self.headers[role] = self._after_answer(role).removeprefix(self._turn_end())
         return self.headers[role]
+
+    def _after_answer(self, role: str | None = None) -> str:
+        """Return the text from an answer to the content of a following message of a role, or to the end."""
+        talk = [dict(role="user", content=QUESTION), dict(role=ASSISTANT, content=ANSWER)]
+        following = [] if role is None else [dict(role=role, content=MARKER)]
+        return self._render(Conversation([*talk, *following])).rpartition(ANSWER)[2].partition(MARKER)[0]
 
     def _render(self, conversation: Conversation, messages: list[dict] | None = None, **options) -> str:
         """Return the text of all messages, or of some. Raises ValueError if the template refuses them."""

@@ -206,9 +206,14 @@ def _index_fault(indexed: IndexedDataset) -> str | None:
     return None
 
 
+def _usable_documents(indexed: IndexedDataset) -> np.ndarray:
+    """Return the indices of the documents with two tokens or more, which have a label."""
+    return np.flatnonzero(indexed.sequence_lengths >= 2)
+
+
 def all_documents(indexed: IndexedDataset, prefix: str, key: str) -> np.ndarray:
     """Return the indices of all documents with two tokens or more. Raises UserError, with ``key``, if none has."""
-    usable = np.flatnonzero(indexed.sequence_lengths >= 2)
+    usable = _usable_documents(indexed)
     if not len(usable):
         raise UserError(f"{key}: '{prefix}' has no document of two tokens or more: prepare other data")
     return usable
@@ -219,7 +224,7 @@ def split_documents(indexed: IndexedDataset, validation_fraction: float, prefix:
 
     Raises UserError if no document is left for training.
     """
-    usable = np.flatnonzero(indexed.sequence_lengths >= 2)
+    usable = _usable_documents(indexed)
     held_out = round(len(usable) * validation_fraction)
     if validation_fraction > 0 and held_out == 0 and len(usable) > 1:
         held_out = 1

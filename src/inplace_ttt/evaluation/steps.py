@@ -55,7 +55,7 @@ class Layer(DynamicLayer):
         super().__init__()
         _, heads, _, size = like.keys.shape
         length = -(-(width + room) // ROUND) * ROUND
-        self.width, self.place, self.filled = width, place, width
+        self.width, self.place = width, place
         self.keys = like.keys.new_zeros(rows, heads, length, size)
         self.values = like.values.new_zeros(rows, heads, length, like.values.shape[-1])
         self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
@@ -68,11 +68,11 @@ class Layer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.place, key_states)
         self.values.index_copy_(2, self.place, value_states)
-        self.filled += 1
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        return self.filled
+        """Return the length of the prompts. Steps pass their positions, and a graph could not count on the host."""
+        return self.width
 
 
 def empty_cache(network: PreTrainedModel) -> DynamicCache:

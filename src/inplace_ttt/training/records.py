@@ -184,11 +184,18 @@ class WandB:
     def _carefully(self, action: Callable[[], None]) -> None:
         """Run an action of W&B; if it fails, continue without W&B. Its process may end before training does, for
         example when a scheduler signals all processes of a job."""
-        try:
-            action()
-        except Exception as error:
+        if not succeeds("W&B", action):
             self.run = None
-            print(f"W&B logging stopped ({one_line(error)}); metrics.jsonl is complete", flush=True)
+
+
+def succeeds(name: str, action: Callable[[], None]) -> bool:
+    """Run an action of a logger. If it fails, which must not end a run, say so and return False."""
+    try:
+        action()
+    except Exception as error:
+        print(f"{name} logging stopped ({one_line(error)}); metrics.jsonl is complete", flush=True)
+        return False
+    return True
 
 
 def _histograms(layers: dict[str, dict[str, int]]) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from inplace_ttt.config import Config, UserError, one_line
 from inplace_ttt.resilience.signals import block_stop_signals
+from inplace_ttt.training.records import succeeds
 from inplace_ttt.training.scalars import scalars_of
 
 FOLDER = "tensorboard"  # subfolder of a run folder
@@ -29,21 +30,23 @@ class TensorBoard:
                 f"use log.tensorboard=false"
             ) from error
         with block_stop_signals():
-            self._carefully(lambda: SummaryWriter(str(folder / FOLDER), purge_step=first_step + 1))
+            self._carefully(lambda: self._open(SummaryWriter, folder / FOLDER, first_step))
+
+    def _open(self, kind: type, folder: Path, first_step: int) -> None:
+        self.writer = kind(str(folder), purge_step=first_step + 1)
 
     def write(self, record: dict) -> None:
         """Add a record of metrics.jsonl."""
         if self.writer is not None:
             self._carefully(lambda: self._write(record))
 
-    def _write(self, record: dict) -> object:
+    def _write(self, record: dict) -> None:
         step = record["step"]
         for name, value in scalars_of(record).items():
             self.writer.add_scalar(name, value, step)
         for layer, sparse in record.get("update_histogram", {}).items():
             self._add_histogram(f"update_norm_log10/layer_{layer}", sparse, step)
         self.writer.flush()
-        return self.writer
 
     def _add_histogram(self, name: str, sparse: dict[str, int], step: int) -> None:
         from inplace_ttt.training.update_histograms import dense, log10_edges
@@ -69,11 +72,7 @@ class TensorBoard:
         if self.writer is not None:
             self._carefully(self.writer.close)
 
-    def _carefully(self, action: Callable) -> None:
-        """Run an action that returns the writer; if it fails, continue without TensorBoard. A full disk or a removed
-        folder must not stop a run."""
-        try:
-            self.writer = action()
-        except Exception as error:
+    def _carefully(self, action: Callable[[], None]) -> None:
+        """Run an action; if it fails, for example on a full disk, continue without TensorBoard."""
+        if not succeeds("TensorBoard", action):
             self.writer = None
-            print(f"TensorBoard logging stopped ({one_line(error)}); metrics.jsonl is complete", flush=True)
