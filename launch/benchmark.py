@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_paral
 python launch/benchmark.py decode --after 512 4096 32768 131072     # decode with the exported model
 python launch/benchmark.py decode --after 2048 --rows 8 32 --tokens 2048
 python launch/benchmark.py prefill                                 # prefill with the exported model
+python launch/benchmark.py generate --rows 32 --length 2048        # time and memory of a batch, prompts included
 python launch/benchmark.py book                                    # time to the first token after loading a book
 
 It prints a table, and writes the results (JSON) and a plot to --output.
@@ -103,6 +104,12 @@ def parse_arguments() -> argparse.Namespace:
         "--lengths", type=_positive, nargs="+", default=[4096, 32768], help="prompt lengths (4096 32768)"
     )
     prefill.add_argument("--rounds", type=_positive, default=3)
+    generate = commands.add_parser("generate")
+    generate.add_argument("overrides", nargs="*", help=overrides_help)
+    generate.add_argument("--rows", type=_positive, default=8, help="batch size (8)")
+    generate.add_argument("--length", type=_positive, default=2048, help="prompt tokens per text (2048)")
+    generate.add_argument("--part", type=_positive, default=512, help="tokens per part of a prompt read in parts (512)")
+    generate.add_argument("--tokens", type=_positive, default=32, help="generated tokens per text (32)")
     book = commands.add_parser("book")
     book.add_argument("overrides", nargs="*", help=overrides_help)
     book.add_argument("--prompt", type=_positive, default=64, help="prompt tokens after the book (64)")
@@ -222,6 +229,13 @@ def run_prefill(arguments):
         return decode.prefill(models, arguments.lengths, arguments.rounds), {}
 
 
+def run_generate(arguments):
+    from inplace_ttt.benchmarks import decode
+
+    with exported_models(arguments) as models:
+        return decode.generate(models, arguments.rows, arguments.length, arguments.part, arguments.tokens), {}
+
+
 def run_book(arguments):
     from inplace_ttt.benchmarks import decode
 
@@ -267,6 +281,7 @@ COMMANDS = {
     "attention": run_attention,
     "decode": run_decode,
     "prefill": run_prefill,
+    "generate": run_generate,
     "book": run_book,
 }
 
@@ -326,6 +341,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "attention": ("documents", "implementation", "ratio", "Attention, forward and backward", "time / torch's"),
         "decode": ("texts", "variant", "ratio", "Decode", "time per step / faster cache without fast weights"),
         "prefill": ("tokens", "variant", "ratio", "Prefill", "time / without fast weights"),
+        "generate": ("prompt", "variant", "peak_gib", "Whole generations", "peak memory, GiB"),
         "book": ("prompt", "file", "load_ms", "Loading a book", "milliseconds"),
     }[command]
     ranks = series == "ranks"

@@ -75,6 +75,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
         ("time / without", "ratio", _three),
         ("peak GiB", "peak_gib", _one),
     ],
+    "generate": [
+        ("texts", "texts", str),
+        ("fast weights", "variant", str),
+        ("prompts", "prompt", str),
+        ("seconds", "seconds", _one),
+        ("peak GiB", "peak_gib", _one),
+    ],
     "book": [
         ("file", "file", str),
         ("MiB", "mib", _count),

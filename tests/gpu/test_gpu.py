@@ -114,6 +114,7 @@ VARIANTS = {
     "recompute": [{"train": {"recompute": "full"}}],
     "recompute without attention": [{"train": {"recompute": "full", "recompute_core_attn": False}}],
     "clipped": [{"ttt": {"clip": 0.2}}],
+    "windows": [{"model": {"sliding_window": 100, "window_attn_skip_freq": 2}}],
 }
 LAYOUTS = {
     "CP2": (2, parallel(context=2)),
@@ -161,7 +162,7 @@ def test_bf16_follows_fp32(variant):
 
 def test_variants_differ():
     """Check that each variant changes the losses."""
-    first = [on_one_gpu()[name, *EXACT][0] for name in ("packed", "one document", "input_embed", "clipped")]
+    first = [on_one_gpu()[name, *EXACT][0] for name in ("packed", "one document", "input_embed", "clipped", "windows")]
     assert len(set(first)) == len(first)
 
 

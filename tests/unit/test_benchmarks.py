@@ -43,6 +43,13 @@ def test_prefill_and_book(models):
     assert exact["mib"] > half["mib"] > 0 and exact["first_token_ms"] > 0
 
 
+def test_generate(models):
+    records = decode.generate(models, rows=2, length=11, part=4, tokens=3)
+    assert [(one["variant"], one["prompt"]) for one in records] == [
+        (name, prompt) for name in ("off", "on") for prompt in ("at once", "in parts of 4")
+    ]
+
+
 def test_documents_say_what_benchmarks_have_written():
     named = []
     for path in figures.DOCUMENTS:

@@ -181,6 +181,33 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
     return records
 
 
+def generate(models: Models, rows: int, length: int, part: int, tokens: int) -> list[dict]:
+    """Return records of time and peak memory of whole generations; prompts are read at once, and in parts.
+
+    Args:
+        rows: batch size.
+        length: prompt tokens per text.
+        part: tokens per part.
+        tokens: generated tokens per text.
+    """
+    device, records = models.base.device, []
+    for name, model in ((BASE, models.base), (OURS, models.ours)):
+        other = models.base if model is models.ours else models.ours
+        for size in (None, part):
+            ids = torch.randint(1, model.config.vocab_size, (rows, length), device=device)
+            _reset_peak(device)
+            started = _now(device)
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), prefill_chunk_size=size, max_new_tokens=tokens,
+                min_new_tokens=tokens, do_sample=False,
+            )  # fmt: skip
+            seconds = _now(device) - started
+            peak = _peak(device) - _weight_bytes(other) / GIB
+            how = "at once" if size is None else f"in parts of {size}"
+            records.append(dict(variant=name, texts=f"{rows} x {length}", prompt=how, seconds=seconds, peak_gib=peak))
+    return records
+
+
 def book(models: Models, prompt: int, rounds: int) -> list[dict]:
     """Return records of the time to the first token with and without a book, whose file is in the page cache."""
     ids = torch.randint(1, models.ours.config.vocab_size, (1, prompt), device=models.ours.device)
