@@ -1,13 +1,18 @@
-"""Show that fast weights store information: train the `recall` task twice, with and without them, and compare.
+"""Show that fast weights store information: train the `recall` task with and without them, and compare.
 
 python launch/proof.py [--folder runs/proof]
 
 The answers are outside the sliding window of attention, so without fast weights no accuracy above chance is possible.
-Writes FOLDER/proof.png. The exit code is 0 if the run with fast weights recalls and the run without stays at chance.
-Runs of an earlier proof in the same folder are replaced.
+A third run makes the targets from the current token alone (reconstruction, ttt.convolution=false): by the paper's
+Theorem 1 they cannot recall, unless attention first moves a key to the position of its value, which takes many more
+steps to learn. The changes of logits that the theorem bounds are measured on the trained model.
+
+Writes FOLDER/proof.png and proof.json. The exit code is 0 if the run with fast weights recalls and the others stay at
+chance. Runs of an earlier proof in the same folder are replaced.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -27,7 +32,15 @@ from inplace_ttt.training.records import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = 100
 CHANCE = 1 / ALPHABET
-RECALLS, AT_CHANCE = 0.9, 3 * CHANCE
+RECALLS, AT_CHANCE = 0.9, 4 * CHANCE
+LEARNED, RECONSTRUCTED, PLAIN = "with fast weights", "reconstruction target", "attention only"
+# keys of each run, and the name of its folder
+VARIANTS = {
+    LEARNED: ("ttt_true", ["ttt.target=input_embed"]),  # as the theorem has it
+    RECONSTRUCTED: ("reconstruction", ["ttt.target=input_embed", "ttt.convolution=false"]),
+    PLAIN: ("ttt_false", ["ttt.enabled=false"]),
+}
+SAMPLES = 64  # held-out samples on which changes of logits are measured
 
 
 def main() -> int:
@@ -38,32 +51,57 @@ def main() -> int:
 
 
 def prove(folder: Path) -> int:
-    """Train both variants in ``folder`` and return the exit code: 0 if the proof succeeds, 1 if it fails."""
-    console = Console()
-    variants = {"with fast weights": "true", "attention only": "false"}
-    runs = {name: folder / f"ttt_{enabled}" for name, enabled in variants.items()}
-    started = time.monotonic()
+    """Train the variants in ``folder`` and return the exit code: 0 if the proof succeeds, 1 if it fails."""
+    console, started = Console(), time.monotonic()
+    runs = {name: folder / place for name, (place, _) in VARIANTS.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for run in runs.values():
         _remove(run)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // len(variants)))
+    _train(runs, console)
+    curves = {name: _curve(run) for name, run in runs.items()}
+    _plot(curves, folder / "proof.png")
+    table = Table(title=f"recall of held-out pairs (chance {CHANCE:.0%})", title_justify="left")
+    table.add_column("step", justify="right")
+    for name in curves:
+        table.add_column(name, justify="right")
+    for rows in zip(*curves.values(), strict=True):
+        table.add_row(str(rows[0][0]), *(f"{accuracy:.1%}" for _, accuracy in rows))
+    console.print(table)
+    changes = _logit_changes(runs[LEARNED], folder / "exported")
+    _report(changes, console)
+    last = {name: curve[-1][1] for name, curve in curves.items()}
+    worst = max(accuracy for name in (RECONSTRUCTED, PLAIN) for _, accuracy in curves[name])
+    proven = last[LEARNED] >= RECALLS and worst <= AT_CHANCE
+    (folder / "proof.json").write_text(json.dumps(dict(proven=proven, recall=curves, logit_changes=changes), indent=1))
+    console.print(
+        f"{'proven' if proven else 'NOT proven'}: {last[LEARNED]:.1%} with fast weights, {last[RECONSTRUCTED]:.1%} "
+        f"with the reconstruction target, {last[PLAIN]:.1%} without fast weights "
+        f"({time.monotonic() - started:.0f} s; picture: {folder / 'proof.png'})",
+        soft_wrap=True,
+    )
+    return 0 if proven else 1
+
+
+def _train(runs: dict[str, Path], console: Console) -> None:
+    """Train all variants at once. Raises UserError if one fails."""
+    threads = str(max(1, len(os.sched_getaffinity(0)) // len(runs)))
     processes = {}
-    for name, enabled in variants.items():
-        log = (folder / f"ttt_{enabled}.log").open("w")
-        processes[name] = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "launch/train.py"),
-                "recipe=recall",
-                f"ttt.enabled={enabled}",
-                f"run.dir={runs[name]}",
-                f"data.recall_alphabet={ALPHABET}",
-                "log.wandb=disabled",
-            ],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
+    for name, run in runs.items():
+        with run.with_suffix(".log").open("w") as log:
+            processes[name] = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(ROOT / "launch/train.py"),
+                    "recipe=recall",
+                    *VARIANTS[name][1],
+                    f"run.dir={run}",
+                    f"data.recall_alphabet={ALPHABET}",
+                    "log.wandb=disabled",
+                ],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": threads},
+            )
     try:
         with console.status("") as status:
             while any(process.poll() is None for process in processes.values()):
@@ -76,26 +114,62 @@ def prove(folder: Path) -> int:
             process.wait()
     for name, process in processes.items():
         if process.returncode:
-            log = folder / f"ttt_{variants[name]}.log"
+            log = runs[name].with_suffix(".log")
             raise UserError(f"the run {name} ended with exit code {process.returncode}: see {log}")
-    curves = {name: _curve(run) for name, run in runs.items()}
-    _plot(curves, folder / "proof.png")
-    table = Table(title=f"recall of held-out pairs (chance {CHANCE:.0%})", title_justify="left")
-    table.add_column("step", justify="right")
-    for name in curves:
+
+
+def _logit_changes(run: Path, exported: Path) -> dict[str, dict]:
+    """Measure the changes of logits that Theorem 1 bounds, with the model's targets and with reconstruction targets.
+
+    Returns per target the medians over queries, the share of queries within the bounds, and the share recalled.
+    """
+    import torch
+
+    from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall
+    from inplace_ttt.evaluation.logit_changes import measure
+    from inplace_ttt.evaluation.mode import FastWeightMode
+    from inplace_ttt.evaluation.models import open_model
+    from inplace_ttt.hf.convert import export_checkpoint
+
+    shutil.rmtree(exported, ignore_errors=True)
+    config = export_checkpoint(run, exported, tokenizer=False)
+    data = config.data
+    network = open_model(exported, run.name, FastWeightMode(), torch.device("cpu"), torch.float32).network
+    task = KeyValueRecall(data.seq_length, data.recall_pairs, data.recall_alphabet, config.train.seed + HELD_OUT_SEED)
+    found = {}
+    for name, reconstruct in (("next token", False), ("current token", True)):
+        one = measure(network, task, SAMPLES, reconstruct=reconstruct)
+        holds = one.right.abs() <= one.right_bound if reconstruct else one.right >= one.right_bound
+        found[name] = dict(
+            right=one.right.median().item(),
+            right_bound=one.right_bound.median().item(),
+            right_holds=holds.double().mean().item(),
+            wrong=one.wrong.median().item(),
+            wrong_bound=one.wrong_bound.median().item(),
+            wrong_holds=(one.wrong <= one.wrong_bound).double().mean().item(),
+            recalled=one.recalled,
+        )
+    return found
+
+
+def _report(changes: dict[str, dict], console: Console) -> None:
+    """Print the changes of logits."""
+    table = Table(title="logits changed by the last layer's fast weights (medians)", title_justify="left")
+    table.add_column("target made from the")
+    for name in changes:
         table.add_column(name, justify="right")
-    for rows in zip(*curves.values(), strict=True):
-        table.add_row(str(rows[0][0]), *(f"{accuracy:.1%}" for _, accuracy in rows))
+    rows = {
+        "right value": lambda one, _: f"{one['right']:+.1f}",
+        "  bound of its pair's update": lambda one, sign: f"{sign} {one['right_bound']:.1f}",
+        "  within the bound": lambda one, _: f"{one['right_holds']:.0%}",
+        "any other value": lambda one, _: f"± {one['wrong']:.1f}",
+        "  bound of the pair's update ": lambda one, _: f"± {one['wrong_bound']:.1f}",
+        "  within the bound ": lambda one, _: f"{one['wrong_holds']:.0%}",
+        "recalled": lambda one, _: f"{one['recalled']:.1%}",
+    }
+    for title, cell in rows.items():
+        table.add_row(title, *(cell(one, sign) for one, sign in zip(changes.values(), ("≥", "±"), strict=True)))
     console.print(table)
-    with_ttt, without = (curve[-1][1] for curve in curves.values())
-    worst_without = max(accuracy for _, accuracy in curves["attention only"])
-    proven = with_ttt >= RECALLS and worst_without <= AT_CHANCE
-    console.print(
-        f"{'proven' if proven else 'NOT proven'}: {with_ttt:.1%} with fast weights, {without:.1%} without "
-        f"({time.monotonic() - started:.0f} s; picture: {folder / 'proof.png'})",
-        soft_wrap=True,
-    )
-    return 0 if proven else 1
 
 
 def _remove(run: Path) -> None:

@@ -46,8 +46,10 @@ class Training:
         initialize(self.model, config, self.groups)
         for layer, module in self.model.ttt_modules.items():
             generator = torch.Generator().manual_seed(layer)
-            weight = module.ttt_conv.weight
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+            # without a convolution the projection starts at 0, or the targets are the inputs
+            weight = module.ttt_conv.weight if config.ttt.convolution else getattr(module.ttt_proj, "weight", None)
+            if weight is not None:
+                weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
         wrapped = wrap_data_parallel(self.model, self.model.config, config)
         self.optimizer, self.scheduler = build_optimizer(wrapped, self.model.config, config)
         self.stepper = Stepper(config, wrapped, self.model.config, self.groups)

@@ -33,6 +33,51 @@ def _at_start():
     return logits(start_values=True)
 
 
+def without_convolution(project: bool):
+    """Logits at the start, of the plain model and with fast weights, and fast-weight parameters before and after."""
+    from inplace_ttt.megatron.initialize import initialize
+
+    config = tiny_config({"ttt": {"convolution": False, "project": project, "eta": 0.02}})
+    training = Training(config)
+    initialize(training.model, config, training.groups)
+    batch = training.batches(0)[0]
+
+    def look():
+        with torch.no_grad():
+            return training.model.eval()(batch.tokens, batch.position_ids, batch.layout).numpy()
+
+    def parameters():
+        found = training.model.named_parameters()
+        return {name: value.detach().numpy().copy() for name, value in found if ".ttt_" in name}
+
+    start, before = look(), parameters()
+    for module in training.model.ttt_modules.values():
+        module.is_plain = True
+    plain = look()
+    for module in training.model.ttt_modules.values():
+        module.is_plain = False
+    training.optimizer.reload_model_params()
+    training.model.train()
+    for number in range(2):
+        training.step(number)
+    return start, plain, before, parameters()
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_without_a_convolution(project):
+    """The convolution stays the identity; P starts at 0 and is trained; without it the first updates are not 0."""
+    start, plain, before, after = run_ranks(1, without_convolution, project)[0]
+    assert (abs(start - plain).max() > 1e-2) is not project
+    for name, value in before.items():
+        if ".ttt_conv." in name:
+            assert (value[:, 0] == [0, 0, 1, 0, 0]).all()
+            assert (after[name] == value).all()
+        else:
+            assert not value.any()
+            assert after[name].any()
+    assert any(".ttt_proj." in name for name in before) is project
+
+
 def test_recompute_changes_nothing():
     plain = run_ranks(1, train_losses, 2)[0]
     assert run_ranks(1, train_losses, 2, {"train": {"recompute": "full"}})[0] == plain

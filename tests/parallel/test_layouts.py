@@ -43,6 +43,7 @@ VARIANTS = {
     "window": [{"model": {"sliding_window": 10}}],
     "windows": [{"model": {"sliding_window": 10, "window_attn_skip_freq": 2}}],
     "no projection": [{"ttt": {"project": False}}],
+    "no convolution": [{"ttt": {"convolution": False, "eta": 0.02}}],
     "clipped": [{"ttt": {"clip": 0.5}}],  # four in five of the first TTT layer's updates
     "longer": [{"data": {"seq_length": 128}}],
 }
@@ -74,6 +75,8 @@ VARIANTS = {
         ("window", 2, [CP2]),
         ("windows", 4, [CP2_PP2]),
         ("no projection", 2, [TP2_SP]),
+        ("no convolution", 2, [TP2_SP]),
+        ("no convolution", 2, [CP2, {"parallel": {"use_distributed_optimizer": False}}]),
         ("clipped", 2, [TP2_SP]),
         ("clipped", 2, [CP2]),
         ("clipped", 2, [PP2, {"train": {"micro_batch_size": 2}}]),

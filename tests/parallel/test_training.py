@@ -279,6 +279,14 @@ def test_weights_go_into_a_new_run_and_fast_weights_start_at_zero(unbroken, tmp_
     assert numbers(tmp_path / "ttt")[0]["update_ratio/layer_0"] == 0
 
 
+def test_a_trained_convolution_is_not_taken_for_none(unbroken, tmp_path):
+    trained = unbroken
+    code, text = run_ranks(
+        1, run_main, *TRAIN, "ttt.convolution=false", f"checkpoint.load={trained}", f"run.dir={tmp_path / 'run'}"
+    )[0]
+    assert code == 2 and "has a trained target convolution in layer 0, and ttt.convolution=false" in text
+
+
 def test_numbers_that_are_not_finite_stop_the_run_by_name(tmp_path):
     code, text = run_ranks(
         1, run_main, *TRAIN, "optim.lr=1e6", "optim.warmup_fraction=0", f"run.dir={tmp_path / 'run'}"

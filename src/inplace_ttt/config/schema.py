@@ -107,8 +107,11 @@ class TTT:
     # input of the targets: hidden_states (the MLP's input) or input_embed (the embedding output)
     target: Annotated[str, OneOf(*TARGETS), IDENTITY] = "hidden_states"
     conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the target convolution
+    # true: train the target convolution; false: it stays the identity, so that the target of a token is its own input
+    convolution: Annotated[bool, IDENTITY] = True
     project: Annotated[bool, IDENTITY] = True  # true: apply the projection P after the target convolution
-    proj_init_std: Deviation = 0.02  # standard deviation of the initial diagonal of P
+    # standard deviation of the initial diagonal of P; with convolution=false P starts at 0
+    proj_init_std: Deviation = 0.02
     # transport of carries between context-parallel ranks: ring (symmetric memory if available) or ring_messages (P2P)
     prefix: Annotated[str, OneOf("ring", "ring_messages"), LAYOUT] = "ring"
     comm_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"  # dtype of carries between context-parallel ranks

@@ -17,7 +17,9 @@ def initialize(model: nn.Module, config: Config, pg_collection) -> None:
     """Initialise all parameters in place.
 
     Weights: N(0, init_method_std), divided by sqrt(2 * num_layers) for projections into the residual stream. Norms: 1.
-    Biases: 0. Fast-weight convolutions: 0. Fast-weight projections: diagonal with entries N(0, proj_init_std).
+    Biases: 0. Fast-weight convolutions: 0. Fast-weight projections: diagonal with entries N(0, proj_init_std). With
+    ttt.convolution=false: convolutions the identity, projections 0. So the first updates are 0, unless the model has
+    neither.
     """
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     for local_name, param in model.named_parameters():
@@ -46,8 +48,10 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     digest = hashlib.sha256(f"{config.train.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     if name.endswith("ttt_conv.weight"):
-        return torch.zeros(shape)
+        return torch.zeros(shape) if config.ttt.convolution else identity_kernel(shape)
     if name.endswith("ttt_proj.weight"):
+        if not config.ttt.convolution:
+            return torch.zeros(shape)
         return torch.diag(torch.randn(shape[0], generator=generator) * config.ttt.proj_init_std)
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
@@ -57,6 +61,13 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= (2 * config.model.num_layers) ** 0.5
     return torch.randn(shape, generator=generator) * std
+
+
+def identity_kernel(shape: tuple[int, ...]) -> Tensor:
+    """Return the convolution kernel (d, 1, taps) that changes nothing: 1 at the tap of the token itself."""
+    kernel = torch.zeros(shape)
+    kernel[..., shape[-1] // 2] = 1.0
+    return kernel
 
 
 def _split(name: str, param: Tensor) -> tuple[int, int]:

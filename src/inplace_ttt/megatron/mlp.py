@@ -65,6 +65,7 @@ class TTTMLP(MLP):
         self.bound: tuple[float, int] | None = None  # evaluation only: (bound, trained_chunks) of ttt/bounded.py
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
         self.ttt_conv = _Weight(d, 1, ttt.conv_kernel, **common)
+        self.ttt_conv.weight.requires_grad_(ttt.convolution)
         self.ttt_proj = _Weight(d, d, **common) if ttt.project else None
         # Number of layers whose saved chunk weights are alive at once without recompute, times the micro batches in
         # flight in the pipeline

@@ -91,7 +91,7 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     from inplace_ttt.megatron.initialize import initialize
     from inplace_ttt.megatron.model import build_model
     from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
-    from inplace_ttt.megatron.runtime import on_first_rank
+    from inplace_ttt.megatron.runtime import on_first_rank, raise_on_all_ranks
     from inplace_ttt.training.loop import Recorder, Trainer
     from inplace_ttt.training.plots import plot_loss
     from inplace_ttt.training.step import Stepper
@@ -125,6 +125,7 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
             notes.append(f"all train.steps={config.train.steps} steps are done: raise train.steps to continue")
     elif config.checkpoint.load is not None:
         new, stored = checkpointer.load_weights(user_path(config.checkpoint.load))
+        raise_on_all_ranks(_trained_convolution(config, model))
         initialised = f"; {len(new)} tensors are newly initialised" if new else ""
         notes.append(f"initialised from '{config.checkpoint.load}'{initialised}")
         notes += _dropped(config, stored)
@@ -190,6 +191,22 @@ def _notes_of_data(config: Config, corpora, sets) -> list[str]:
         why = "train.eval_samples=0" if not config.train.eval_samples else "a source has no held-out documents"
         notes.append(f"no held-out loss: {why}")
     return notes
+
+
+def _trained_convolution(config: Config, model) -> UserError | None:
+    """Return an error if loaded weights have a trained target convolution, and the configuration has none."""
+    from inplace_ttt.megatron.initialize import identity_kernel
+
+    if config.ttt.convolution:
+        return None
+    for layer, module in model.ttt_modules.items():
+        kernel = module.ttt_conv.weight.detach().float().cpu()
+        if not kernel.equal(identity_kernel(tuple(kernel.shape))):
+            return UserError(
+                f"checkpoint.load='{config.checkpoint.load}' has a trained target convolution in layer {layer}, and "
+                f"ttt.convolution=false keeps it out: use true, or a checkpoint without fast weights"
+            )
+    return None
 
 
 def _dropped(config: Config, stored: list[str]) -> list[str]:
