@@ -190,6 +190,10 @@ def _sequence(config: Config) -> None:
             f"ttt.chunk_size={config.ttt.chunk_size} is larger than data.seq_length={s}: no chunk would be complete, "
             f"so fast weights would never change; use {s} or less"
         )
+    if config.ttt.enabled and config.ttt.decay != 1 and config.ttt.clip is not None:
+        raise UserError(
+            f"ttt.clip={config.ttt.clip} does not support ttt.decay={config.ttt.decay}: set ttt.clip=null, or ttt.decay=1"
+        )
     unit = 1 if cp == 1 else 2 * cp
     why = f"2 x parallel.context_parallel_size={cp} equal slices"
     if config.ttt.enabled and cp > 1:

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hf_models import SMALL, our_logits, weights
-from inplace_ttt.config import UserError
-from inplace_ttt.hf.config import write_config
+from inplace_ttt import models
+from inplace_ttt.config import TTT, UserError
+from inplace_ttt.hf.config import check_exportable, read_model, write_config
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.resilience.checksums import write_manifest
 from inplace_ttt.training.compose import compose_config, to_config
@@ -107,6 +109,28 @@ def test_there_and_back_is_bit_identical(theirs, dtype, tmp_path):
         assert torch.equal(again.to(dtype)(text).logits, model.to(dtype)(text).logits)
     model.float()
     assert (tmp_path / "back/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_transformers_reads_what_is_exported(name):
+    """Keys that an export leaves out have the defaults of the class, which may be a sliding window."""
+    keys = [f"model.family={name}", "model.vocab_size=100", "model.max_position_embeddings=4096"]
+    config = to_config(compose_config(["recipe=tiny_ttt", *keys], ROOT / "recipes"))
+    model = config.model
+    written = write_config(config, "bfloat16", base=None)
+    kind = getattr(transformers, models.FAMILIES[name].config_class)
+    resolved = kind.from_dict({key: value for key, value in written.items() if key != "model_type"})
+    assert not getattr(resolved, "sliding_window", None)
+    assert set(getattr(resolved, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    back = read_model(written, "config.json")
+    assert vars(back) == vars(model) | dict(embedding_init_method_std=None)  # only training uses it
+
+
+def test_missing_keys_have_the_defaults_of_the_class():
+    keys = dict(hidden_size=256, num_attention_heads=64, num_hidden_layers=2, intermediate_size=80, vocab_size=199)
+    assert read_model(keys | dict(model_type="qwen3"), "c").num_query_groups == Qwen3Config().num_key_value_heads
+    assert read_model(keys | dict(model_type="qwen3", num_key_value_heads=8), "c").num_query_groups == 8
+    assert read_model(keys | dict(model_type="llama"), "c").num_query_groups == 64
 
 
 def refusal(folder, tmp_path):
@@ -230,6 +254,13 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
     assert "imported' cannot be read: " in refused()
     with pytest.raises(UserError, match="is not a folder"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_other_update_rules_are_not_exported():
+    check_exportable(TTT(), "'run'")
+    check_exportable(TTT(enabled=False, decay=0.5), "'run'")
+    with pytest.raises(UserError, match=r"'run' was trained with ttt.decay=0.5: exported models and books have only"):
+        check_exportable(TTT(decay=0.5), "'run'")
 
 
 def test_commands(tmp_path):

@@ -1,61 +1,79 @@
-"""Another update rule by the example of a decayed sum: on the torch backend, over ranks, against its definition."""
+"""Other update rules than the paper's: on the torch backend, over ranks, against their definitions."""
 
+import itertools
 import random
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.ttt import UpdateRule, fast_weight_linear, naive
-from inplace_ttt.ttt.products import add_outer_sum
+from inplace_ttt.ttt import DecayedSum, fast_weight_linear, naive
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from numerics.slices import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
 
-class DecayedSum(UpdateRule):
-    """``S <- decay * S + eta * sum_t v_t z_t^T``; the definition is ``naive.decayed_fast_weight_linear``."""
-
-    name = "decayed sum"
-    suffix_is_weight_gradient = False  # the suffix scan decays, dL/dW does not
-
-    def __init__(self, decay: float):
-        self.decay = decay
-
-    def update_state(self, state, v, z, eta):
-        add_outer_sum(state.mul_(self.decay), v, z, eta)
-
-    def update_suffix(self, suffix, g, z):
-        add_outer_sum(suffix.mul_(self.decay), g, z)
+# a rule, and its definition: a further rule needs a line here
+RULES = {
+    "decayed sum": (DecayedSum(0.7), partial(naive.decayed_fast_weight_linear, decay=0.7)),
+    "nearly forgotten": (DecayedSum(0.01), partial(naive.decayed_fast_weight_linear, decay=0.01)),
+}
+every_rule = pytest.mark.parametrize("name", RULES)
 
 
+@every_rule
 @pytest.mark.parametrize("seed", range(20))
-def test_a_decayed_sum_matches_its_definition(seed):
-    rng = random.Random(seed)
+def test_a_rule_matches_its_definition(seed, name):
+    rng, (rule, definition) = random.Random(seed), RULES[name]
     s, b, d, f = rng.randint(1, 40), rng.randint(1, 3), rng.randint(1, 6), rng.randint(1, 6)
     options = dict(eta=rng.uniform(-1, 1), chunk_size=rng.randint(1, 9), cu_seqlens=random_documents(rng, s))
-    decay, inputs = rng.uniform(0, 1), operands(seed, s, b, d, f)
-    expected = with_gradients(naive.decayed_fast_weight_linear, *inputs, decay=decay, **options)
+    inputs = operands(seed, s, b, d, f)
+    expected = with_gradients(definition, *inputs, **options)
     keep = rng.choice([True, False])
-    found = with_gradients(fast_weight_linear, *inputs, rule=DecayedSum(decay), keep_chunk_weights=keep, **options)
+    found = with_gradients(fast_weight_linear, *inputs, rule=rule, keep_chunk_weights=keep, **options)
     for value, reference in zip(found, expected, strict=True):
         assert relative_error(value, reference) < 1e-12
 
 
-def worst_error_over_ranks(seeds):
+def worst_error_over_ranks(seeds, name):
     size, rank, errors = dist.get_world_size(), dist.get_rank(), []
+    rule, definition = RULES[name]
     for seed in seeds:
         (z, v, weight, g), options = random_case(seed, size)
-        expected = with_gradients(naive.decayed_fast_weight_linear, z, v, weight, g, decay=0.7, **options)
+        expected = with_gradients(definition, z, v, weight, g, **options)
         local = *(zigzag(t, size, rank) for t in (z, v)), weight, zigzag(g, size, rank)
-        options |= dict(rule=DecayedSum(0.7), cp_group=dist.group.WORLD)
+        options |= dict(rule=rule, cp_group=dist.group.WORLD)
         errors.append(error_of_slices(with_gradients(fast_weight_linear, *local, **options), expected))
     return largest(errors)
 
 
+@every_rule
 @pytest.mark.parametrize("cp_size", [2, 3])
-def test_a_decayed_sum_over_ranks(cp_size):
-    assert largest(run_ranks(cp_size, worst_error_over_ranks, range(25))) < 1e-12
+def test_a_rule_over_ranks(cp_size, name):
+    assert largest(run_ranks(cp_size, worst_error_over_ranks, range(25), name)) < 1e-12
+
+
+@every_rule
+@pytest.mark.parametrize("seed", range(10))
+def test_norms_are_those_of_the_states(seed, name):
+    """The guard against updates that run away reads the norm of S at the end of each document."""
+    rng, (rule, _) = random.Random(seed), RULES[name]
+    s, b, chunk_size = rng.randint(1, 40), rng.randint(1, 3), rng.randint(1, 9)
+    z, v, weight, _ = operands(seed, s, b, 4, 5)
+    cu_seqlens = random_documents(rng, s)
+    options = dict(eta=0.7, chunk_size=chunk_size, rule=rule)
+    _, norms = fast_weight_linear(z, v, weight, cu_seqlens=cu_seqlens, return_update_norms=True, **options)
+    bounds = [0, s] if cu_seqlens is None else sorted(set(cu_seqlens.tolist()))
+    expected = []
+    for start, end in itertools.pairwise(bounds):
+        for row in range(b):
+            state = torch.zeros_like(weight)
+            for first in range(start, end, chunk_size):
+                here = slice(first, min(first + chunk_size, end))
+                rule.update_state(state, v[here, row], z[here, row], 0.7)
+            expected.append(state.square().sum().item())
+    assert sorted(norms.tolist()) == pytest.approx(sorted(expected), rel=1e-9)
 
 
 def test_the_kernels_refuse_other_rules_by_name():

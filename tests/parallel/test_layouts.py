@@ -44,6 +44,7 @@ VARIANTS = {
     "windows": [{"model": {"sliding_window": 10, "window_attn_skip_freq": 2}}],
     "no projection": [{"ttt": {"project": False}}],
     "no convolution": [{"ttt": {"convolution": False, "eta": 0.02}}],
+    "decayed": [{"ttt": {"decay": 0.5}}],
     "clipped": [{"ttt": {"clip": 0.5}}],  # four in five of the first TTT layer's updates
     "longer": [{"data": {"seq_length": 128}}],
 }
@@ -77,6 +78,7 @@ VARIANTS = {
         ("no projection", 2, [TP2_SP]),
         ("no convolution", 2, [TP2_SP]),
         ("no convolution", 2, [CP2, {"parallel": {"use_distributed_optimizer": False}}]),
+        ("decayed", 4, [CP2_TP2_SP, FULL]),
         ("clipped", 2, [TP2_SP]),
         ("clipped", 2, [CP2]),
         ("clipped", 2, [PP2, {"train": {"micro_batch_size": 2}}]),

@@ -104,6 +104,8 @@ class TTT:
     layers: Annotated[Any, IDENTITY] = "every 6th"
     chunk_size: Annotated[Size, IDENTITY] = 1024  # tokens per chunk
     eta: Annotated[Real, IDENTITY] = 1.0  # learning rate eta of the fast-weight updates
+    # factor of the sum of updates before each new one; 1: none is forgotten, as in the paper
+    decay: Annotated[Positive, Le(1), IDENTITY] = 1.0
     # input of the targets: hidden_states (the MLP's input) or input_embed (the embedding output)
     target: Annotated[str, OneOf(*TARGETS), IDENTITY] = "hidden_states"
     conv_kernel: Annotated[int, Ge(1), Le(1023), Odd(), IDENTITY] = 5  # taps of the target convolution

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from inplace_ttt.config import UserError
+from inplace_ttt.config import TTT, UserError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class FastWeightMode:
                 f"--fast-weights {word} is not a valid mode: use on, off, clip=none or clip=NUMBER, such as clip=0.002"
             )
         return cls(clip=clip)
+
+    def check_rule(self, ttt: TTT, path: Path) -> None:
+        """Raise UserError if the mode clips updates, and the update rule of a checkpoint does not support it."""
+        if self.clip is not None and not math.isinf(self.clip) and ttt.decay != 1:
+            raise UserError(
+                f"--fast-weights clip={self.clip:g} does not support ttt.decay={ttt.decay} of '{path}': use on, off or "
+                f"clip=none"
+            )
 
     def clip_of(self, own: float | None) -> float | None:
         """Return the clip to use for a layer whose configured clip is ``own``; None: no clipping."""

@@ -32,13 +32,21 @@ from inplace_ttt.hf.config import TTT_KEYS, read_ttt
 from inplace_ttt.hf.convert import CheckpointInfo, export_checkpoint, inspect_checkpoint
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 from inplace_ttt.models import FAMILIES
+from inplace_ttt.models.family import Family
 
 MOST_LAYERS = 10_000
 EXPORTED = "exported"  # subfolder of the output folder: runs exported to Hugging Face format
 WEIGHTS = (".safetensors", ".bin", ".distcp", ".json")  # suffixes of the files that identify a model
-CLASSES = {
-    name: getattr(exported, name) for name in (f"InPlaceTTT{family.architecture}" for family in FAMILIES.values())
-}
+
+
+def _class_with_fast_weights(family: Family) -> type[PreTrainedModel]:
+    name = f"InPlaceTTT{family.architecture}"
+    if not hasattr(exported, name):
+        raise RuntimeError(f"model family '{family.name}' needs a class {name} in {exported.__file__}")
+    return getattr(exported, name)
+
+
+CLASSES = {f"InPlaceTTT{family.architecture}": _class_with_fast_weights(family) for family in FAMILIES.values()}
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ class ReadingTask:
         paths = {one.model.path for one in asked if one.model.checkpoint}
         self.configs = {path: evaluation_config(path, arguments.overrides, world.size) for path in paths}
         one_tokenizer(asked, NO_COMPARISON)
+        for one in asked:
+            if one.model.path in self.configs:
+                one.mode.check_rule(self.configs[one.model.path].ttt, one.model.path)
         trained = next((one.model.longest() for one in asked if one.model.longest()), 0)
         make = self._positions if self.task == "position" else self._blocks
         self.readings, self.contexts, self.settings = make(arguments.options, trained)

@@ -1,5 +1,6 @@
 """Convert config.json to the Model and TTT sections of a configuration, and back."""
 
+import json
 import logging
 from functools import partial
 
@@ -125,17 +126,29 @@ def read_model(config: dict, place: str) -> Model:
         raise UserError(f"{place}: model_type '{family}' is not supported: use one of {', '.join(FAMILIES)}")
     known = FAMILIES[family]
     _check_fixed(config, known, place)
+    model = _model(config, known, place)  # raises for keys that are there
+    resolved = _as_transformers_reads(config, known, place)
+    # a key that is missing has the default of the class in transformers
+    config = {key: getattr(resolved, key) for key in READ if hasattr(resolved, key)} | config
+    model = _model(config, known, place)
+    _compare_rope(resolved, model.rope_scaling, model.rotary_base, place)
+    model.sliding_window, model.window_attn_skip_freq = _read_window(config, resolved, place)
+    return model
+
+
+def _model(config: dict, family: Family, place: str) -> Model:
+    """Return the Model section without windows. Raises UserError for a missing key or an invalid value."""
     keys = _Keys(config, place)
     hidden, heads = keys.whole("hidden_size"), keys.whole("num_attention_heads")
     scaling, theta = _read_rope(config, place)
     model = Model(
-        family=family,
+        family=family.name,
         num_layers=keys.whole("num_hidden_layers"),
         hidden_size=hidden,
         ffn_hidden_size=keys.whole("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=keys.whole("num_key_value_heads", heads),
-        kv_channels=keys.whole("head_dim", known.head_dim(hidden, heads)),
+        kv_channels=keys.whole("head_dim", family.head_dim(hidden, heads)),
         vocab_size=keys.whole("vocab_size"),
         layernorm_epsilon=keys.number("rms_norm_eps", 1e-6),
         rotary_base=theta,
@@ -148,9 +161,6 @@ def read_model(config: dict, place: str) -> Model:
         check_model(model)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
-    resolved = _as_transformers_reads(config, known, place)
-    _compare_rope(resolved, scaling, theta, place)
-    model.sliding_window, model.window_attn_skip_freq = _read_window(config, resolved, place)
     return model
 
 
@@ -183,7 +193,7 @@ def _check_fixed(config: dict, family: Family, place: str) -> None:
     """Raise UserError if a key has an unsupported value."""
     for key, only in (FIXED | family.fixed).items():
         if config.get(key, only) not in (only, None):
-            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: use {key}={only}")
+            raise UserError(f"{place}: {key}={_shown(config[key])} is not supported: use {key}={json.dumps(only)}")
 
 
 def _shown(value) -> str:
@@ -198,9 +208,10 @@ def _read_window(config: dict, resolved: PretrainedConfig, place: str) -> tuple[
     kinds = getattr(resolved, "layer_types", None) or ["full_attention"]
     if set(kinds) == {"full_attention"}:
         if not hasattr(resolved, "layer_types") and (config.get("use_sliding_window") or config.get("sliding_window")):
+            families = ", ".join(one.name for one in FAMILIES.values() if one.has_windows)
             raise UserError(
-                f"{place}: sliding_window={config.get('sliding_window')} is not supported for this model_type: use a "
-                f"model without one, or one with a window in all layers or in all but every Nth layer"
+                f"{place}: sliding_window={config.get('sliding_window')} is not supported for model_type "
+                f"'{config.get('model_type')}', only for {families}: use a model without a sliding window"
             )
         return None, None
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else None
@@ -311,6 +322,31 @@ def _check_calibration(config: dict, layers: int, place: str) -> None:
 
 # fields of Model without a key in config.json: the architecture implies them, or only training uses them
 NOT_WRITTEN = {"embedding_init_method_std", "transformer_impl", "family"}
+# fields of TTT without a key in config.json: only training uses them, or check_exportable checks them
+TRAINING_ONLY = {
+    "clip_separately",
+    "comm_dtype",
+    "convolution",  # exported as the identity
+    "histogram_interval",
+    "keep_chunk_weights",
+    "lr_multiplier",
+    "max_update_ratio",
+    "prefix",
+    "proj_init_std",
+}
+CHECKED = {"decay"}
+
+
+def check_exportable(ttt: TTT, place: str) -> None:
+    """Raise UserError if exported models, and the fast weights that they read from files, lack a setting.
+
+    ``place`` names the checkpoint in the message.
+    """
+    if ttt.enabled and ttt.decay != 1:
+        raise UserError(
+            f"{place} was trained with ttt.decay={ttt.decay}: exported models and books have only the paper's update "
+            f"rule, ttt.decay=1; evaluate the checkpoint itself"
+        )
 
 
 def write_config(
@@ -353,6 +389,9 @@ def write_config(
     forgotten = set(vars(model)) - set(fields) - NOT_WRITTEN
     if forgotten:
         raise RuntimeError(f"write_config does not handle the fields {sorted(forgotten)} of Model")
+    forgotten = set(vars(ttt)) - {"enabled", "layers", *TTT_KEYS.values()} - TRAINING_ONLY - CHECKED
+    if forgotten:
+        raise RuntimeError(f"write_config does not handle the fields {sorted(forgotten)} of TTT")
     for keys in fields.values():
         written |= keys
     written |= dict(architectures=[family.architecture], model_type=family.name, dtype=dtype)
@@ -378,7 +417,8 @@ def _write_window(model: Model, family: Family) -> dict:
                 f"model.sliding_window={model.sliding_window} cannot be exported: {family.architecture} has no sliding "
                 f"window and would attend to all tokens: use model.family {others}"
             )
-        return {}
+        defaults = getattr(transformers, family.config_class)().to_dict()
+        return {key: None for key in WINDOW_KEYS if defaults.get(key)}  # without it the class would set a window
     if model.sliding_window is None:
         kinds = ["full_attention"] * model.num_layers
     else:

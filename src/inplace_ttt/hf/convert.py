@@ -29,7 +29,7 @@ from inplace_ttt.hf.auxiliary_files import (
     token_ids,
 )
 from inplace_ttt.hf.calibration import READING_BOUND, READING_CLIP, choose_bound, choose_clip, update_norms
-from inplace_ttt.hf.config import CODE, read_model, read_ttt, write_config
+from inplace_ttt.hf.config import CODE, check_exportable, read_model, read_ttt, write_config
 from inplace_ttt.hf.weights import ResolvedParam, check_names, weight_map
 from inplace_ttt.megatron.checkpoint import Progress, checkpoint_in
 from inplace_ttt.megatron.tensors import PlannedTensor, TensorReader, write_tensors
@@ -187,6 +187,7 @@ def export_checkpoint(
     """
     described = inspect_checkpoint(checkpoint)
     folder, config = described.folder, described.config
+    check_exportable(config.ttt, f"'{checkpoint}'")
     if base is not None and not base.is_dir():
         raise UserError(f"--base '{base}' is not a folder")
     fault = corruption(folder, alone=True)

@@ -26,12 +26,15 @@ processes the chunks; it has kernels for Hopper GPUs.
 
 import copy
 import hashlib
+import importlib
+import inspect
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +62,8 @@ try:
 except ImportError:
     fast_weight_linear = None
 
+# argument of the cache: transformers 5.24 renamed it, and accepts the old name
+CACHE = "cache" if "cache" in inspect.signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 BOOK = "in-place-ttt fast weights 1"  # format name in files of saved fast weights
 # grouped_attention splits keys into spans until it has this many products; static caches are padded to a multiple of it
 KEY_BLOCK = 256
@@ -569,6 +574,26 @@ def _convert_cache(cache) -> None:
     cache.fast_weights.static = kind is FastWeightStaticCache
 
 
+def _cache_in(arguments: dict):
+    """Return the cache among the arguments of a forward or of ``generate``, under its old or new name; None: none."""
+    found = arguments.get(CACHE)
+    return arguments.get("past_key_values") if found is None else found
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Return whether gradient checkpointing is on; transformers 5.24 renamed the property."""
+    new = "is_activation_checkpointing"
+    return getattr(model, new if hasattr(type(model), new) else "is_gradient_checkpointing")
+
+
+def _align_module_device(module: nn.Module, *device):
+    """Return accelerate's context that brings offloaded weights of a module to a device.
+
+    It is not an import statement, because transformers demands all packages that a file like this one imports.
+    """
+    return importlib.import_module("accelerate.utils").align_module_device(module, *device)
+
+
 @dataclass
 class ForwardContext:
     """Hold the arguments that one forward passes to its TTT layers."""
@@ -708,7 +733,7 @@ class FastWeightMLP(nn.Module):
         self.ttt_proj = TargetProjection(config.hidden_size) if config.ttt_proj else None
         self.reads_embeddings = config.ttt_target == "input_embed"
         self.computes_in = torch.float32  # the dtype of the last forward
-        self.context: ForwardContext | None = None  # set for each forward by the decoder layer's hook
+        self.context: ForwardContext | None = None  # set for each forward by the attention's hook
 
     def forward(self, x: Tensor) -> Tensor:
         context, self.context = self.context or ForwardContext(), None
@@ -931,9 +956,7 @@ class FastWeightMLP(nn.Module):
     def weight_norm(self) -> Tensor:
         """Return the Frobenius norm of W_down, also if it is offloaded, quantized or has an adapter."""
         if self.down_proj.weight.is_meta:
-            from accelerate.utils import align_module_device
-
-            with align_module_device(self.down_proj):
+            with _align_module_device(self.down_proj):
                 return self._weight_norm()
         return self._weight_norm()
 
@@ -996,7 +1019,7 @@ class FastWeightsMixin:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             self.model.register_forward_hook(self._after, with_kwargs=True)
             for layer in self.model.layers:
-                layer.register_forward_pre_hook(_hand_over, with_kwargs=True)
+                layer.self_attn.register_forward_pre_hook(partial(_hand_over, layer.mlp), with_kwargs=True)
         self.post_init()
 
     def _init_weights(self, module) -> None:
@@ -1016,7 +1039,7 @@ class FastWeightsMixin:
         if any(mlp.reads_embeddings for mlp in self.fast_mlps):
             embeds = kwargs.get("inputs_embeds")
             embedded = model.embed_tokens(kwargs["input_ids"]) if embeds is None else embeds
-        weights = getattr(kwargs.get("past_key_values"), "fast_weights", None)
+        weights = getattr(_cache_in(kwargs), "fast_weights", None)
         compiled = _in_graph()
         if compiled and tokens.shape[1] == 1 and weights is not None and weights.fixed:
             kwargs[CONTEXT_KWARG] = ForwardContext(weights, embedded=embedded)
@@ -1051,16 +1074,18 @@ class FastWeightsMixin:
 
     def _cache_of(self, model, kwargs: dict, packed: bool):
         """Return the cache of a forward; create it if none was given. Return None without ``use_cache``."""
-        cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use = _cache_in(kwargs), kwargs.get("use_cache")
         if cache is None:
             if packed and use:
                 raise ValueError("a row with several documents cannot be cached: pass use_cache=False")
             wanted = self.config.use_cache and not packed if use is None else use
-            recomputes = model.is_gradient_checkpointing and model.training
+            recomputes = _checkpoints(model) and model.training
             kwargs["use_cache"] = bool(wanted) and not recomputes
             if not kwargs["use_cache"]:
                 return None
-            cache = kwargs["past_key_values"] = FastWeightCache(config=self.config)
+            cache = kwargs[CACHE] = FastWeightCache(config=self.config)
+            if CACHE != "past_key_values":
+                kwargs.pop("past_key_values", None)
         elif not isinstance(cache, _FastWeightsInCache):
             _convert_cache(cache)
         return cache
@@ -1087,10 +1112,10 @@ class FastWeightsMixin:
         return weights
 
     def _check(self, model, kwargs: dict) -> None:
-        if kwargs.get("cache") is not None:
+        if type(kwargs.get("cache")).__name__ == "PagedAttentionCache":
             raise ValueError(CONTINUOUS)
         again = getattr(getattr(model.layers[0], "_gradient_checkpointing_func", None), "keywords", {})
-        recomputes = model.is_gradient_checkpointing and model.training and torch.is_grad_enabled()
+        recomputes = _checkpoints(model) and model.training and torch.is_grad_enabled()
         if recomputes and again.get("use_reentrant", True) and self.fast_mlps[0].reads_embeddings:
             raise ValueError(
                 "gradient checkpointing with use_reentrant=True drops gradients of ttt_target=input_embed: enable it "
@@ -1214,9 +1239,9 @@ class FastWeightsMixin:
                 input_ids[:, start:stop],
                 attention_mask=None if attention_mask is None else attention_mask[:, :stop],
                 position_ids=None if positions is None else positions[:, start:stop],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{CACHE: cache},
             )
             if progress is not None:
                 progress(stop, input_ids.shape[1])
@@ -1301,9 +1326,7 @@ class FastWeightsMixin:
         for prefix, module in self.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if any(tensor.is_meta for tensor in own.values()):  # offloaded
-                from accelerate.utils import align_module_device
-
-                with align_module_device(module, "cpu"):
+                with _align_module_device(module, "cpu"):
                     yield from [(f"{prefix}.{name}", getattr(module, name).detach()) for name in own]
             elif module is not self.lm_head or not self.config.tie_word_embeddings:
                 yield from ((f"{prefix}.{name}", tensor.detach()) for name, tensor in own.items())
@@ -1320,7 +1343,7 @@ class FastWeightsMixin:
 
         Raises ValueError if both ``fast_weights`` and ``past_key_values`` are given.
         """
-        if fast_weights is not None and kwargs.get("past_key_values") is not None:
+        if fast_weights is not None and _cache_in(kwargs) is not None:
             raise ValueError("fast_weights and past_key_values exclude each other: pass one of them")
         self._book, before = fast_weights, self.config._attn_implementation
         if self.fast_mlps and before == "sdpa":
@@ -1331,14 +1354,14 @@ class FastWeightsMixin:
             self._book, self.config._attn_implementation = None, before
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values") is not None
+        kind, given = generation_config.cache_implementation, _cache_in(model_kwargs) is not None
         mode = args[0] if args else kwargs.get("generation_mode")
         if self.fast_mlps and getattr(mode, "value", None) == "assisted_generation":
             raise NotImplementedError(ASSISTED)
         if self.fast_mlps and not given and generation_config.use_cache and kind not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation={kind} cannot hold fast weights: use static or dynamic (default)")
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = _cache_in(model_kwargs)
         if self.fast_mlps and cache is not None:
             if not isinstance(cache, _FastWeightsInCache):
                 _convert_cache(cache)
@@ -1350,20 +1373,21 @@ class FastWeightsMixin:
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
+        cache = kwargs.pop(CACHE, None) if past_key_values is None else past_key_values
         inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
-        weights = getattr(inputs.get("past_key_values"), "fast_weights", None)
+        weights = getattr(_cache_in(inputs), "fast_weights", None)
         if weights is not None:
             if weights.asked == weights.steps:  # the last forward ran in a graph of the user, which cannot count
                 weights.advance()
             weights.asked = weights.steps
             if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
                 weights.mask = attention_mask  # the forward may get a 4D mask
+            elif attention_mask is None:  # no padding; transformers 5.24 may make a 4D mask all the same
+                tokens = inputs.get("input_ids")
+                tokens = inputs["inputs_embeds"][..., 0] if tokens is None else tokens
+                weights.mask = torch.ones_like(tokens, dtype=torch.bool)
         return inputs
 
     def get_compiled_call(self, compile_config=None):
@@ -1376,7 +1400,7 @@ class FastWeightsMixin:
             tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
             if tokens is None or tokens.shape[1] > 1:  # prefill in parts
                 return self(*args, **kwargs)
-            weights = kwargs["past_key_values"].fast_weights
+            weights = _cache_in(kwargs).fast_weights
             out = call(*args, **kwargs)
             weights.advance()
             return out
@@ -1435,11 +1459,14 @@ ASSISTED = (
 CONTINUOUS = "continuous batching is not supported (it mixes texts in one row): use generate with a batch of prompts"
 
 
-def _hand_over(layer, args, kwargs):
-    """Pass the ForwardContext to the MLP of a layer, also when a checkpointed layer is recomputed."""
+def _hand_over(mlp: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Give the ForwardContext among an attention's arguments to the MLP after it.
+
+    A hook of the decoder layer would not do: transformers 5.24 recomputes a layer without calling its hooks.
+    """
     context = kwargs.pop(CONTEXT_KWARG, None)
-    if isinstance(layer.mlp, FastWeightMLP):
-        layer.mlp.context = context
+    if isinstance(mlp, FastWeightMLP):
+        mlp.context = context
     return args, kwargs
 
 

@@ -21,6 +21,7 @@ from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import ModelSource, check_tokens, chosen_dtype, open_model
 from inplace_ttt.files import user_path
+from inplace_ttt.hf.config import check_exportable
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, text_record
 from inplace_ttt.job import Job, run_job
 from inplace_ttt.resilience.exits import fail
@@ -188,6 +189,7 @@ def _by_checkpoint(
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
 
+    check_exportable(named.checkpoint.config.ttt, f"'{named.path}'")
     check_bound(named.path, mode, len(text.tokens), "reading a checkpoint over ranks")
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)

@@ -22,12 +22,27 @@ from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.batch_context import BatchContext
-from inplace_ttt.ttt import CarryCache, ChunkTargets, bounded_fast_weight_linear, fast_weight_linear, histogram
+from inplace_ttt.ttt import (
+    PAPER_RULE,
+    CarryCache,
+    ChunkTargets,
+    DecayedSum,
+    UpdateRule,
+    bounded_fast_weight_linear,
+    fast_weight_linear,
+    histogram,
+    is_papers,
+)
 from inplace_ttt.ttt.layout import SequenceLayout
 from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.target import chunk_target
 
 COMM_DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # None: dtype of the sums of updates
+
+
+def update_rule(ttt: TTT) -> UpdateRule:
+    """Return the update rule of a configuration."""
+    return PAPER_RULE if ttt.decay == 1 else DecayedSum(ttt.decay)
 
 
 class _Weight(nn.Module):
@@ -61,6 +76,7 @@ class TTTMLP(MLP):
             config=config, submodules=submodules, tp_group=pg_collection.tp, ffn_hidden_size=config.ffn_hidden_size
         )
         self.ttt, self.cp_group = ttt, pg_collection.cp
+        self.rule = update_rule(ttt)
         self.clip = ttt.clip  # an evaluation may change it
         self.bound: tuple[float, int] | None = None  # evaluation only: (bound, trained_chunks) of ttt/bounded.py
         d, common = config.hidden_size, dict(config=config, tp_group=pg_collection.tp)
@@ -93,7 +109,7 @@ class TTTMLP(MLP):
             return self._reduce(self._bounded(z, self._targets(u, layout))), None
         cache, is_recompute = self._carry_cache(batch_context)
         notes_norms = self.training and not is_recompute
-        counts = notes_norms and self.counts_updates
+        counts = notes_norms and self.counts_updates and is_papers(self.rule)
         out = fast_weight_linear(
             z,
             self._targets(u, layout),
@@ -104,6 +120,7 @@ class TTTMLP(MLP):
             cp_group=self.cp_group,
             plan=layout.plan,
             clip=self.clip,
+            rule=self.rule,
             tp_group=self.tp_group,
             comm_dtype=COMM_DTYPES[self.ttt.comm_dtype],
             prefix=self.ttt.prefix,
@@ -132,6 +149,7 @@ class TTTMLP(MLP):
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
             clip=self.clip,
+            rule=self.rule,
             tp_group=self.tp_group,
         )
 
@@ -163,6 +181,7 @@ class TTTMLP(MLP):
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
             clip=self.clip,
+            rule=self.rule,
             tp_group=self.tp_group,
             output_final_state=True,
         )

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import metadata as descriptions
+from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -48,6 +49,8 @@ _DESCRIBING = {  # classes whose objects may get attributes
             "TensorStorageMetadata",
         )
     ),
+    # torch 2.14 adds the plans of the ranks that wrote the checkpoint; they are not used
+    *(getattr(planner, name) for name in ("SavePlan", "TensorWriteData", "WriteItem")),
 }
 _DESCRIPTIONS = {
     ("torch", "Size"),
@@ -55,6 +58,7 @@ _DESCRIPTIONS = {
     ("pathlib", "PosixPath"),  # folder that the checkpoint was written to
     ("pathlib._local", "PosixPath"),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
     *((one.__module__, one.__qualname__) for one in _DESCRIBING),
     *(("torch", name) for name in _DTYPES),
 }
@@ -174,6 +178,8 @@ class Reader(FileSystemReader):
     def read_metadata(self, *args, **kwargs) -> Metadata:
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = None  # describes the process that wrote the checkpoint
+        if hasattr(metadata, "all_local_plans"):
+            metadata.all_local_plans = None
         return metadata
 
     def read_data(self, plan, planner):

@@ -25,7 +25,7 @@ from inplace_ttt.ttt.clipping import UpdateClip, sum_over, weight_norm
 from inplace_ttt.ttt.order import Task, backward_order, forward_order
 from inplace_ttt.ttt.plan import CALLER, Plan, ScanStage, merge_adjacent
 from inplace_ttt.ttt.products import add_outer_sum, squared_norms_of_spans, state_dtype
-from inplace_ttt.ttt.rule import ScanStep, UpdateRule
+from inplace_ttt.ttt.rule import ScanStep, UpdateRule, is_papers
 from inplace_ttt.ttt.scan import Carries, Exchange, SavedCarries, Scan
 from inplace_ttt.ttt.target import ChunkTargets
 from inplace_ttt.ttt.window import Window, WindowPool
@@ -95,6 +95,18 @@ class OpContext:
             )
             for window in windows:
                 yield batch, window
+
+    def norms_of_single_chunks(self, v: Tensor, z: Tensor) -> Tensor:
+        """Return the squared norms of the states at the ends of documents of one chunk, (b, documents)."""
+        spans = self.plan.single_chunk_documents
+        if is_papers(self.rule):
+            return self.eta**2 * squared_norms_of_spans(v, z, spans)
+        norms = torch.empty(z.shape[1], len(spans), dtype=state_dtype(z.dtype), device=z.device)
+        for batch, (number, (start, end)) in itertools.product(range(z.shape[1]), enumerate(spans)):
+            state = torch.zeros(v.shape[2], z.shape[2], dtype=norms.dtype, device=z.device)
+            self.rule.update_state(state, v[start:end, batch], z[start:end, batch], self.eta)
+            norms[batch, number] = state.square().sum()
+        return norms
 
     def single_chunk_windows(self, weight: Tensor, b: int) -> Iterator[tuple[int, Window]]:
         """Yield (batch row, window) of single-chunk documents; adjacent documents share a window."""
@@ -191,8 +203,8 @@ class FastWeightLinear(torch.autograd.Function):
 
         norms = ratios = z.new_zeros(0, dtype=state_dtype(z.dtype))
         if call.with_norms:
-            single = squared_norms_of_spans(targets.v, z, plan.single_chunk_documents)
-            norms = torch.cat([part.flatten() for part in (scan.norms.sum(0), inner_norms, call.eta**2 * single)])
+            single = call.norms_of_single_chunks(targets.v, z)
+            norms = torch.cat([part.flatten() for part in (scan.norms.sum(0), inner_norms, single)])
         ratios = targets.ratios() if call.with_ratios else norms.new_zeros(b, 0)
         ctx.save_for_backward(z, targets.v, weight, *carries.incoming.values())
         ctx.call, ctx.clip, ctx.stages = call, targets.clip, list(carries.incoming)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.ttt.ops import fast_weight_linear
+from inplace_ttt.ttt.rule import PAPER_RULE, UpdateRule
 from inplace_ttt.ttt.state import FastWeightState
 from inplace_ttt.ttt.target import ChunkTargets
 
@@ -25,6 +26,7 @@ def bounded_fast_weight_linear(
     eta: float,
     chunk_size: int,
     clip: float | None = None,
+    rule: UpdateRule = PAPER_RULE,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # (s, b, d)
     """Apply ``fast_weight_linear`` to one document per row, and bound the sum S of updates beyond the training length.
@@ -46,7 +48,7 @@ def bounded_fast_weight_linear(
         trained_chunks: training length in chunks, 1 or more.
         Other arguments: see ``fast_weight_linear``.
     """
-    options: dict[str, Any] = dict(eta=eta, chunk_size=chunk_size, clip=clip, tp_group=tp_group)
+    options: dict[str, Any] = dict(eta=eta, chunk_size=chunk_size, clip=clip, rule=rule, tp_group=tp_group)
     start, stop, length = 0, trained_chunks * chunk_size, len(z)
     if length <= stop:
         return fast_weight_linear(z, v, weight, **options)

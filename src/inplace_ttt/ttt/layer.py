@@ -14,6 +14,7 @@ from torch import Tensor
 from inplace_ttt.ttt.ops import fast_weight_linear
 from inplace_ttt.ttt.plan import make_plan
 from inplace_ttt.ttt.products import state_dtype
+from inplace_ttt.ttt.rule import PAPER_RULE, UpdateRule
 from inplace_ttt.ttt.state import FastWeightState
 from inplace_ttt.ttt.target import ChunkTargets, chunk_ids
 
@@ -45,6 +46,7 @@ def continue_layer(
     chunk_size: int,
     embeddings: Tensor | None = None,  # (s, b, d)
     clip: float | None = None,
+    rule: UpdateRule = PAPER_RULE,
     backend: str = "auto",
 ) -> tuple[Tensor, LayerState]:
     """Run a TTT layer on the tokens after a state. Several calls on parts of a text equal one call on all of it.
@@ -56,7 +58,7 @@ def continue_layer(
         down_input: maps MLP inputs (t, b, d) to inputs of the down-projection (t, b, f), token by token.
         conv_weight, projection: (d, 1, kernel) and (d, d) or None, see ``ChunkTargets``.
         embeddings: (s, b, d), embeddings of the same tokens, if targets use them (``target: input_embed``).
-        eta, chunk_size, clip, backend: see ``fast_weight_linear``.
+        eta, chunk_size, clip, rule, backend: see ``fast_weight_linear``.
 
     Returns:
         The layer's outputs (s, b, d) and the state after them.
@@ -81,6 +83,7 @@ def continue_layer(
         initial_state=nothing,
         output_final_state=True,
         clip=clip,
+        rule=rule,
         plan=plan,
         backend=backend,
     )

@@ -13,7 +13,7 @@ from inplace_ttt.ttt.autograd import CarryCache, FastWeightLinear, OpContext
 from inplace_ttt.ttt.backends import choose_backend
 from inplace_ttt.ttt.plan import CALLER, LayoutError, Plan, check_documents, make_plan
 from inplace_ttt.ttt.products import state_dtype
-from inplace_ttt.ttt.rule import PAPER_RULE, UpdateRule
+from inplace_ttt.ttt.rule import PAPER_RULE, UpdateRule, is_papers
 from inplace_ttt.ttt.scan import Exchange
 from inplace_ttt.ttt.state import FastWeightState, check_state, zero_state
 from inplace_ttt.ttt.target import ChunkTargets
@@ -116,10 +116,8 @@ def fast_weight_linear(
     s, d = z.shape[0], weight.shape[0]
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     bounds = tuple(sorted(set(check_documents(documents, s * cp_size)))) if s else (0,)
-    if rule is not PAPER_RULE and (clip is not None or return_update_norms or return_update_ratios):
-        raise ValueError(
-            f"clip, return_update_norms and return_update_ratios support only the paper's rule, not '{rule.name}'"
-        )
+    if not is_papers(rule) and (clip is not None or return_update_ratios):
+        raise ValueError(f"clip and return_update_ratios support only the paper's rule, not '{rule.name}'")
     if plan is None:
         plan = make_plan(s * cp_size, chunk_size, documents, cp_size, cp_rank)
     elif (plan.local_length, plan.chunk_size, plan.cp_size, plan.cp_rank) != (s, chunk_size, cp_size, cp_rank):

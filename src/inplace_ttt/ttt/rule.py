@@ -15,10 +15,15 @@ class UpdateRule:
     S (d, f) is the state of a document: tokens use the weight ``W + S``. G (d, f) is dL/dS after a chunk, which the
     suffix scan carries from the end of the document to its start.
 
-    To use another rule, override these methods and pass the rule to ``fast_weight_linear``. It runs on the torch
-    backend. It must be linear in S and treat each row of S independently, because ranks exchange S in row blocks.
-    ``naive.decayed_fast_weight_linear`` defines an example, which the tests implement as a rule. Clipping and update
-    norms support only the paper's rule.
+    To use another rule, override these methods and pass the rule to ``fast_weight_linear``; ``DecayedSum`` is an
+    example. It runs on the torch backend. The methods can express rules of the form ``S <- A S + B(v, z)``:
+
+    - A is a constant map that acts on each row of S alone, because ranks exchange S in blocks of rows. It must not
+      depend on z or v: the backward carries dL/dS and does not keep S. (The delta rule's A depends on z.)
+    - B is linear in v and in z. Its gradients follow from dL/dS after the chunk.
+    - Parameters of a rule are constants; they get no gradient.
+
+    Clipping and update ratios support only the paper's rule.
     """
 
     name: ClassVar[str] = "sum"
@@ -82,4 +87,39 @@ class ScanStep:
             self.rule.update_state(state, a, z, self.scale)
 
 
+class DecayedSum(UpdateRule):
+    """Define a sum that decays with each chunk: ``S <- decay * S + eta * sum_t v_t z_t^T``. It is not in the paper.
+
+    ``naive.decayed_fast_weight_linear`` is its definition.
+
+    Example::
+
+        >>> z, v, weight = torch.randn(100, 2, 8), torch.randn(100, 2, 4), torch.randn(4, 8)
+        >>> decayed = fast_weight_linear(z, v, weight, eta=0.1, chunk_size=10, rule=DecayedSum(0.9))
+        >>> paper = fast_weight_linear(z, v, weight, eta=0.1, chunk_size=10)
+        >>> torch.allclose(decayed[:20], paper[:20]), torch.allclose(decayed[20:], paper[20:])
+        (True, False)
+
+    Args:
+        decay: factor of the state, above 0 and at most 1 (1: the paper's rule).
+    """
+
+    name = "decayed sum"
+    suffix_is_weight_gradient = False  # the suffix scan decays, dL/dW does not
+
+    def __init__(self, decay: float):
+        self.decay = decay
+
+    def update_state(self, state: Tensor, v: Tensor, z: Tensor, eta: float) -> None:
+        add_outer_sum(state.mul_(self.decay), v, z, eta)
+
+    def update_suffix(self, suffix: Tensor, g: Tensor, z: Tensor) -> None:
+        add_outer_sum(suffix.mul_(self.decay), g, z)
+
+
 PAPER_RULE = UpdateRule()
+
+
+def is_papers(rule: UpdateRule) -> bool:
+    """Return True for the paper's rule, which the kernels, clipping, exported models and books support."""
+    return type(rule) is UpdateRule

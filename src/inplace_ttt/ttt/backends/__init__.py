@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from inplace_ttt.ttt.plan import Segment
-from inplace_ttt.ttt.rule import ScanStep, UpdateRule
+from inplace_ttt.ttt.rule import ScanStep, UpdateRule, is_papers
 from inplace_ttt.ttt.window import Window, WindowPool
 
 BACKENDS = ("torch", "hopper")
@@ -92,7 +92,7 @@ def choose_backend(name: str, z: Tensor, d: int, chunk_size: int, eta: float, ru
 
 def hopper_unavailable_reason(z: Tensor, d: int, chunk_size: int, eta: float, rule: UpdateRule) -> str | None:
     """Return the reason why the kernels do not support these operands, or None."""
-    if type(rule) is not UpdateRule:
+    if not is_papers(rule):
         return f"they compute the paper's update rule, not '{rule.name}'"
     if not z.is_cuda:
         return f"operands are on the device '{z.device.type}'"
