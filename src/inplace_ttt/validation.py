@@ -192,7 +192,8 @@ def _sequence(config: Config) -> None:
         )
     if config.ttt.enabled and config.ttt.decay != 1 and config.ttt.clip is not None:
         raise UserError(
-            f"ttt.clip={config.ttt.clip} does not support ttt.decay={config.ttt.decay}: set ttt.clip=null, or ttt.decay=1"
+            f"ttt.clip={config.ttt.clip} does not support ttt.decay={config.ttt.decay}: set ttt.clip to null, or "
+            f"ttt.decay to 1"
         )
     unit = 1 if cp == 1 else 2 * cp
     why = f"2 x parallel.context_parallel_size={cp} equal slices"

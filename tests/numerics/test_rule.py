@@ -13,7 +13,6 @@ from numerics.cases import largest, operands, random_documents, relative_error, 
 from numerics.slices import error_of_slices, random_case, zigzag
 from ranks import run_ranks
 
-
 # a rule, and its definition: a further rule needs a line here
 RULES = {
     "decayed sum": (DecayedSum(0.7), partial(naive.decayed_fast_weight_linear, decay=0.7)),

@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as strategy
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, planner
 from torch.distributed.checkpoint import metadata as descriptions
-from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
