@@ -332,7 +332,7 @@ def _shown(value) -> str:
 
 def draw(command: str, machine: str, records: list[dict], picture: Path) -> None:
     """Draw the records of a command as a bar chart."""
-    from inplace_ttt.training.plots import COLORS, axes, save
+    from inplace_ttt.plots import COLORS, axes, save
 
     groups, series, key, title, label = {
         "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),

@@ -27,7 +27,7 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     from inplace_ttt.evaluation.compare import compare, record
-    from inplace_ttt.evaluation.pictures import draw
+    from inplace_ttt.evaluation.kinds import KINDS
 
     task, scores, notes = compare(arguments.first, arguments.second)
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--output {folder} cannot be created ({error.strerror}): use another folder") from error
         write_json(folder / "compare.json", record(task, scores))
-        pictures = draw(task, scores, folder)
+        pictures = KINDS[task].draw(scores, folder)
         print("written:", ", ".join(str(path) for path in (folder / "compare.json", *pictures)))
 
 

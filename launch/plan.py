@@ -132,6 +132,8 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     ):
         table.add_row(name, value)
     console.print(table)
+    if gpu.name == "A100":
+        console.print("these times assume the kernels for Hopper GPUs, which an A100 lacks: TTT layers take longer")
     if memory.needed <= gpu.memory:
         console.print("it fits")
         return 0

@@ -10,7 +10,7 @@ Only answers count in the loss:
 python launch/prepare_data.py --output data/chats --tokenizer Qwen/Qwen3-4B --supervised chats.jsonl
 
 Unusable documents (truncated, empty, wrong encoding) are skipped and counted; the first ten are listed. Rerun the same
-command to resume after an interruption; finished parts are reused, even if an input file was repaired.
+command to resume after an interruption: finished parts are kept, even if their input files have changed since.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 
     from inplace_ttt.data import documents, prepare
     from inplace_ttt.data.conversations import Conversations
-    from inplace_ttt.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
+    from inplace_ttt.hf.tokenizer import adds_bos, load_tokenizer, train_tokenizer
 
     report = documents.SkipReport(strict=arguments.strict)
     field = Conversations() if arguments.supervised else arguments.text_key
@@ -205,8 +205,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         bar.update(task, total=bar.tasks[task].completed)
     for line in report.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    counted = ""
+    if description.supervised:
+        counted = f" (of which {description.counted_tokens:,} count in the loss)"
     console.print(
-        f"{output}: {description.documents:,} documents, {description.tokens:,} tokens, "
+        f"{output}: {description.documents:,} documents, {description.tokens:,} tokens{counted}, "
         f"vocabulary {description.vocab_size:,}",
         markup=False,
         highlight=False,

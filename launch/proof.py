@@ -26,7 +26,7 @@ from rich.table import Table
 from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError
 from inplace_ttt.files import user_path
-from inplace_ttt.training.plots import COLORS, axes, save
+from inplace_ttt.plots import COLORS, axes, save
 from inplace_ttt.training.records import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -38,7 +38,7 @@ class Training:
         from inplace_ttt.megatron.initialize import initialize
         from inplace_ttt.megatron.model import build_model
         from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
-        from inplace_ttt.training.step import Stepper
+        from inplace_ttt.megatron.step import Stepper
 
         self.config = config
         self.groups = runtime.start(config.parallel, config.train.seed)

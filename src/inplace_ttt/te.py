@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import logging
+import warnings
 
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.packages import version
@@ -29,3 +31,17 @@ def unavailable_reason() -> str | None:
             f"megatron-core cannot be imported either: repair it, or uninstall it (pip uninstall transformer-engine)"
         ) from error
     return None
+
+
+def before_megatron_core() -> None:
+    """Prepare the import of megatron-core; call this before it.
+
+    Without Transformer Engine or apex, megatron-core prints warnings about missing packages, which
+    ``launch/preflight.py`` reports: silence them, by their source. Raises UserError if a broken install of Transformer
+    Engine would make the import fail.
+    """
+    for module in (r"megatron\.core", r"torch\.distributed"):
+        warnings.filterwarnings("ignore", module=module)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns if there is no CUDA compiler
+    logging.getLogger("megatron").setLevel(logging.ERROR)  # deprecation warnings about the container and our settings
+    unavailable_reason()

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from exported_models import build, texts
 from inplace_ttt.config import UserError
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation.columns import columns_of
 from inplace_ttt.evaluation.generation import Prompt, answer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import ModelSource, open_model
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from inplace_ttt.hf.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 ON, OFF = FastWeightMode(), FastWeightMode(on=False)

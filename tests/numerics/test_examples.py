@@ -9,9 +9,9 @@ from transformers import StaticCache
 
 from exported_models import build
 from inplace_ttt.data.prepare import prepare
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeightCache, InPlaceTTTQwen3ForCausalLM
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from inplace_ttt.training import compose
 from inplace_ttt.ttt import ChunkTargets, bounded_fast_weight_linear, fast_weight_linear
 from launching import ROOT

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from exported_models import build
 from inplace_ttt.config import UserError
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation import generation, steps
 from inplace_ttt.evaluation.generation import Prompt, answer, batches
 from inplace_ttt.evaluation.models import LoadedModel
+from inplace_ttt.hf.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

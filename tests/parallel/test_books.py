@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from inplace_ttt.data.prepare import prepare
-from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import open_model
 from inplace_ttt.hf.convert import export_checkpoint
+from inplace_ttt.hf.tokenizer import load_tokenizer, train_tokenizer
 from inplace_ttt.inference.reading import main, read_text
 from launching import run_main
 from ranks import run_ranks

@@ -14,11 +14,11 @@ import torch
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.prepare import prepare
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation import answering_task
 from inplace_ttt.evaluation.compare import compare
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from launching import ROOT, kill_all, run_evaluate, run_main, torchrun, workers
 from ranks import run_ranks
 from ruler_data import write_ruler_data

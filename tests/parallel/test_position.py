@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.data.position import PositionRanges
 from layouts import CP2, CP2_PP2, CP4, INPUT_EMBED, PP2, TP2_SP
 from models import SEQ_LENGTH, Training, tiny_config
 from ranks import run_ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inplace_ttt.data.prepare import prepare
-from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from inplace_ttt.training.records import read_metrics
 from inplace_ttt.training.scalars import scalars_of
 from launching import run_main

@@ -448,7 +448,7 @@ def test_what_is_changed_on_resume_takes_effect(changed, alone, tmp_path):
     shutil.copytree(alone, run)
     keys = [f"{key}={value}" for key, value in changed.items()]
     code, text = run_ranks(1, run_main, *TRAIN, *keys, f"run.dir={run}")[0]
-    assert code == 0 and all(f"changed since the run started: {key} was" in text for key in changed), text
+    assert code == 0 and all(f"changed since the last start: {key} was" in text for key in changed), text
     assert numbers(run) == numbers(expected) != numbers(alone)
 
 

@@ -212,7 +212,7 @@ def refused_data(*overrides) -> str:
 @pytest.fixture
 def prefix(tmp_path):
     """A small indexed file of two documents."""
-    from inplace_ttt.megatron.indexed import IndexedDatasetBuilder
+    from inplace_ttt.data.indexed import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.uint16)
     for length in (300, 200):

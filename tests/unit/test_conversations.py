@@ -17,7 +17,7 @@ from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.documents import SkipReport, read_documents
 from inplace_ttt.data.packed import PackedDocuments, open_answers, open_indexed
 from inplace_ttt.data.prepare import Options, prepare, read_description
-from inplace_ttt.data.tokenizer import train_tokenizer
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from inplace_ttt.training.records import read_metrics
 from launching import ROOT, SMALL, run_main
 from ranks import run_ranks
@@ -92,12 +92,20 @@ def test_what_a_template_does_not_take():
     forgets = PLAIN.replace("{% for m in messages %}", "{% for m in messages[-1:] %}")
     stripped = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     for template, talk, sentence in [
-        (loud, TALK, r"message 0 \(system\) is not in its text"),
-        (loud, [USER, dict(role="assistant", content="yes")], r"message 0 \(user\) is not in its text"),
-        (forgets, TALK, r"message 0 \(system\) is not in its text"),
-        (stripped, [USER, dict(role="assistant", content="a</think>b")], r"message 1 \(assistant\) is not in its turn"),
-        (IGNORES, [dict(role="human", content="a?"), TALK[2]], r"message 0 \(human\) is not in its text"),
-        (CHATML, [USER, CALL, dict(role="tool", content="7"), TALK[2]], r"message 1 \(assistant\) is not in its turn"),
+        (loud, TALK, r"message 0 \(system\) is changed in the rendered text"),
+        (loud, [USER, dict(role="assistant", content="yes")], r"message 0 \(user\) is changed in the rendered text"),
+        (forgets, TALK, r"message 0 \(system\) is changed in the rendered text"),
+        (
+            stripped,
+            [USER, dict(role="assistant", content="a</think>b")],
+            r"message 1 \(assistant\) is changed in the rendered text",
+        ),
+        (IGNORES, [dict(role="human", content="a?"), TALK[2]], r"message 0 \(human\) is changed in the rendered text"),
+        (
+            CHATML,
+            [USER, CALL, dict(role="tool", content="7"), TALK[2]],
+            r"message 1 \(assistant\) is changed in the rendered text",
+        ),
         ("{{ raise_exception('no') }}", TALK, "is not accepted by the chat template"),
     ]:
         with pytest.raises(ValueError, match=sentence):
@@ -249,7 +257,7 @@ def corpus(tmp_path_factory):
     code, printed = prepare_data(
         base / "chats.jsonl", "--supervised", "--tokenizer", base / "tokenizer", "--output", base / "chats"
     )
-    assert code == 0 and "60 documents" in printed and "1 unusable documents skipped" in printed, printed
+    assert code == 0 and "60 documents" in printed and "1 unusable document skipped" in printed, printed
     assert "has <|im_end|> in message 0" in printed and "chats.jsonl" in printed
     return base, talks
 

@@ -21,7 +21,7 @@ from inplace_ttt.data.build import StepSampleIndices, micro_batches
 from inplace_ttt.data.documents import SkipReport, find_files, read_documents, read_hub_dataset
 from inplace_ttt.data.packed import BlendedDataset, PackedDocuments
 from inplace_ttt.data.recall import KeyValueRecall
-from inplace_ttt.data.tokenizer import load_tokenizer, train_tokenizer
+from inplace_ttt.hf.tokenizer import load_tokenizer, train_tokenizer
 from launching import ROOT
 
 
@@ -292,7 +292,7 @@ def tokenizer():
 
 def prepared(prefix, texts, tokenizer, **options):
     from inplace_ttt.data import prepare as module
-    from inplace_ttt.megatron.indexed import IndexedDataset
+    from inplace_ttt.data.indexed import IndexedDataset
 
     module.prepare(texts, tokenizer, str(prefix), settings={}, workers=1, progress=lambda *_: None, **options)
     indexed = IndexedDataset(str(prefix))
@@ -345,7 +345,7 @@ def prepare(*arguments, cwd):
 
 def test_prepare_is_taken_up_where_it_stopped(tmp_path):
     from inplace_ttt.data import prepare as module
-    from inplace_ttt.megatron.indexed import IndexedDataset
+    from inplace_ttt.data.indexed import IndexedDataset
 
     texts = [f"document {number} " * 50 for number in range(40)]
     tokenizer = train_tokenizer(texts, 300)

@@ -91,6 +91,7 @@ def test_presets_overlap_between_nodes(monkeypatch, ranks, here, overlaps):
     assert config.parallel.overlap_grad_reduce == config.parallel.overlap_param_gather == overlaps
 
 
+ON_A_LAPTOP = ("recall", "smollm2_135m_ttt", "tiny", "tiny_ttt")  # or on one GPU
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
 
 
@@ -101,7 +102,7 @@ def test_every_recipe_fits_the_preset_that_it_names(recipe):
     content = (ROOT / f"recipes/recipe/{recipe}.yaml").read_text()
     named = re.search(rf"recipe={recipe} parallel=(\w+) +# (\d+) GPUs", content)
     if named is None:
-        assert recipe in ("recall", "smollm2_135m_ttt", "tiny", "tiny_ttt")  # for one GPU or a laptop
+        assert recipe in ON_A_LAPTOP, f"no comment in {recipe}.yaml names a preset and a number of GPUs"
         return
     gpu, count = estimate.GPUS[named[1].upper()], named[2]
     config = to_config(compose_config([f"recipe={recipe}", f"parallel={named[1]}"], ROOT / "recipes"))

@@ -12,12 +12,12 @@ import pytest
 from inplace_ttt.config import UserError
 from inplace_ttt.data import prepare
 from inplace_ttt.data.documents import SkipReport, find_files, read_documents
+from inplace_ttt.data.indexed import IndexedDataset
 from inplace_ttt.data.packed import open_indexed
-from inplace_ttt.data.tokenizer import embedding_rows, load_tokenizer, train_tokenizer
 from inplace_ttt.files import user_path
-from inplace_ttt.megatron.indexed import IndexedDataset
+from inplace_ttt.hf.tokenizer import embedding_rows, load_tokenizer, train_tokenizer
+from inplace_ttt.plots import axes, save
 from inplace_ttt.resilience.lock import lock_beside
-from inplace_ttt.training.plots import axes, save
 from inplace_ttt.training.records import read_metrics
 from inplace_ttt.training.status import Status, picture, screen
 from inplace_ttt.training.timeline import Timeline
@@ -94,7 +94,7 @@ def test_links_in_a_run_folder_lead_nowhere(tmp_path):
 def test_any_backend_of_matplotlib(tmp_path):
     import subprocess
 
-    code = "from inplace_ttt.training.plots import axes, save; from pathlib import Path; import sys; "
+    code = "from inplace_ttt.plots import axes, save; from pathlib import Path; import sys; "
     code += "save(axes('a', 'b', 'c')[0], Path(sys.argv[1]))"
     environment = {**os.environ, "MPLBACKEND": "module://nobody.knows"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], env=environment, check=True)

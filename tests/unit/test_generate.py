@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.hf import modeling_inplace_ttt as exported
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from inplace_ttt.inference import generating
 from inplace_ttt.inference.generating import main
 

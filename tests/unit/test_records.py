@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from inplace_ttt.training import plots, records
+from inplace_ttt import plots
+from inplace_ttt.training import records
 from inplace_ttt.training.records import ProgressLog
 from inplace_ttt.training.tensorboard import TensorBoard
 

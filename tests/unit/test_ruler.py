@@ -11,7 +11,6 @@ from random import Random
 import pytest
 
 from inplace_ttt.config import UserError
-from inplace_ttt.data.tokenizer import train_tokenizer
 from inplace_ttt.evaluation.ruler import TASKS, make_tasks, prompts
 from inplace_ttt.evaluation.ruler.fit import Fitter
 from inplace_ttt.evaluation.ruler.metric import score
@@ -19,6 +18,7 @@ from inplace_ttt.evaluation.ruler.needles import DEPTHS, NOISE
 from inplace_ttt.evaluation.ruler.prompts import Rendering
 from inplace_ttt.evaluation.ruler.sources import Sources
 from inplace_ttt.evaluation.ruler.task import Draft
+from inplace_ttt.hf.tokenizer import train_tokenizer
 from ruler_data import write_ruler_data
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"

@@ -199,7 +199,7 @@ def test_a_link_to_a_secret_is_not_copied(tmp_path):
 
 
 def test_a_tokenizers_own_code_does_not_run(tmp_path, monkeypatch):
-    from inplace_ttt.data.tokenizer import load_tokenizer
+    from inplace_ttt.hf.tokenizer import load_tokenizer
 
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -214,8 +214,8 @@ def test_a_tokenizers_own_code_does_not_run(tmp_path, monkeypatch):
 
 
 def test_an_index_that_cannot_be(tmp_path):
+    from inplace_ttt.data.indexed import IndexedDatasetBuilder
     from inplace_ttt.data.packed import open_indexed
-    from inplace_ttt.megatron.indexed import IndexedDatasetBuilder
 
     prefix = tmp_path / "data"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
@@ -245,8 +245,8 @@ def test_an_index_that_cannot_be(tmp_path):
 
 def test_tokens_beyond_the_vocabulary(tmp_path):
     from inplace_ttt.data.identity import check_tokens, identity
+    from inplace_ttt.data.indexed import IndexedDatasetBuilder
     from inplace_ttt.data.packed import open_indexed
-    from inplace_ttt.megatron.indexed import IndexedDatasetBuilder
 
     prefix = str(tmp_path / "data")
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)

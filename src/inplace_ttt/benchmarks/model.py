@@ -14,7 +14,7 @@ from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.model import build_model
 from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
-from inplace_ttt.training.step import Stepper
+from inplace_ttt.megatron.step import Stepper
 from inplace_ttt.validation import precision, transformer_impl
 
 

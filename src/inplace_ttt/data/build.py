@@ -16,7 +16,7 @@ from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.identity import check_tokens
 from inplace_ttt.data.packed import PACKING, BlendedDataset, PackedDocuments, all_documents, split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall, recall_vocab_size
-from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
+from inplace_ttt.hf.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.resilience.signals import block_stop_signals
 
 BLEND_BYTES = 10  # bytes per sample for the index of a blend

@@ -76,7 +76,7 @@ class Encoder:
             stop = self._stop(conversation, number, text)
             parts = [message["content"].strip(), *_names(message.get("tool_calls"))]
             if any(part not in text[start:stop] for part in parts):
-                raise ValueError(f"{CHANGED}: message {number} ({ASSISTANT}) is not in its turn as it is given")
+                raise ValueError(f"{CHANGED}: message {number} ({ASSISTANT}) is changed in the rendered text")
             yield start, stop
 
     def _start(self, conversation: Conversation, number: int, text: str) -> int:
@@ -125,7 +125,7 @@ class Encoder:
                 roles.add(message["role"])
                 dropped = self._before_content(conversation, number, text, message) is None
             if dropped:
-                raise ValueError(f"{CHANGED}: message {number} ({message['role']}) is not in its text as it is given")
+                raise ValueError(f"{CHANGED}: message {number} ({message['role']}) is changed in the rendered text")
 
     def _turn_end(self) -> str:
         """Return what the template puts after the content of an answer, before the header of the next message."""

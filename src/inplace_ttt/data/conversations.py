@@ -70,7 +70,9 @@ def _conversation(row, place: str) -> Conversation:
     else:
         raise ValueError(f"has neither {NEEDED} (it has: {', '.join(map(str, list(row)[:20]))})")
     if not found.answers():
-        raise ValueError(f"has no answer (a message with role {ASSISTANT} and content)")
+        if row.get("messages") is None and isinstance(row["completion"], str):
+            raise ValueError("has a completion without text")
+        raise ValueError(f"has no answer: no message with the role {ASSISTANT} has content")
     return found
 
 

@@ -6,9 +6,9 @@ from functools import cached_property
 
 from inplace_ttt.data.documents import ANSWERS
 from inplace_ttt.data.identity import identity
+from inplace_ttt.data.indexed import IndexedDataset
 from inplace_ttt.data.packed import open_answers, open_indexed
 from inplace_ttt.data.prepare import Description, read_description
-from inplace_ttt.megatron.indexed import IndexedDataset
 
 
 @dataclass

@@ -91,7 +91,8 @@ class SkipReport:
         if self.mended:
             said.append(f"{self.mended:,} documents with lone surrogates, replaced by U+FFFD")
         if self.bad:
-            said.append(f"{self.bad:,} unusable documents skipped; the first ones:")
+            several = self.bad > 1
+            said.append(f"{self.bad:,} unusable document{'s' * several} skipped{'; the first ones' * several}:")
             said += [f"  {place}" for place in self.places]
         return said
 

@@ -9,8 +9,8 @@ import xxhash
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.documents import ANSWERS
+from inplace_ttt.data.indexed import IndexedDataset
 from inplace_ttt.files import read_json, write_json
-from inplace_ttt.megatron.indexed import IndexedDataset
 
 BLOCK = 1 << 24  # bytes per read
 PROBES, PROBE = 64, 4096  # number of probed positions in the tokens for the digest, and bytes per probe

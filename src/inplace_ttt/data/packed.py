@@ -23,7 +23,7 @@ import torch
 from inplace_ttt.config import UserError, first_line
 from inplace_ttt.data.batch import Sample
 from inplace_ttt.data.documents import ANSWERS
-from inplace_ttt.megatron.indexed import DType, IndexedDataset
+from inplace_ttt.data.indexed import DType, IndexedDataset
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, number of documents
 

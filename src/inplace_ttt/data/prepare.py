@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from inplace_ttt.config import UserError
 from inplace_ttt.data.chat import Encoder
 from inplace_ttt.data.conversations import Conversation
 from inplace_ttt.data.documents import ANSWERS, ENDINGS
-from inplace_ttt.data.tokenizer import embedding_rows, fingerprint, load_tokenizer
+from inplace_ttt.data.indexed import DType, IndexedDatasetBuilder
 from inplace_ttt.files import read_json, write_json
-from inplace_ttt.megatron.indexed import DType, IndexedDatasetBuilder
+from inplace_ttt.hf.tokenizer import embedding_rows, fingerprint, load_tokenizer
 from inplace_ttt.resilience.lock import lock_beside
 
 PART_BYTES = 4_000_000  # characters of text per part
@@ -54,6 +54,7 @@ class Description:
     end: bool = True
     special_tokens: str = "control"  # older files, without this key, were made with control
     supervised: bool = False
+    counted_tokens: int | None = None  # tokens that count in the loss; None: all, or not known (older files)
 
 
 def read_description(prefix: str) -> Description | None:
@@ -91,7 +92,7 @@ def prepare(
 
     Example::
 
-        >>> from inplace_ttt.data.tokenizer import train_tokenizer
+        >>> from inplace_ttt.hf.tokenizer import train_tokenizer
         >>> texts = ["one document", "and another one"]
         >>> made = dict(settings={}, workers=1, progress=lambda documents, size, tokens: None)
         >>> prepare(texts, train_tokenizer(texts, 270), f"{folder}/corpus", **made).documents
@@ -145,7 +146,7 @@ def prepare(
             tokenizer_fingerprint=fingerprint(tokenizer),
             **asdict(options),
         )
-        _join(prefix, [parts / name for name in names], description)
+        description = _join(prefix, [parts / name for name in names], description)
         shutil.rmtree(parts)
         return description
 
@@ -306,8 +307,8 @@ def _write_part(item: tuple[int, list[str]]) -> tuple[str, int, int, int, list[t
     return name, size, n_documents, n_tokens, bad
 
 
-def _join(prefix: str, parts: list[Path], description: Description) -> None:
-    """Join the parts; files get their final names at the end, PREFIX.json last."""
+def _join(prefix: str, parts: list[Path], description: Description) -> Description:
+    """Join the parts; files get their final names at the end, PREFIX.json last. Return what PREFIX.json has."""
     folder, kinds = parts[0].parent, {"": DType.optimal_dtype(description.vocab_size)}
     if description.supervised:
         kinds[f".{ANSWERS}"] = np.uint8
@@ -323,4 +324,8 @@ def _join(prefix: str, parts: list[Path], description: Description) -> None:
     for kind in kinds:
         for ending in ("bin", "idx"):
             os.replace(folder / f"whole{kind}.{ending}", f"{prefix}{kind}.{ending}")
+    if description.supervised:
+        counted = np.memmap(f"{prefix}.{ANSWERS}.bin", dtype=np.uint8, mode="r")
+        description = replace(description, counted_tokens=int(counted.sum(dtype=np.int64)))
     write_json(Path(f"{prefix}.json"), asdict(description))
+    return description

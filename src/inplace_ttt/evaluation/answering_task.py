@@ -30,6 +30,8 @@ from inplace_ttt.megatron import runtime
 class AnsweringTask:
     """Run ``ruler`` or ``needle``: let each model answer the same prompts (models with one tokenizer share prompts)."""
 
+    takes_layouts = False
+
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Check the options. Raises UserError if a task does not exist or the chat template is unusable."""
         self.arguments, self.asked, self.options = arguments, asked, arguments.options

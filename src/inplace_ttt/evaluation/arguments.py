@@ -91,7 +91,7 @@ def parse(words: list[str]) -> Arguments:
     tasks = parser.add_subparsers(
         dest="task", required=True, metavar="TASK", parser_class=Parser, help=argparse.SUPPRESS
     )
-    for name, (about, add) in TASKS.items():
+    for name, (about, add) in OPTIONS.items():
         add_options(
             tasks.add_parser(name, description=about, allow_abbrev=False, prog=f"launch/evaluate.py {name}"), name, add
         )
@@ -209,7 +209,7 @@ def _harness(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=count, default=8, help="questions per batch (8)")
 
 
-TASKS = {
+OPTIONS = {
     "position": ("Measure the loss by position in long documents.", _position),
     "final-block": ("Measure the loss on the last tokens of documents while their context grows.", _final_block),
     "ruler": ("Score the thirteen tasks of RULER (Hsieh et al., arXiv 2404.06654).", _ruler),

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
+from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.mode import FastWeightMode
-from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.evaluation.work_queue import counted
 from inplace_ttt.hf.convert import inspect_checkpoint, reading_keys
 from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
@@ -101,7 +101,7 @@ class CheckpointReader:
         """
         from inplace_ttt.megatron.checkpoint import Checkpointer
         from inplace_ttt.megatron.model import build_model
-        from inplace_ttt.training.step import Stepper, unwrap
+        from inplace_ttt.megatron.step import Stepper, unwrap
 
         self.config = config
         config.data.seq_length = padded_length(config, length)

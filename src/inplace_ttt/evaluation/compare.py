@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from inplace_ttt.config import UserError
-from inplace_ttt.evaluation import answering_scores, harness_scores, reading_scores
-from inplace_ttt.evaluation.results import END, NUMBERS, Column, read_results, read_samples
+from inplace_ttt.evaluation.kinds import END, KINDS
+from inplace_ttt.evaluation.results import FIXED, Column, read_results, read_samples
 from inplace_ttt.evaluation.scores import Scores
 
 
@@ -27,16 +27,11 @@ def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
     by_model = dict(zip(labels, (of_a, of_b), strict=True))
     notes = [
         f"{key}: {labels[0]} {_told(settings.get(key))}, {labels[1]} {_told(others.get(key))}"
-        for key in ("documents", "template", "seed", "num_fewshot", "limit")
+        for key in FIXED
         if settings.get(key) != others.get(key)
     ]
-    if task == "harness":
-        scores = harness_scores.table(by_model, harness_scores.about(settings))
-    elif task in ("ruler", "needle"):
-        scores = answering_scores.table(task, by_model, answering_scores.about(settings))
-    else:
-        scores = reading_scores.table(task, by_model, str(settings.get("documents")))
-    alone = [_rows(task, samples) for samples in by_model.values()]
+    scores = KINDS[task].table(by_model, settings)
+    alone = [{row for one in samples for row in KINDS[task].rows(one)} for samples in by_model.values()]
     if not scores.cells:
         raise UserError(
             f"'{first}' and '{second}' have no common rows: the first has {_some(alone[0])}, the second has "
@@ -46,17 +41,6 @@ def compare(first: str, second: str) -> tuple[str, Scores, list[str]]:
         if own - rest:
             notes.append(f"only {label} has {_some(own - rest)}")
     return task, scores, notes
-
-
-def _rows(task: str, samples: list[dict]) -> set[str]:
-    """Return the table rows of samples, as text."""
-    if task == "position":
-        return {f"{one['from']}-{one['to']}" for sample in samples for one in sample["ranges"]}
-    if task == "final-block":
-        return {f"context {sample['context']}" for sample in samples}
-    if task == "harness":
-        return {f"{sample['kind']} ({sample['metric']})" for sample in samples}
-    return {f"{sample['kind']} at {sample['length']}" for sample in samples}
 
 
 def _some(names: set[str]) -> str:
@@ -91,8 +75,8 @@ def _open(name: str) -> tuple[str, Column, list[dict], dict]:
         folder = Path(before).expanduser()
     results = read_results(folder)
     task, columns = results["task"], results["columns"]
-    if task not in NUMBERS:
-        raise UserError(f"'{folder}' has results of the unknown task {task}: use {', '.join(NUMBERS)}")
+    if task not in KINDS:
+        raise UserError(f"'{folder}' has results of the unknown task {task}: use {', '.join(KINDS)}")
     chosen = [column for column in columns if label in (None, column.label)]
     if len(chosen) != 1:
         named = ", ".join(f"{folder}:{column.label}" for column in columns)

@@ -15,7 +15,7 @@ from inplace_ttt.data.corpus import Corpus
 from inplace_ttt.data.documents import SkipReport, find_files, read_documents
 from inplace_ttt.data.packed import split_documents
 from inplace_ttt.data.recall import HELD_OUT_SEED, KeyValueRecall
-from inplace_ttt.data.tokenizer import fingerprint
+from inplace_ttt.hf.tokenizer import fingerprint
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,17 @@ from inplace_ttt.evaluation.answering_task import AnsweringTask
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import EvaluatedModel, columns_of
 from inplace_ttt.evaluation.harness_task import HarnessTask
+from inplace_ttt.evaluation.kinds import KINDS
 from inplace_ttt.evaluation.models import EXPORTED, chosen_dtype
-from inplace_ttt.evaluation.pictures import draw
 from inplace_ttt.evaluation.reading_task import ReadingTask
 from inplace_ttt.evaluation.results import Results
+from inplace_ttt.evaluation.task import Task
 from inplace_ttt.job import Job
 from inplace_ttt.megatron import runtime
 from inplace_ttt.packages import version
 from inplace_ttt.resilience.lock import lock_beside
 
-KINDS = {
+TASKS: dict[str, type[Task]] = {
     "position": ReadingTask,
     "final-block": ReadingTask,
     "ruler": AnsweringTask,
@@ -42,9 +43,7 @@ def evaluate(arguments: Arguments, job: Job) -> int:
     logging.set_verbosity_error()  # hide tokenizer warnings of transformers, one per rank
     asked = columns_of(arguments.models, arguments.modes, _numerics(arguments, dtype))
     _check_keys(arguments, asked)
-    task = KINDS[arguments.task](
-        arguments, asked, job.world
-    )  # checks as much as possible before any rank waits for another
+    task = TASKS[arguments.task](arguments, asked, job.world)
     job.start(Parallel(timeout_minutes=arguments.timeout_minutes), 0)
     results = Results(arguments.output, job.world.rank, arguments.task)
     with contextlib.ExitStack() as stack:
@@ -83,14 +82,15 @@ def _check_keys(arguments: Arguments, asked: list[EvaluatedModel]) -> None:
     """Raise UserError if a key=value is given that applies to no model of the command."""
     folder = next((one.model.path for one in asked if one.model.checkpoint is None), None)
     keys = [key for key in arguments.overrides if key not in ("parallel.timeout_minutes", "train.eval_positions")]
-    read = KINDS[arguments.task] is ReadingTask
-    if keys and not (read and any(one.model.checkpoint for one in asked)):
+    if keys and not (TASKS[arguments.task].takes_layouts and any(one.model.checkpoint for one in asked)):
         key = keys[0]
         why = f"'{folder}' is in Hugging Face format" if folder else f"{arguments.task} exports checkpoints first"
         raise UserError(f"{key} applies only to training checkpoints, but {why}: leave it out")
 
 
-def _report(task, arguments: Arguments, asked: list[EvaluatedModel], results: Results, dtype: torch.dtype) -> None:
+def _report(
+    task: Task, arguments: Arguments, asked: list[EvaluatedModel], results: Results, dtype: torch.dtype
+) -> None:
     results.open()
     tables = task.scores(results)
     results.finish(
@@ -109,7 +109,7 @@ def _report(task, arguments: Arguments, asked: list[EvaluatedModel], results: Re
     console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
     for table in tables:
         table.show(console)
-    pictures = [path for table in tables for path in draw(arguments.task, table, arguments.output)]
+    pictures = [path for table in tables for path in KINDS[arguments.task].draw(table, arguments.output)]
     shutil.rmtree(arguments.output / EXPORTED, ignore_errors=True)
     written = ", ".join(["results.json", "samples.jsonl", *(path.name for path in pictures)])
     print(f"done: '{arguments.output}' contains {written}", flush=True)

@@ -14,8 +14,9 @@ from inplace_ttt.environment import World
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import EvaluatedModel
 from inplace_ttt.evaluation.harness_scores import about, table
+from inplace_ttt.evaluation.kinds import END
 from inplace_ttt.evaluation.models import EXPORTED, LoadedModel, open_model
-from inplace_ttt.evaluation.results import END, Results
+from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.hub import hub_is_reached
 from inplace_ttt.job import SLOW_PHASE_FACTOR, Job, JobStopped
@@ -27,6 +28,8 @@ METRICS = ("acc_norm", "acc", "exact_match")  # preferred metrics, in order; a t
 
 class HarnessTask:
     """Run ``harness``: the requested tasks of lm-evaluation-harness, one after another."""
+
+    takes_layouts = False
 
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Look up the tasks. Raises UserError if a package is not installed or a task does not exist."""

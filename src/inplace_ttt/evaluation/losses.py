@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inplace_ttt.config import UserError
+from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.evaluation.documents import Document
 from inplace_ttt.evaluation.generation import cannot_run
 from inplace_ttt.evaluation.models import LoadedModel
-from inplace_ttt.evaluation.position import PositionRanges
 
 PART = 2**28  # maximum number of logits held at a time
 PROBE_TOKENS = 64  # tokens of the forward pass that checks how a model computes its logits

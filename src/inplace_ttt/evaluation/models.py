@@ -24,12 +24,12 @@ from transformers import (
 from transformers.utils import logging
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.files import read_json
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.config import TTT_KEYS, read_ttt
 from inplace_ttt.hf.convert import CheckpointInfo, export_checkpoint, inspect_checkpoint
+from inplace_ttt.hf.tokenizer import fingerprint, load_tokenizer
 from inplace_ttt.megatron.checkpoint import checkpoint_in
 from inplace_ttt.models import FAMILIES
 from inplace_ttt.models.family import Family

@@ -4,24 +4,11 @@ from pathlib import Path
 
 from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.evaluation.statistics import Interval
-from inplace_ttt.training.plots import COLORS, INK, panels, pyplot, save, style
+from inplace_ttt.plots import COLORS, INK, panels, pyplot, save, style
 
 MARKS = "osD^vP*X"
 MEAN = "mean"
 LONGEST = 32  # characters of a model's name in a figure
-
-
-def draw(task: str, scores: Scores, folder: Path) -> list[Path]:
-    """Draw the figures of a task; return their files."""
-    if task == "position":
-        return [draw_positions(scores, folder / "position.png")]
-    if task == "final-block":
-        return [draw_contexts(scores, folder / "final-block.png")]
-    if task == "needle":
-        return [draw_depths(scores, folder / "needle.png")]
-    if task == "ruler":
-        return [draw_lengths(scores, folder / "ruler.png"), draw_tasks(scores, folder / "ruler_tasks.png")]
-    return []
 
 
 def draw_positions(scores: Scores, picture: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from inplace_ttt.config import UserError
+from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation import documents
 from inplace_ttt.evaluation.arguments import Arguments
@@ -19,7 +20,6 @@ from inplace_ttt.evaluation.columns import EvaluatedModel, one_tokenizer
 from inplace_ttt.evaluation.documents import Chosen, Document, Selection
 from inplace_ttt.evaluation.losses import sums_of
 from inplace_ttt.evaluation.models import open_model
-from inplace_ttt.evaluation.position import PositionRanges
 from inplace_ttt.evaluation.reading_scores import table
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
@@ -31,6 +31,8 @@ NO_COMPARISON = "their losses per token are not comparable; evaluate them one at
 
 class ReadingTask:
     """Run ``position`` or ``final-block``: measure the loss of each model on the same documents."""
+
+    takes_layouts = True
 
     def __init__(self, arguments: Arguments, asked: list[EvaluatedModel], world: World):
         """Check the options and choose the documents.

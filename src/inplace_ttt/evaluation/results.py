@@ -9,13 +9,12 @@ did not request are marked ``left_out``.
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from inplace_ttt.config import UserError
-from inplace_ttt.evaluation.ruler import TASKS
+from inplace_ttt.evaluation.kinds import KINDS
 from inplace_ttt.files import read_json, read_json_lines, write_json, write_text
 
 SAMPLES, RESULTS, ASKED = "samples.jsonl", "results.json", "asked.json"
@@ -153,53 +152,8 @@ def read_samples(folder: Path, task: str | None = None) -> Iterable[dict]:
             raise UserError(f"'{path}' is a symbolic link: replace it with the file itself")
         for record in read_json_lines(path)[0]:
             named = all(isinstance(record.get(key), str) for key in ("model", "model_digest", "task", "sample"))
-            if named and type(record.get("index", 0)) is int and (task is None or is_whole(record, task)):
+            if named and type(record.get("index", 0)) is int and (task is None or KINDS[task].is_whole(record)):
                 yield record
-
-
-NUMBERS = {  # required keys of a sample of each task, and their types
-    "position": dict(context=int),
-    "final-block": dict(context=int),
-    "ruler": dict(length=int, kind=str, score=float),
-    "needle": dict(length=int, kind=str, score=float),
-    "harness": dict(metric=str, kind=str, score=float),
-}
-END = "end"  # sample ID of the record that marks a harness task as complete
-
-
-def is_whole(sample: dict, task: str) -> bool:
-    """Return True if a sample has valid values for all fields that the task's table needs. The file is not trusted."""
-    if task == "harness" and sample["sample"] == END:
-        return True
-    for key, kind in NUMBERS[task].items():
-        value = sample.get(key)
-        if not (_is_number(value) if kind is not str else isinstance(value, str)):
-            return False
-        if kind is int and not (type(value) is int and value >= 0):
-            return False
-    if task in ("ruler", "needle") and not 0 <= sample["score"] <= 1:
-        return False
-    if task == "ruler":
-        return sample["kind"] in TASKS
-    if task == "needle":
-        return re.fullmatch(r"needle_[a-z]+_\d{1,3}(\.\d{1,6})?", sample["kind"]) is not None
-    return task == "harness" or _are_ranges(sample.get("ranges"))
-
-
-def _are_ranges(ranges) -> bool:
-    """Return True if ``ranges`` has the form that ``PositionRanges.records`` returns."""
-    if not isinstance(ranges, list):
-        return False
-    for one in ranges:
-        if not isinstance(one, dict) or not all(_is_number(one.get(key)) for key in ("from", "to", "tokens", "loss")):
-            return False
-        if any(type(one[key]) is not int for key in ("from", "to")) or one["tokens"] <= 0:
-            return False
-    return True
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= 1e12
 
 
 def read_results(folder: Path) -> dict:

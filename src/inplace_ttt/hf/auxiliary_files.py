@@ -116,7 +116,7 @@ def token_ids(tokenizer: Path | None, base: dict | None, generation: dict | None
     ends = _as_list(generation.get("eos_token_id", base.get("eos_token_id")))
     begin = generation.get("bos_token_id", base.get("bos_token_id"))
     if tokenizer is not None and any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        from inplace_ttt.data.tokenizer import load_tokenizer
+        from inplace_ttt.hf.tokenizer import load_tokenizer
 
         try:
             loaded = load_tokenizer(str(tokenizer))

@@ -18,8 +18,8 @@ from inplace_ttt.hf.convert import CheckpointInfo
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, LayerState, fingerprint_of_weights
 from inplace_ttt.hf.weights import weight_map
 from inplace_ttt.megatron.mlp import TTTMLP
+from inplace_ttt.megatron.step import unwrap
 from inplace_ttt.megatron.tensors import TensorReader
-from inplace_ttt.training.step import unwrap
 from inplace_ttt.ttt.layout import take_local
 
 # by layer: sum of updates (d, f), inputs and embeddings of the incomplete chunk (t, d)

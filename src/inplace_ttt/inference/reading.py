@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError
 from inplace_ttt.data.documents import SkipReport, find_files, read_documents
-from inplace_ttt.data.tokenizer import adds_bos, fingerprint
 from inplace_ttt.environment import World, check_environment
 from inplace_ttt.evaluation.arguments import Parser, is_key, read_key, tokens
 from inplace_ttt.evaluation.documents import Document
@@ -23,6 +22,7 @@ from inplace_ttt.evaluation.models import ModelSource, check_tokens, chosen_dtyp
 from inplace_ttt.files import user_path
 from inplace_ttt.hf.config import check_exportable
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, text_record
+from inplace_ttt.hf.tokenizer import adds_bos, fingerprint
 from inplace_ttt.job import Job, run_job
 from inplace_ttt.resilience.exits import fail
 
@@ -184,8 +184,8 @@ def _by_checkpoint(
     options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: ModelSource, job: Job
 ) -> FastWeights | None:
     """Process a text with a training checkpoint on all ranks; return the book on rank 0 and None on other ranks."""
+    from inplace_ttt.data.position import PositionRanges
     from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound
-    from inplace_ttt.evaluation.position import PositionRanges
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
 

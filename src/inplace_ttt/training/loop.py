@@ -18,12 +18,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import DataSplits, StepSampleIndices, micro_batches, rank_sample_indices
-from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
 from inplace_ttt.megatron.runtime import device, raise_on_all_ranks
+from inplace_ttt.megatron.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.resilience.exits import PERMANENT_ERRNOS
 from inplace_ttt.resilience.signals import StopRequest
 from inplace_ttt.resilience.stragglers import AVERAGED_STEPS, MIN_STEPS, MatmulProbe, StragglerDetector, one_hot_table
@@ -32,7 +33,6 @@ from inplace_ttt.training import update_histograms
 from inplace_ttt.training.health import first_nonfinite_layer, last_nonfinite_gradient
 from inplace_ttt.training.records import MetricsFile, ProgressLog, WandB
 from inplace_ttt.training.run_folder import RunFolder
-from inplace_ttt.training.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.training.tensorboard import TensorBoard
 from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
 

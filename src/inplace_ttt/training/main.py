@@ -92,9 +92,9 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     from inplace_ttt.megatron.model import build_model
     from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
     from inplace_ttt.megatron.runtime import on_first_rank, raise_on_all_ranks
+    from inplace_ttt.megatron.step import Stepper
     from inplace_ttt.training.loop import Recorder, Trainer
-    from inplace_ttt.training.plots import plot_loss
-    from inplace_ttt.training.step import Stepper
+    from inplace_ttt.training.loss_plot import plot_loss
     from inplace_ttt.validation import precision, transformer_impl
 
     watchdog.set_phase("checking the data", SLOW_PHASE_FACTOR)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import MISSING
 
-from inplace_ttt.config import SOURCE_LISTS, Config, OnResume, UserError, schema_keys
+from inplace_ttt.config import SOURCE_LISTS, TTT, Config, OnResume, UserError, schema_keys, ttt_layers
 from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
 from inplace_ttt.hf.auxiliary_files import save_auxiliary_files
@@ -147,7 +147,7 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def _changes(self, config: Config, resumes: bool) -> list[str]:
-        """Return messages on keys that changed since the run started. Raises UserError if a change is not allowed.
+        """Return messages on keys that changed since the last start. Raises UserError if a change is not allowed.
 
         Keys that the run's config.yaml lacks count as their defaults; removed keys in it are ignored.
         """
@@ -157,6 +157,8 @@ class RunFolder:
         known = _flat(before)
         was, here = _flat(asdict(Config())) | known, _flat(json.loads(json.dumps(asdict(config))))
         changes = []
+        if config.ttt.enabled and _layers(before) == ttt_layers(config.ttt, config.model.num_layers):
+            here["ttt.layers"] = was["ttt.layers"]  # the same layers in other words
         # the vocabulary last: it may depend on other keys, and the message should name those
         for key, value in sorted(here.items(), key=lambda item: item[0] == "model.vocab_size"):
             if was[key] == value or KEYS[key].on_resume is OnResume.LAYOUT:
@@ -170,7 +172,7 @@ class RunFolder:
                     f"{key}={value}, but the run in run.dir='{self.path}' was started with {was[key]}: use that value "
                     f"to resume, or use a new run.dir (checkpoint.load=... initialises it from this run's weights)"
                 )
-            changes.append(f"changed since the run started: {key} was {was[key]}, is {value}")
+            changes.append(f"changed since the last start: {key} was {was[key]}, is {value}")
         return changes
 
     def _compare_progress(self, config: Config) -> tuple[int, list[str]]:
@@ -204,6 +206,14 @@ class RunFolder:
 def _weights(sources) -> list:
     listed = sources if isinstance(sources, list) else []  # a damaged file may hold anything
     return [one.get("weight", 1.0) if isinstance(one, dict) else None for one in listed]
+
+
+def _layers(before: dict) -> list[int] | None:
+    """Return the TTT layers of a run's config.yaml; None if it does not say them."""
+    try:
+        return ttt_layers(TTT(layers=before["ttt"]["layers"]), before["model"]["num_layers"])
+    except (KeyError, TypeError, UserError):
+        return None
 
 
 def _flat(tree, prefix: str = "") -> dict:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from inplace_ttt.config import UserError
 from inplace_ttt.files import read_yaml
-from inplace_ttt.training.plots import COLORS, INK, label_last, pyplot, running_mean, save, style, window_of
+from inplace_ttt.plots import COLORS, INK, label_last, pyplot, running_mean, save, style, window_of
 from inplace_ttt.training.records import duration, read_metrics
 from inplace_ttt.training.timeline import RestartCost, read_timeline
 
@@ -219,6 +219,7 @@ def picture(status: Status, path: Path) -> None:
     if status.ratios and isinstance(limit, int | float):
         ratios.axhline(limit, color=INK, linestyle="--", linewidth=1, label="max_update_ratio")
         ratios.set_yscale("symlog", linthresh=1e-3)
+        ratios.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the scale's own writes mathtext
         ratios.set_ylim(bottom=0)
     style(gradient, "Gradient norm and learning rate", "step", "gradient norm")
     gradient.plot(x, [one["grad_norm"] for one in steps], color=COLORS[3], linewidth=1.2, label="gradient norm")

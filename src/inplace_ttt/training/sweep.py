@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from inplace_ttt.config import UserError
-from inplace_ttt.training.plots import COLORS, axes, save
+from inplace_ttt.plots import COLORS, axes, save
 from inplace_ttt.training.records import read_metrics
 
 MAX_RUNS = 1000

@@ -16,7 +16,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from inplace_ttt.config import UserError, one_line
-from inplace_ttt.data.tokenizer import fingerprint, load_tokenizer
 from inplace_ttt.environment import run_with_timeout
 from inplace_ttt.evaluation.ruler import TASKS, make_tasks
 from inplace_ttt.evaluation.ruler.fit import Fitter, Sample
@@ -24,6 +23,7 @@ from inplace_ttt.evaluation.ruler.needles import needle_at_depth
 from inplace_ttt.evaluation.ruler.sources import Sources
 from inplace_ttt.evaluation.ruler.task import Draft
 from inplace_ttt.files import read_json_lines, write_text
+from inplace_ttt.hf.tokenizer import fingerprint, load_tokenizer
 from inplace_ttt.resilience.signals import end_with_parent
 
 VERSION = 2  # version of the generators; cached samples of other versions are not used

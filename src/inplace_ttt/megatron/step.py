@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inplace_ttt.config import Config
 from inplace_ttt.data.batch import MicroBatch
-from inplace_ttt.evaluation.position import PositionRanges
+from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.megatron.model import TTTGPTModel
 
 Pairs = tuple[tuple[float, float], ...]
