@@ -49,18 +49,22 @@ class RankShard:
 
     @property
     def tp(self) -> int:
+        """Return the tensor-parallel size."""
         return self.config.parallel.tensor_model_parallel_size
 
     @property
     def pp(self) -> int:
+        """Return the pipeline-parallel size."""
         return self.config.parallel.pipeline_model_parallel_size
 
     @property
     def cp(self) -> int:
+        """Return the context-parallel size."""
         return self.config.parallel.context_parallel_size
 
     @property
     def dp(self) -> int:
+        """Return the data-parallel size: ``world`` divided by the other three sizes."""
         return self.world // (self.tp * self.pp * self.cp)
 
     @property

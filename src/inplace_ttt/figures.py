@@ -152,6 +152,10 @@ def renewed(text: str) -> str:
 
 
 def main(words: list[str]) -> None:
+    """Store the results that ``words`` name (NAME=FILE, JSON of a benchmark), then update the tables in the documents.
+
+    Must run in the repository's root folder: the paths of the documents are relative to it.
+    """
     for word in words:
         name, _, path = word.partition("=")
         keep(name, json.loads(Path(path).read_text()))

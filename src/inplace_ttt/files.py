@@ -20,6 +20,7 @@ class _PlainLoader(yaml.SafeLoader):
     """Load YAML without aliases, with which a few lines can expand to any size, and without duplicate keys."""
 
     def compose_mapping_node(self, anchor):
+        """Return the node of a mapping. Raises ComposerError if two of its keys have the same text."""
         node, names = super().compose_mapping_node(anchor), set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in names:
@@ -28,6 +29,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def compose_node(self, parent, index):
+        """Return the next node. Raises ComposerError if it is an alias."""
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "it uses an alias", self.peek_event().start_mark)
         return super().compose_node(parent, index)

@@ -57,9 +57,11 @@ class _Clock:
         self.times: list[float] = []
 
     def put(self, value) -> None:
+        """Record the time in seconds. ``generate`` calls this for the prompt, then after each new token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
+        """Do nothing; ``generate`` calls this after the last token."""
         pass
 
 

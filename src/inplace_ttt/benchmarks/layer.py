@@ -30,6 +30,7 @@ class Shape:
 
     @property
     def bounds(self) -> tuple[int, ...]:
+        """Return the document bounds: ``documents`` + 1 positions from 0 to ``tokens``."""
         return tuple(self.tokens * i // self.documents for i in range(self.documents + 1))
 
     @property
@@ -74,10 +75,12 @@ class Layer:
         self.g = normal(shape.tokens // ranks, 1, d, std=1.0).detach()
 
     def z(self) -> Tensor:
+        """Return the inputs of the down-projection, silu(gate) * up, (s, 1, f) for the s tokens of this rank."""
         gate, up = F.linear(self.x, self.fc1).chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def targets(self, chunk_size: int) -> ChunkTargets:
+        """Return the targets (s, 1, d) of the layer's input, not yet computed; see ``ChunkTargets``."""
         return ChunkTargets(self.x, self.conv, self.projection, self.chunk_ids(chunk_size))
 
     def chunk_ids(self, chunk_size: int) -> Tensor:
@@ -88,6 +91,7 @@ class Layer:
         return self.ids[chunk_size]
 
     def plain(self) -> Tensor:
+        """Run the layer without fast weights; return its output (s, 1, d)."""
         return F.linear(self.z(), self.fc2)
 
     def fast(self, operation: Callable, chunk_size: int) -> Tensor:
@@ -98,11 +102,19 @@ class Layer:
         return operation(z, v, self.fc2, eta=ETA, chunk_size=chunk_size)
 
     def forward_backward(self, forward: Callable[[], Tensor]) -> None:
+        """Run a forward and the backward of its output, (s, 1, d), for the fixed output gradient ``g``.
+
+        Gradients of an earlier run are dropped first, so that the backward does not add to them.
+        """
         for parameter in (self.x, self.fc1, self.fc2, self.conv, self.projection):
             parameter.grad = None
         forward().backward(self.g)
 
     def variants(self, chunk_size: int, wanted: list[str]) -> dict[str, Callable[[], Tensor]]:
+        """Return the forwards of the ``wanted`` variants by name. Each returns the layer's output (s, 1, d).
+
+        A forward is a ``partial`` of ``fast``, whose first argument is the variant's operation.
+        """
         bounds = torch.tensor(self.shape.bounds, dtype=torch.int32)
         ours = partial(_noting_norms if self.update_norms else fast_weight_linear, cu_seqlens=bounds)
         operations = {

@@ -54,6 +54,7 @@ class NoExchange(Exchange):
     """Provide every stage with a carry of zeros at once, and send nothing. There is one row block."""
 
     def carries(self, stages, shape, like, initial) -> "_ConstantCarries":
+        """Return carries of zeros for a ``shape`` (b, d, f); the other arguments are ignored."""
         return _ConstantCarries(*shape)
 
 
@@ -65,19 +66,28 @@ class _ConstantCarries:
         self.states = _zeros(2, b, d, f)
 
     def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
+        """Return the zeros (d, f) of a batch row, without waiting."""
         return self.states[0, batch]
 
     def outgoing_block(self, stage: int, batch: int, block: int) -> Tensor:
+        """Return a buffer (d, f) for the outgoing carry, which is not read."""
         return self.states[1, batch]
 
     def open(self, stage: int) -> None:
+        """Set the incoming carry of a stage to zeros (b, d, f)."""
         self.incoming[stage] = self.states[0]  # for the backward
 
-    def send(self, stage: int, batch: int, block: int) -> None: ...
+    def send(self, stage: int, batch: int, block: int) -> None:
+        """Do nothing: the outgoing carry is not used."""
+        ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Do nothing: there are no sends to wait for."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Do nothing: there are no sends to wait for."""
+        ...
 
 
 @cache

@@ -60,6 +60,7 @@ class Arguments:
 
     @property
     def timeout_minutes(self) -> float:
+        """Return the minutes without progress after which a rank ends the job: parallel.timeout_minutes, or 10."""
         return self.overrides.get("parallel.timeout_minutes", 10.0)
 
 
@@ -79,6 +80,7 @@ class Parser(argparse.ArgumentParser):
         return options, rest
 
     def error(self, message: str):
+        """Raise UserError with argparse's message and a hint at --help, instead of exiting."""
         raise UserError(f"{message}; {self.prog} --help lists the options")
 
 
@@ -108,6 +110,7 @@ def parse(words: list[str]) -> Arguments:
 
 
 def add_options(parser: argparse.ArgumentParser, task: str, add: Callable) -> None:
+    """Add the options that all tasks share to the parser of ``task``, then its own options with ``add``."""
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folder; or key=value, for training checkpoints")
     parser.add_argument(
         "--fast-weights", default="on", metavar="MODES", help="on, off, clip=NUMBER, or a list such as on,off (on)"
@@ -219,6 +222,10 @@ OPTIONS = {
 
 
 def is_key(word: str) -> bool:
+    """Return True if a word has the form key=value with a dotted key, rather than being the path of a model.
+
+    A path that exists is a model, even if its name has this form.
+    """
     name, equals, _ = word.partition("=")
     return bool(equals) and "/" not in name and "." in name and not Path(word).exists()
 
@@ -276,12 +283,14 @@ def _words(word: str) -> list[str]:
 
 
 def count(word: str) -> int:
+    """Parse a whole number from 1 to 10 million. Raises ArgumentTypeError if it is invalid."""
     if not (word.isascii() and word.isdigit() and len(word) < 20) or not 1 <= int(word) <= 10**7:
         raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 1 to 10000000")
     return int(word)
 
 
 def seed(word: str) -> int:
+    """Parse a whole number from 0 to 2^31 - 1. Raises ArgumentTypeError if it is invalid."""
     if not (word.isascii() and word.isdigit() and len(word) < 20) or int(word) > 2**31 - 1:
         raise argparse.ArgumentTypeError(f"'{word}' is not a whole number from 0 to 2147483647")
     return int(word)

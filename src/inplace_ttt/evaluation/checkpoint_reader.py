@@ -138,6 +138,7 @@ class CheckpointReader:
 
     @property
     def device(self) -> torch.device:
+        """Return the device on which this rank's part of the model runs."""
         return self.stepper.device
 
     @property

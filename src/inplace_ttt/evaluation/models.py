@@ -68,7 +68,11 @@ class ModelSource:
 
     @classmethod
     def find(cls, path: Path) -> "ModelSource":
-        """Inspect a path. Raises UserError if it is not a folder or contains no model."""
+        """Return the description of the model at a path, from its configuration; no weights are read.
+
+        A folder with a config.json is in Hugging Face format; any other must be a run or a checkpoint. Raises UserError
+        if the path is not a folder or contains no model, or if its configuration cannot be read or is invalid.
+        """
         if not path.is_dir():
             raise UserError(f"'{path}' is not a folder: name a run, a checkpoint or a folder in Hugging Face format")
         if (path / "config.json").is_file():

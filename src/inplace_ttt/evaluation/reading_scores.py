@@ -5,7 +5,10 @@ from inplace_ttt.evaluation.statistics import Interval, ratio_interval
 
 
 def table(task: str, by_model: dict[str, list[dict]], source: str) -> Scores:
-    """Return the losses in nats per token, per position range or per context length.
+    """Return a table of losses in nats per token: one row per position range or context length, one column per model.
+
+    A cell is the mean over all tokens of the row with its 95% interval, from a bootstrap over samples. The differences
+    to the first model use the samples that both models have.
 
     Args:
         task: ``position`` or ``final-block``.

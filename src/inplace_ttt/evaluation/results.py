@@ -34,6 +34,7 @@ class Column:
 
 
 def key_of(record: dict) -> Key:
+    """Return the key of a sample's record: the model's digest, the task and the sample's digest."""
     return record["model_digest"], record["task"], record["sample"]
 
 
@@ -107,6 +108,7 @@ class Results:
         self._file.flush()
 
     def close(self) -> None:
+        """Close this rank's file of samples, before ``finish`` merges the files; ``add`` would open it again."""
         if self._file is not None:
             self._file.close()
             self._file = None

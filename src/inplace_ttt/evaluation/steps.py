@@ -61,11 +61,16 @@ class Layer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = like.keys.dtype, like.keys.device, True
 
     def put(self, number: int, own: DynamicLayer) -> None:
+        """Copy keys and values of a prompt, (1, heads, t, size), into row ``number``; they end at column ``width``."""
         start = self.width - own.keys.shape[-2]
         self.keys[number, :, start : self.width] = own.keys[0]
         self.values[number, :, start : self.width] = own.values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store keys and values of one token per row, (rows, heads, 1, size), at the index ``place``.
+
+        Returns all keys and values, (rows, heads, length, size), with entries that are not used yet.
+        """
         self.keys.index_copy_(2, self.place, key_states)
         self.values.index_copy_(2, self.place, value_states)
         return self.keys, self.values

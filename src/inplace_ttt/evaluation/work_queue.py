@@ -129,6 +129,7 @@ class ProgressMeter:
         self.show(self.done, self.done / self.samples)
 
     def close(self) -> None:
+        """Remove the bar from the terminal. May be called more than once."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -81,18 +81,23 @@ class _Keys:
         self.config, self.place = config, place
 
     def whole(self, key: str, *default: int | None) -> int | None:
+        """Return an integer from 1 to 10^9. Raises UserError for another value, or none without a default."""
         return self._read(key, default, "an integer above 0", lambda value: type(value) is int and 0 < value <= 10**9)
 
     def number(self, key: str, *default: float | None) -> float | None:
+        """Return a number above 0 and below 3e38. Raises UserError like ``whole``."""
         return self._read(key, default, "a number above 0", lambda value: _is_number(value) and value > 0)
 
     def factor(self, key: str, *default: float) -> float:
+        """Return a number between -3e38 and 3e38. Raises UserError like ``whole``."""
         return self._read(key, default, "a number that fp32 can represent", _is_number)
 
     def one_of(self, choices: tuple[str, ...], key: str, *default: str) -> str:
+        """Return a value that is one of ``choices``. Raises UserError like ``whole``."""
         return self._read(key, default, f"one of {', '.join(choices)}", lambda value: value in choices)
 
     def flag(self, key: str, *default: bool) -> bool:
+        """Return a boolean. Raises UserError like ``whole``."""
         return self._read(key, default, "true or false", lambda value: isinstance(value, bool))
 
     def _read(self, key: str, default: tuple, what: str, fits):

@@ -91,6 +91,7 @@ class SafetensorsFolder:
             raise UserError(f"'{path}' is damaged ({error}): download it again") from error
 
     def read(self, name: str) -> Tensor:
+        """Return the tensor ``name`` on the CPU. Raises UserError if its file is missing or damaged."""
         with self._open(self.files[name]) as tensors:
             return tensors.get_tensor(name)
 

@@ -278,6 +278,7 @@ class FastWeights:
 
     @property
     def rows(self) -> int:
+        """Return the number of texts in the batch."""
         return len(self.counts)
 
     def states(self) -> list[LayerState]:
@@ -1502,30 +1503,42 @@ FAST_WEIGHT_KEYS = dict(
 
 
 class InPlaceTTTQwen3Config(Qwen3Config):
+    """Extend Qwen3's configuration by the keys for fast weights, with the defaults of ``FAST_WEIGHT_KEYS``."""
+
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
         self.ttt_layers = list(self.ttt_layers)
 
 
 class InPlaceTTTQwen2Config(Qwen2Config):
+    """Extend Qwen2.5's configuration by the keys for fast weights, with the defaults of ``FAST_WEIGHT_KEYS``."""
+
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
         self.ttt_layers = list(self.ttt_layers)
 
 
 class InPlaceTTTLlamaConfig(LlamaConfig):
+    """Extend Llama's configuration by the keys for fast weights, with the defaults of ``FAST_WEIGHT_KEYS``."""
+
     def __init__(self, **keys):
         super().__init__(**{**FAST_WEIGHT_KEYS, **keys})
         self.ttt_layers = list(self.ttt_layers)
 
 
 class InPlaceTTTQwen3ForCausalLM(FastWeightsMixin, Qwen3ForCausalLM):
+    """Run Qwen3 with fast weights in the layers ``ttt_layers``."""
+
     config_class = InPlaceTTTQwen3Config
 
 
 class InPlaceTTTQwen2ForCausalLM(FastWeightsMixin, Qwen2ForCausalLM):
+    """Run Qwen2.5 with fast weights in the layers ``ttt_layers``."""
+
     config_class = InPlaceTTTQwen2Config
 
 
 class InPlaceTTTLlamaForCausalLM(FastWeightsMixin, LlamaForCausalLM):
+    """Run Llama with fast weights in the layers ``ttt_layers``."""
+
     config_class = InPlaceTTTLlamaConfig

@@ -221,6 +221,10 @@ class _Streamer(TextStreamer):
         self.count = -1  # the first call passes the prompt
 
     def put(self, value) -> None:
+        """Count a token, note the time of the first one, and print the words that are complete.
+
+        ``generate`` passes the token IDs of the prompt first, which are not printed, then one token per call.
+        """
         self.count += 1
         if self.count == 1:
             self.first = time.perf_counter()
@@ -229,7 +233,7 @@ class _Streamer(TextStreamer):
 
 @dataclass
 class Answered:
-    """Hold the result of a generation."""
+    """Hold a generated answer as text, and the token IDs of the whole sequence with its prompt."""
 
     tokens: list[int]  # token IDs of prompt and answer
     text: str  # text of the answer

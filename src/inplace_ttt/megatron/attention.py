@@ -109,6 +109,7 @@ class DocumentAttention(MegatronModule):
         return in_sequence_order(gathered, self.cp_group.size())
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Return an empty dict: the core attention has no parameters to write to a checkpoint."""
         return {}
 
 
@@ -117,12 +118,19 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, trigger: Tensor, query: Tensor, key: Tensor, value: Tensor, gradients: list[Tensor]):
+        """Return views of query, key and value, at which the separate graph begins.
+
+        Args:
+            trigger: any tensor that requires a gradient, so that the views do too.
+            gradients: empty list, to which the backward appends the gradients of the views.
+        """
         ctx.gradients = gradients
         return query.view_as(query), key.view_as(key), value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor):
+        """Append the gradients of query, key and value to ``gradients``, and pass none of them on."""
         ctx.gradients += grads
         return None, None, None, None, None
 
@@ -132,12 +140,18 @@ class _Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, kept: tuple[Tensor, list[Tensor]]) -> Tensor:
+        """Return the attention output of the earlier forward, (s, b, heads * channels), without its graph.
+
+        Args:
+            kept: the output with its graph, and the list that receives the gradients of its ``_Inputs``.
+        """
         ctx.kept = kept
         return kept[0].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        """Return the gradients of query, key and value, from a backward through the kept graph, which frees it."""
         (out, gradients), ctx.kept = ctx.kept, None
         torch.autograd.backward(out, grad)
         return *gradients, None

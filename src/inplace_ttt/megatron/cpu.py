@@ -48,11 +48,17 @@ class _CudaMeansCpu(TorchFunctionMode):
 class _NoStream:
     """Replace a CUDA stream. The CPU executes in order, so there is nothing to wait for."""
 
-    def wait_event(self, event) -> None: ...
+    def wait_event(self, event) -> None:
+        """Do nothing: the work before the event is already done."""
+        ...
 
-    def wait_stream(self, stream) -> None: ...
+    def wait_stream(self, stream) -> None:
+        """Do nothing: the work of the other stream is already done."""
+        ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Do nothing: all work is already done."""
+        ...
 
 
 def _stub_cuda() -> None:

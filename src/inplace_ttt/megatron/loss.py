@@ -52,6 +52,16 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, vocab_size, group, part_numel):
+        """Return the loss and whether the label has the highest logit (1 or 0), both (tokens,) fp32.
+
+        Args:
+            hidden: (tokens, h).
+            weight: (padded vocabulary / TP, h).
+            labels: (tokens,) token IDs.
+            vocab_size: vocabulary entries without padding.
+            group: tensor-parallel group.
+            part_numel: logits in one block.
+        """
         first = group.rank() * weight.shape[0]
         here = min(weight.shape[0], vocab_size - first)  # vocabulary entries of this rank without padding
         mine = (labels >= first) & (labels < first + here)
@@ -85,6 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
+        """Return the gradients of hidden (tokens, h) and weight, given the gradient of the loss, (tokens,).
+
+        The gradient of hidden is that of this rank's shard of the vocabulary. The backward of the copy or gather in
+        ``linear_cross_entropy`` sums it over the group.
+        """
         hidden, weight, column, mine, log_sum = ctx.saved_tensors
         dhidden = torch.empty_like(hidden)
         dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)

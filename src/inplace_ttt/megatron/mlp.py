@@ -58,6 +58,7 @@ class _Weight(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """Return the weight's entry for Megatron's checkpoint; see MegatronModule for the arguments."""
         return make_sharded_tensors_for_checkpoint(
             {"weight": self.weight},
             prefix,

@@ -76,6 +76,7 @@ class _Unpickler(pickle._Unpickler):  # pure Python: its opcodes can be overridd
         self.place, self.allowed = place, allowed
 
     def load_build(self):
+        """Set the attributes of an object (opcode BUILD). Raises UserError if it does not describe tensors."""
         described = type(self.stack[-2])
         if described not in _DESCRIBING:
             raise UserError(
@@ -87,6 +88,7 @@ class _Unpickler(pickle._Unpickler):  # pure Python: its opcodes can be overridd
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str):
+        """Return the class or function of a name. Raises UserError if it is not on the allow-list."""
         if (module, name) not in self.allowed:
             raise UserError(
                 f"{self.place} names '{module}.{name}', which no checkpoint needs and which could run code: it was "
@@ -95,6 +97,7 @@ class _Unpickler(pickle._Unpickler):  # pure Python: its opcodes can be overridd
         return super().find_class(module, name)
 
     def persistent_load(self, pid):
+        """Raise UserError: a persistent ID refers to data outside the pickle, which no checkpoint needs."""
         raise UserError(
             f"{self.place} has a persistent ID, which no checkpoint needs: it was rejected; use a checkpoint from a "
             f"trusted source"
@@ -175,6 +178,10 @@ class Reader(FileSystemReader):
     """Read the files of a checkpoint folder without executing code in them."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
+        """Return the metadata of the folder, without what describes the processes that wrote it.
+
+        The arguments of torch's reader are ignored. Raises UserError like the function ``read_metadata``.
+        """
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = None  # describes the process that wrote the checkpoint
         if hasattr(metadata, "all_local_plans"):
@@ -182,6 +189,7 @@ class Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan, planner):
+        """Read the entries of a plan. Raises UserError if a record is damaged or holds something other than tensors."""
         files = {self.storage_data[item.storage_index].relative_path for item in plan.items}
         try:
             with _tensors_alone():
@@ -198,6 +206,12 @@ class Planner(strategy.MCoreLoadPlanner):
     """Plan like Megatron's planner, but load objects without executing code in them."""
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        """Put an object into the state dict. Raises UserError if it is damaged or names a class.
+
+        Args:
+            read_item: entry of the load plan, which names the object.
+            value: bytes that ``torch.save`` wrote.
+        """
         name = read_item.dest_index.fqn
         self.state_dict[name] = read_object(value, f"object '{name}' of the checkpoint")
 

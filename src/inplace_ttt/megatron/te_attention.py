@@ -48,6 +48,11 @@ class TEDocumentAttention(DocumentAttention):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, context: BatchContext | None) -> Tensor:
+        """Compute ``DocumentAttention.attend`` with Transformer Engine.
+
+        Left to DocumentAttention: fp32, and several rows whose keys must be gathered (documents or a sliding window
+        with context parallelism).
+        """
         documents = context.documents if context is not None else None
         rows, split = query.shape[1], self.cp_group.size() > 1
         gathered = split and (documents is not None or self.window is not None)

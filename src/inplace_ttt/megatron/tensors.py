@@ -35,6 +35,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -58,6 +59,11 @@ class _MakeWhenWritten(DefaultSavePlanner):
         self.entries, self.done = entries, done
 
     def resolve_data(self, write_item):
+        """Compute the tensor of a write item, report its bytes to ``done``, and return it.
+
+        Objects that are not planned, such as the common state, are left to torch's planner. Raises RuntimeError if the
+        shape or dtype differs from the plan.
+        """
         name = write_item.index.fqn
         if name not in self.entries:
             return super().resolve_data(write_item)

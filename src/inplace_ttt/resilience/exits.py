@@ -25,11 +25,13 @@ class _Tolerant:
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write text and return its length; drop the text if nobody reads the pipe any more."""
         with contextlib.suppress(BrokenPipeError):
             return self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream; drop its content if nobody reads the pipe any more."""
         with contextlib.suppress(BrokenPipeError):
             self.stream.flush()
 

@@ -58,6 +58,7 @@ class Heartbeat:
 
     @property
     def failed(self) -> bool:
+        """Return True if the rank has ended with an error; False while it runs and after a regular end."""
         return self.left not in (None, DONE)
 
 
@@ -366,6 +367,7 @@ class _Frame(NamedTuple):
 
     @property
     def ours(self) -> bool:
+        """Return True if the frame's file belongs to this package."""
         return self.file.startswith(f"{PACKAGE}/")
 
 

@@ -49,6 +49,7 @@ class MetricsFile:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """Close the file. Its records are written (it is line-buffered), but only ``flush`` forces them to disk."""
         self.file.close()
 
 
@@ -119,6 +120,7 @@ class ProgressLog:
             self.say(f"step {record['step']:>6}/{self.config.train.steps}  {'  '.join(numbers)}")
 
     def close(self) -> None:
+        """End the live line, which stays in the terminal as it was last."""
         if self.live is not None:
             self.live.stop()
 

@@ -57,12 +57,15 @@ class OpContext:
 
     @property
     def prefix_step(self) -> ScanStep:
-        """Return the step of the prefix scan."""
+        """Return the step of the prefix scan: ``step(state, v, z)`` applies a chunk's update to the state in place."""
         return ScanStep(self.rule, self.eta, suffix=False)
 
     @property
     def suffix_step(self) -> ScanStep:
-        """Return the step of the suffix scan."""
+        """Return the step of the suffix scan: ``step(suffix, g, z)`` converts dL/dS after a chunk, in place.
+
+        The result is dL/dS before the chunk.
+        """
         return ScanStep(self.rule, 1.0, suffix=True)
 
     def inner_windows(
@@ -157,6 +160,10 @@ class FastWeightLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: OpContext, source: ChunkTargets | None, z, weight, initial, v):
+        """Return out, the final updates, norms and ratios; see the class for the shapes.
+
+        Norms are (b * documents,), ratios (b, chunks), both without gradient, and empty unless ``call`` requests them.
+        """
         (s, b, f), d = z.shape, weight.shape[0]
         plan, cache, pool = call.plan, call.carry_cache, WindowPool(keep=call.keep)
         out = z.new_empty(s, b, d)
@@ -218,6 +225,12 @@ class FastWeightLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, dfinal, _norms, _ratios):
+        """Return the gradients of z, weight, the initial updates (or None) and v.
+
+        Args:
+            g: (s, b, d), gradient of out; None: zero.
+            dfinal: (b, d, f), gradient of the final updates; None: zero.
+        """
         call = ctx.call
         z, v, weight, *incoming = ctx.saved_tensors
         incoming = dict(zip(ctx.stages, incoming, strict=True))

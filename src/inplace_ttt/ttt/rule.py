@@ -111,9 +111,11 @@ class DecayedSum(UpdateRule):
         self.decay = decay
 
     def update_state(self, state: Tensor, v: Tensor, z: Tensor, eta: float) -> None:
+        """Multiply the state by ``decay``, then add the chunk's update. See ``UpdateRule.update_state``."""
         add_outer_sum(state.mul_(self.decay), v, z, eta)
 
     def update_suffix(self, suffix: Tensor, g: Tensor, z: Tensor) -> None:
+        """Multiply dL/dS by ``decay``, then add ``g^T z``. See ``UpdateRule.update_suffix``."""
         add_outer_sum(suffix.mul_(self.decay), g, z)
 
 

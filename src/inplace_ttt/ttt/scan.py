@@ -153,18 +153,29 @@ class SavedCarries:
         self.incoming, self.blocks = incoming, [slice(0, d)]
         self.outgoing: dict[int, Tensor] = {}
 
-    def open(self, stage: int) -> None: ...
+    def open(self, stage: int) -> None:
+        """Do nothing: the incoming carries are already here."""
+        ...
 
     def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
+        """Return the saved incoming carry (d, f) of a batch row; there is one block."""
         return self.incoming[stage][batch, self.blocks[block]]
 
-    def outgoing_block(self, stage: int, batch: int, block: int) -> None: ...
+    def outgoing_block(self, stage: int, batch: int, block: int) -> None:
+        """Return None: outgoing carries are not needed, since every rank has saved its incoming ones."""
+        ...
 
-    def send(self, stage: int, batch: int, block: int) -> None: ...
+    def send(self, stage: int, batch: int, block: int) -> None:
+        """Do nothing: the receiver has saved this carry."""
+        ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Do nothing: there are no sends to wait for."""
+        ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Do nothing: there are no sends to wait for."""
+        ...
 
 
 @dataclass(frozen=True)

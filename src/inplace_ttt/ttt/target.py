@@ -57,12 +57,12 @@ class ChunkTargets:
 
     @property
     def shape(self) -> torch.Size:
-        """Return (s, b, d)."""
+        """Return the shape of the targets, (s, b, d), which is that of u."""
         return self.u.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the targets' dtype."""
+        """Return the dtype of the targets, which is that of u."""
         return self.u.dtype
 
     def allocate(self) -> Tensor:
@@ -101,6 +101,7 @@ class _ChunkTarget(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chunk_ids: Tensor, tp_group: dist.ProcessGroup | None, u, weight, projection):
+        """Return uninitialised memory for the targets, (s, b, d); arguments as for ``ChunkTargets``."""
         ctx.chunk_ids, ctx.tp_group = chunk_ids, tp_group
         ctx.save_for_backward(u, weight, projection)
         return torch.empty_like(u, memory_format=torch.contiguous_format)
@@ -108,6 +109,10 @@ class _ChunkTarget(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dv):
+        """Return the gradients of u, weight and projection, given the gradient dv (s, b, d) of the targets.
+
+        With ``tp_group`` dv is partial, and is summed over the group first.
+        """
         u, weight, projection = ctx.saved_tensors
         if ctx.tp_group is not None and ctx.tp_group.size() > 1:
             dv = dv.clone()  # autograd may use it elsewhere

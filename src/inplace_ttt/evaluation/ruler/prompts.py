@@ -44,6 +44,7 @@ class SampleRequest:
 
     @property
     def file(self) -> str:
+        """Return the name of the cached file. It does not contain ``count``: a file with more samples is reused."""
         return f"{self.task}_{self.length}_{self.seed}_{self.template}.jsonl"
 
 

@@ -111,10 +111,12 @@ class Sources:
 
     @cached_property
     def nouns(self) -> list[str]:
+        """Return the nouns of the package wonderwords, in the order of its list."""
         return _word_file("nounlist.txt")
 
     @cached_property
     def adjectives(self) -> list[str]:
+        """Return the adjectives of the package wonderwords, in the order of its list."""
         return _word_file("adjectivelist.txt")
 
     @cached_property

@@ -64,7 +64,7 @@ class FrequentWords:
     letters = 6
 
     def step(self, length: int) -> int:
-        """Return the step in words. See ``Task.step``."""
+        """Return the step in words of the coded text: one per 32 tokens of prompt, at least 1. See ``Task.step``."""
         return max(1, (length - self.new_tokens) // 32)
 
     def draft(self, rng: Random, size: int, index: int, length: int) -> Draft:

@@ -15,6 +15,8 @@ from inplace_ttt.packages import version
 
 
 class State(Enum):
+    """List the results of a check; the values are the words that launch/preflight.py prints."""
+
     THERE = "ok"
     LACKING = "warning"  # training runs, possibly slower
     BROKEN = "failed"  # training does not run
@@ -31,6 +33,7 @@ class Finding:
 
 
 def python() -> Finding:
+    """Check that the version of Python is 3.12."""
     found = platform.python_version()
     if not found.startswith("3.12."):
         return Finding("Python", State.BROKEN, found, "install Python 3.12: the pinned packages need it")
@@ -38,6 +41,7 @@ def python() -> Finding:
 
 
 def packages() -> list[Finding]:
+    """Check that the packages that training needs are installed; return a finding for each."""
     findings = []
     for package in ("torch", "megatron-core", "hydra-core", "transformers", "datasets"):
         found = version(package)
@@ -47,6 +51,7 @@ def packages() -> list[Finding]:
 
 
 def gpus() -> Finding:
+    """Check that there are GPUs of one type, and that a kernel runs on the current one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -69,6 +74,7 @@ def gpus() -> Finding:
 
 
 def nccl() -> Finding:
+    """Check that torch can use NCCL."""
     import torch
 
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
@@ -115,6 +121,7 @@ def kernels() -> Finding:
 
 
 def compiler() -> Finding:
+    """Check that a C compiler is on the PATH."""
     found = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if found:
         return Finding("C compiler", State.THERE, found, "Triton and torch.compile use it to build launchers")
@@ -122,6 +129,7 @@ def compiler() -> Finding:
 
 
 def transformer_engine() -> Finding:
+    """Check whether Transformer Engine can be used, and that it does not break megatron-core."""
     part = "Transformer Engine"
     lack = "unfused norms and linears, attention gathers keys and values, separate pass for gradient accumulation"
     try:
@@ -139,6 +147,7 @@ def transformer_engine() -> Finding:
 
 
 def adam() -> Finding:
+    """Check whether the optimizer has a fused Adam, of Transformer Engine or apex."""
     part = "fused Adam"
     if transformer_engine().state is State.THERE:
         return Finding(part, State.THERE, "Transformer Engine's", "one kernel for all parameters")
@@ -148,6 +157,7 @@ def adam() -> Finding:
 
 
 def apex() -> Finding:
+    """Check whether NVIDIA's apex is installed, and not the other package of that name."""
     found = importlib.util.find_spec("amp_C")
     if found is not None:
         return Finding("apex", State.THERE, version("apex") or "unknown version", "")

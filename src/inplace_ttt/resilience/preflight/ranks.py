@@ -59,6 +59,7 @@ class Place:
     control: dist.ProcessGroup  # gloo, for objects on the CPU
 
     def gather(self, value) -> list:
+        """Return the values of all ranks, in the order of ranks. All ranks must call it."""
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
