@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import hf_models
 from exported_models import build, texts
 from inplace_ttt.config import UserError
 from inplace_ttt.evaluation.columns import columns_of
@@ -200,3 +201,11 @@ def test_results_in_a_models_folder_do_not_make_it_another(folders, tmp_path):
     (folder / "eval").mkdir()
     (folder / "eval/results.json").write_text("{}")
     assert ModelSource.find(folder).digest(ON) == before
+
+
+def test_a_plain_model_with_layers_of_fast_weights_has_none(tmp_path):
+    """Keys of fast weights in the configuration of a plain class have no effect, whatever they are."""
+    keys = dict(hf_models.SMALL, model_type="qwen3", architectures=["Qwen3ForCausalLM"], ttt_layers=[0])
+    for more in ({}, dict(ttt_mode="x"), dict(ttt_mode=False)):
+        (tmp_path / "config.json").write_text(json.dumps(keys | more))
+        assert ModelSource.find(tmp_path).has_fast_weights is False

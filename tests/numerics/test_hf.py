@@ -190,7 +190,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "keys, said",
     [
-        (dict(hidden_size="abc"), "hidden_size='abc': it must be an integer above 0"),
+        (dict(hidden_size="abc"), "hidden_size='abc': it must be an integer from 1 to 10^9"),
         (dict(hidden_size=None), "hidden_size=None"),
         (dict(hidden_size=64), "model.embed_tokens.weight has shape (199, 48), but config.json gives (199, 64)"),
         (dict(intermediate_size=96), "mlp.gate_proj.weight has shape (80, 48), but config.json gives (96, 48)"),

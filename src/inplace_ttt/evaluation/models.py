@@ -77,7 +77,8 @@ class ModelSource:
             raise UserError(f"'{path}' is not a folder: name a run, a checkpoint or a folder in Hugging Face format")
         if (path / "config.json").is_file():
             settings = read_settings(path)
-            return cls(path, None, bool(getattr(settings, "ttt_layers", None)) and settings.ttt_mode)
+            fast = bool(getattr(settings, "ttt_layers", None)) and getattr(settings, "ttt_mode", None) is True
+            return cls(path, None, fast)
         if not (checkpoint_in(path) / "run.json").is_file():
             raise UserError(
                 f"'{path}' contains no model: name a run, a checkpoint or a folder in Hugging Face format (config.json)"

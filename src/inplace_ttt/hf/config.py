@@ -82,7 +82,9 @@ class _Keys:
 
     def whole(self, key: str, *default: int | None) -> int | None:
         """Return an integer from 1 to 10^9. Raises UserError for another value, or none without a default."""
-        return self._read(key, default, "an integer above 0", lambda value: type(value) is int and 0 < value <= 10**9)
+        return self._read(
+            key, default, "an integer from 1 to 10^9", lambda value: type(value) is int and 0 < value <= 10**9
+        )
 
     def number(self, key: str, *default: float | None) -> float | None:
         """Return a number above 0 and below 3e38. Raises UserError like ``whole``."""
