@@ -14,7 +14,7 @@ TORCHRUN = $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 RUN = $(TORCHRUN) launch/train.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data train evaluate test test-all test-cluster lint proof figures image image-cpu clean
+.PHONY: help setup data train evaluate test test-all test-cluster test-serving lint proof figures image image-cpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ test-all: test ## run all tests, including those marked slow
 
 test-cluster: setup ## run the tests with Slurm and Docker, which it starts (needs root and the packages that .ci/run installs)
 	@$(BIN)/python -m pytest -q tests/cluster
+
+test-serving: setup ## run the tests of the vLLM plugin, with vLLM's CPU build in an environment of its own
+	@bash launch/setup_vllm.sh || echo "the tests in tests/serving are skipped"
+	@$(BIN)/python -m pytest -q tests/serving
 
 lint: setup ## check style and types
 	@$(BIN)/ruff check .

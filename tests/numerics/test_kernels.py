@@ -33,7 +33,7 @@ def test_kernels_compile_for_hopper():
     assert len(lines) == 34 and all(line.endswith("True True True") for line in lines), lines
 
 
-@pytest.mark.parametrize("script", ["interpret_conv.py", "interpret_rows.py"])
+@pytest.mark.parametrize("script", ["interpret_conv.py", "interpret_rows.py", "interpret_updates.py"])
 def test_kernels_in_the_interpreter(script):
     assert float(run_script(script, TRITON_INTERPRET="1")) < 1e-5
 

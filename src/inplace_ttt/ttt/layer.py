@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from inplace_ttt.ttt.ops import fast_weight_linear
@@ -47,6 +48,7 @@ def continue_layer(
     embeddings: Tensor | None = None,  # (s, b, d)
     clip: float | None = None,
     rule: UpdateRule = PAPER_RULE,
+    tp_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, LayerState]:
     """Run a TTT layer on the tokens after a state. Several calls on parts of a text equal one call on all of it.
@@ -58,7 +60,7 @@ def continue_layer(
         down_input: maps MLP inputs (t, b, d) to inputs of the down-projection (t, b, f), token by token.
         conv_weight, projection: (d, 1, kernel) and (d, d) or None, see ``ChunkTargets``.
         embeddings: (s, b, d), embeddings of the same tokens, if targets use them (``target: input_embed``).
-        eta, chunk_size, clip, rule, backend: see ``fast_weight_linear``.
+        eta, chunk_size, clip, rule, tp_group, backend: see ``fast_weight_linear``.
 
     Returns:
         The layer's outputs (s, b, d) and the state after them.
@@ -84,6 +86,7 @@ def continue_layer(
         output_final_state=True,
         clip=clip,
         rule=rule,
+        tp_group=tp_group,
         plan=plan,
         backend=backend,
     )

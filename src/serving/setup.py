@@ -1,0 +1,26 @@
+"""Build the wheel: copy the torch-only files of the operation (inplace_ttt/ttt) into this package."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+PACKAGE = "inplace_ttt_vllm"
+OPERATION = Path(__file__).resolve().parent.parent / "inplace_ttt"
+
+
+class BuildWithOperation(build_py):
+    """Add the operation to the package, with its imports renamed."""
+
+    def run(self):
+        super().run()
+        files = [OPERATION / "operation.py", *(OPERATION / "ttt").rglob("*.py")]
+        for source in files:
+            target = Path(self.build_lib, PACKAGE, source.relative_to(OPERATION))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(
+                source.read_text(encoding="utf-8").replace("inplace_ttt.", f"{PACKAGE}."), encoding="utf-8"
+            )
+
+
+setup(cmdclass={"build_py": BuildWithOperation})
