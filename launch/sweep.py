@@ -24,7 +24,7 @@ from inplace_ttt.command import run_command
 from inplace_ttt.config import UserError
 from inplace_ttt.files import user_path
 from inplace_ttt.training import sweep
-from inplace_ttt.training.records import read_metrics
+from inplace_ttt.training.compose import Recipes, compose_config, to_config, with_own
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     points = sweep.points(arguments.overrides)
     recipe = next((one.partition("=")[2] for one in arguments.overrides if one.startswith("recipe=")), "runs")
     folder = user_path(arguments.folder or Path(f"runs/sweep_{recipe}"))
-    steps = {point.name: check(point, arguments) for point in points}
+    recipes = with_own(ROOT / "recipes", arguments.config_dir)
+    steps = {point.name: check(point, recipes, arguments) for point in points}
     commands = {point.name: command(point, folder, arguments) for point in points}
     if arguments.dry_run:
         print("\n".join(map(shlex.join, commands.values())))
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     failed: set[str] = set()
     if not arguments.report:
         folder.mkdir(parents=True, exist_ok=True)
-        waiting = [point.name for point in points if not is_done(folder / point.name, steps[point.name])]
+        waiting = [point.name for point in points if not is_done(point, folder / point.name, steps[point.name])]
         if arguments.submit is not None:
             for name in waiting:
                 if subprocess.run(commands[name], cwd=ROOT).returncode:
@@ -86,13 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def check(point: sweep.Point, arguments: argparse.Namespace) -> int:
+def check(point: sweep.Point, recipes: Recipes, arguments: argparse.Namespace) -> int:
     """Check the configuration of a run and return train.steps. Raises UserError that names the run."""
-    from inplace_ttt.training.compose import compose_config, to_config, with_own
     from inplace_ttt.validation import validate
 
     try:
-        config = to_config(compose_config(point.overrides, with_own(ROOT / "recipes", arguments.config_dir)))
+        config = to_config(compose_config(point.overrides, recipes))
         if arguments.submit is None:  # launch/submit.py checks the layout of its nodes
             validate(config, arguments.nproc_per_node)
     except UserError as error:
@@ -114,9 +114,9 @@ def command(point: sweep.Point, folder: Path, arguments: argparse.Namespace) -> 
     return [*start, *point.overrides, *own]
 
 
-def is_done(run: Path, steps: int) -> bool:
-    records = read_metrics(run / "metrics.jsonl")
-    return bool(records) and records[-1]["step"] >= steps and bool(list(run.glob("checkpoints/step_*")))
+def is_done(point: sweep.Point, run: Path, steps: int) -> bool:
+    """Return whether a run has done all steps and has a checkpoint."""
+    return sweep.read_result(point, run, steps).state == "done" and any(run.glob("checkpoints/step_*"))
 
 
 def train(

@@ -49,6 +49,11 @@ class Models:
         ids = torch.randint(1, config.model.vocab_size, (1, config.ttt.chunk_size), device=device)
         return cls(made[BASE], made[OURS], made[OURS].read(ids))
 
+    def peak(self, model: PreTrainedModel) -> float:
+        """Return the peak memory in GiB since ``_reset_peak``, without the weights of the other model."""
+        other = self.base if model is self.ours else self.ours
+        return _peak(model.device) - _weight_bytes(other) / GIB
+
 
 class _Clock:
     """Record the time of each token, as a streamer of ``generate``."""
@@ -62,7 +67,6 @@ class _Clock:
 
     def end(self) -> None:
         """Do nothing; ``generate`` calls this after the last token."""
-        pass
 
 
 def decode(
@@ -111,14 +115,13 @@ def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int
         steps = [1e3 * (b - a) for a, b in zip(clock.times[2:], clock.times[3:], strict=False)]
         recorded = recorded or time.perf_counter() - started
         del cache
-    other = models.base if model is models.ours else models.ours
     return dict(
         tokens=len(steps),
         ms_per_step=statistics.median(steps),
         mean_ms=statistics.fmean(steps),
         slowest_ms=max(steps),
         first_s=recorded,  # seconds of the first generation, which captures the graph
-        peak_gib=_peak(model.device) - _weight_bytes(other) / GIB,
+        peak_gib=models.peak(model),
     )
 
 
@@ -161,7 +164,6 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
         times, peaks = {name: [] for name in variants}, {}
         for number in range(rounds + 1):
             for name, (model, package) in variants.items():
-                other = models.base if model is models.ours else models.ours
                 with _package(package), torch.no_grad():
                     _reset_peak(model.device)
                     started = _now(model.device)
@@ -169,7 +171,7 @@ def prefill(models: Models, lengths: list[int], rounds: int) -> list[dict]:
                     if number:  # the first round is a warm-up
                         times[name].append(_now(model.device) - started)
                         print(f"{name}, {length}: {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
-                        peaks[name] = _peak(model.device) - _weight_bytes(other) / GIB
+                        peaks[name] = models.peak(model)
         for name, found in times.items():
             records.append(
                 dict(
@@ -194,7 +196,6 @@ def generate(models: Models, rows: int, length: int, part: int, tokens: int) -> 
     """
     device, records = models.base.device, []
     for name, model in ((BASE, models.base), (OURS, models.ours)):
-        other = models.base if model is models.ours else models.ours
         for size in (None, part):
             ids = torch.randint(1, model.config.vocab_size, (rows, length), device=device)
             _reset_peak(device)
@@ -204,7 +205,7 @@ def generate(models: Models, rows: int, length: int, part: int, tokens: int) -> 
                 min_new_tokens=tokens, do_sample=False,
             )  # fmt: skip
             seconds = _now(device) - started
-            peak = _peak(device) - _weight_bytes(other) / GIB
+            peak = models.peak(model)
             how = "at once" if size is None else f"in parts of {size}"
             records.append(dict(variant=name, texts=f"{rows} x {length}", prompt=how, seconds=seconds, peak_gib=peak))
     return records

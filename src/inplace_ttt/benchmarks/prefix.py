@@ -79,15 +79,12 @@ class _ConstantCarries:
 
     def send(self, stage: int, batch: int, block: int) -> None:
         """Do nothing: the outgoing carry is not used."""
-        ...
 
     def flush(self) -> None:
         """Do nothing: there are no sends to wait for."""
-        ...
 
     def finish(self) -> None:
         """Do nothing: there are no sends to wait for."""
-        ...
 
 
 @cache

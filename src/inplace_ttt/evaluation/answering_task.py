@@ -10,10 +10,10 @@ import torch
 
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World
-from inplace_ttt.evaluation.answering_scores import about, table
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import EvaluatedModel
 from inplace_ttt.evaluation.generation import Prompt, Speed, answer, batches, tokens_that_fit
+from inplace_ttt.evaluation.kinds import KINDS
 from inplace_ttt.evaluation.models import EXPORTED, LoadedModel, open_model
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.ruler import TASKS
@@ -121,7 +121,7 @@ class AnsweringTask:
             ]
             for one in self.asked
         }
-        return [table(self.arguments.task, by_model, about(self.settings))]
+        return [KINDS[self.arguments.task].table(by_model, self.settings)]
 
 
 def sample_requests(arguments: Arguments) -> list[SampleRequest]:

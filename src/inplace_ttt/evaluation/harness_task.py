@@ -13,8 +13,7 @@ from inplace_ttt.config import UserError, one_line
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.columns import EvaluatedModel
-from inplace_ttt.evaluation.harness_scores import about, table
-from inplace_ttt.evaluation.kinds import END
+from inplace_ttt.evaluation.kinds import END, KINDS
 from inplace_ttt.evaluation.models import EXPORTED, LoadedModel, open_model
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
@@ -167,7 +166,7 @@ class HarnessTask:
                 for task in tasks
                 for record in by_task.get(self._name(task), ())
             ]
-        return [table(by_model, about(self.settings))]
+        return [KINDS[self.arguments.task].table(by_model, self.settings)]
 
 
 def task_manager():

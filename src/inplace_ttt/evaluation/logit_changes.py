@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from inplace_ttt.data.recall import KeyValueRecall
+from inplace_ttt.ttt.target import identity_kernel
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def measure(network: PreTrainedModel, task: KeyValueRecall, samples: int, *, rec
     try:
         if reconstruct:
             for mlp in network.fast_mlps:
-                mlp.ttt_conv.weight.zero_()[..., mlp.ttt_conv.weight.shape[-1] // 2] = 1.0
+                mlp.ttt_conv.weight.copy_(identity_kernel(tuple(mlp.ttt_conv.weight.shape)))
         found = [_sample(network, task, number, reconstruct) for number in range(samples)]
     finally:
         for mlp, kernel in kernels.items():

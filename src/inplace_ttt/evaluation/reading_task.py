@@ -18,9 +18,9 @@ from inplace_ttt.evaluation.arguments import Arguments
 from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound, evaluation_config
 from inplace_ttt.evaluation.columns import EvaluatedModel, one_tokenizer
 from inplace_ttt.evaluation.documents import Chosen, Document, Selection
+from inplace_ttt.evaluation.kinds import KINDS
 from inplace_ttt.evaluation.losses import sums_of
 from inplace_ttt.evaluation.models import open_model
-from inplace_ttt.evaluation.reading_scores import table
 from inplace_ttt.evaluation.results import Results
 from inplace_ttt.evaluation.scores import Scores
 from inplace_ttt.evaluation.work_queue import ProgressMeter, WorkQueue, interrupted, say_done, say_speed
@@ -197,7 +197,7 @@ class ReadingTask:
             one.column.label: [results.use((one.column.digest, self.task, digest)) for digest in self.digests]
             for one in self.asked
         }
-        return [table(self.task, by_model, self.settings["documents"])]
+        return [KINDS[self.arguments.task].table(by_model, self.settings)]
 
 
 def _contexts(options, trained: int, asked: list[EvaluatedModel]) -> tuple[list[int], int]:

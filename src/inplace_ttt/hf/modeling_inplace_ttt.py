@@ -1084,9 +1084,8 @@ class FastWeightsMixin:
             kwargs["use_cache"] = bool(wanted) and not recomputes
             if not kwargs["use_cache"]:
                 return None
+            kwargs.pop("past_key_values", None)  # None; transformers accepts one of the two names
             cache = kwargs[CACHE] = FastWeightCache(config=self.config)
-            if CACHE != "past_key_values":
-                kwargs.pop("past_key_values", None)
         elif not isinstance(cache, _FastWeightsInCache):
             _convert_cache(cache)
         return cache

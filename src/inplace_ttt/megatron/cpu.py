@@ -50,15 +50,12 @@ class _NoStream:
 
     def wait_event(self, event) -> None:
         """Do nothing: the work before the event is already done."""
-        ...
 
     def wait_stream(self, stream) -> None:
         """Do nothing: the work of the other stream is already done."""
-        ...
 
     def synchronize(self) -> None:
         """Do nothing: all work is already done."""
-        ...
 
 
 def _stub_cuda() -> None:

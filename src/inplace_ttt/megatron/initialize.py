@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inplace_ttt.config import Config
+from inplace_ttt.ttt.target import identity_kernel
 
 
 @torch.no_grad()
@@ -61,13 +62,6 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= (2 * config.model.num_layers) ** 0.5
     return torch.randn(shape, generator=generator) * std
-
-
-def identity_kernel(shape: tuple[int, ...]) -> Tensor:
-    """Return the convolution kernel (d, 1, taps) that changes nothing: 1 at the tap of the token itself."""
-    kernel = torch.zeros(shape)
-    kernel[..., shape[-1] // 2] = 1.0
-    return kernel
 
 
 def _split(name: str, param: Tensor) -> tuple[int, int]:

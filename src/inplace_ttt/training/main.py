@@ -195,7 +195,7 @@ def _notes_of_data(config: Config, corpora, sets) -> list[str]:
 
 def _trained_convolution(config: Config, model) -> UserError | None:
     """Return an error if loaded weights have a trained target convolution, and the configuration has none."""
-    from inplace_ttt.megatron.initialize import identity_kernel
+    from inplace_ttt.ttt.target import identity_kernel
 
     if config.ttt.convolution:
         return None

@@ -155,7 +155,6 @@ class SavedCarries:
 
     def open(self, stage: int) -> None:
         """Do nothing: the incoming carries are already here."""
-        ...
 
     def incoming_block(self, stage: int, batch: int, block: int) -> Tensor:
         """Return the saved incoming carry (d, f) of a batch row; there is one block."""
@@ -163,19 +162,15 @@ class SavedCarries:
 
     def outgoing_block(self, stage: int, batch: int, block: int) -> None:
         """Return None: outgoing carries are not needed, since every rank has saved its incoming ones."""
-        ...
 
     def send(self, stage: int, batch: int, block: int) -> None:
         """Do nothing: the receiver has saved this carry."""
-        ...
 
     def flush(self) -> None:
         """Do nothing: there are no sends to wait for."""
-        ...
 
     def finish(self) -> None:
         """Do nothing: there are no sends to wait for."""
-        ...
 
 
 @dataclass(frozen=True)

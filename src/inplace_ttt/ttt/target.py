@@ -20,6 +20,13 @@ def chunk_ids(chunk_lengths: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(chunk_lengths), dtype=torch.int32), lengths)
 
 
+def identity_kernel(shape: tuple[int, ...]) -> Tensor:
+    """Return the convolution kernel (d, 1, taps) that changes nothing: 1 at the tap of the token itself."""
+    kernel = torch.zeros(shape)
+    kernel[..., shape[-1] // 2] = 1.0
+    return kernel
+
+
 class ChunkTargets:
     """Describe targets that ``fast_weight_linear`` computes slice by slice; pass it instead of v.
 

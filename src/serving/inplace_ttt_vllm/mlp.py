@@ -130,7 +130,7 @@ class FastWeightMLP(nn.Module):
             if len(x) <= shared.number:
                 self._decode(x, z, out, shared.slots[: len(x)], shared.places[: len(x)], embeds)
             return
-        out.copy_(z @ self.weight.t())
+        out[step.starts[-1] :].zero_()  # padding
         single = []
         for number, slot in enumerate(step.slots):
             start, stop = step.starts[number], step.starts[number + 1]
@@ -139,10 +139,10 @@ class FastWeightMLP(nn.Module):
             elif stop > start:
                 here = slice(start, stop)
                 own = None if embeds is None else embeds[here]
-                out[here] = self._read(slot, step.computed[number], x[here], z[here], out[here], own)
+                out[here] = self._read(slot, step.computed[number], x[here], z[here], own)
         if single:
             numbers, rows = (torch.tensor(one, device=x.device) for one in zip(*single, strict=True))
-            part = out[rows]
+            part = z[rows] @ self.weight.t()
             own = None if embeds is None else embeds[rows]
             self._decode(x[rows], z[rows], part, shared.slots[numbers], shared.places[numbers], own)
             out[rows] = part
@@ -157,19 +157,19 @@ class FastWeightMLP(nn.Module):
         if self.is_last and embeds is not None:
             self.slots.embed_tails[slots, places] = embeds
 
-    def _read(self, slot: int, computed: int, x: Tensor, z: Tensor, plain: Tensor, embeds: Tensor | None) -> Tensor:
+    def _read(self, slot: int, computed: int, x: Tensor, z: Tensor, embeds: Tensor | None) -> Tensor:
         """Return the outputs of several tokens of a request, and change its state.
 
         Args:
             computed: tokens of the request before these.
             x, z, embeds: (t, d), (t, f) and (t, d) or None, inputs of the MLP and of its down-projection, embeddings.
-            plain: (t, d), the product of z with W_down.
         """
         pending, shared = computed % self.chunk, self.slots
         if pending + len(x) < self.chunk:
             self.tails[slot, pending : pending + len(x)] = x
             if self.is_last and embeds is not None:
                 shared.embed_tails[slot, pending : pending + len(x)] = embeds
+            plain = F.linear(z, self.weight)
             return plain if computed < self.chunk else plain + F.linear(z, self.updates[slot].to(z.dtype))
         tail = self.tails[slot, :pending]
         known = torch.cat([self.inner(tail), z]) if pending else z
@@ -192,7 +192,7 @@ class FastWeightMLP(nn.Module):
         """Apply the update of the chunk that decoding has completed."""
         tail = self.tails[slot].clone()
         embeds = None if self.slots.embeds is None else self.slots.embed_tails[slot].clone()
-        self._read(slot, 0, tail, self.inner(tail), tail, embeds)
+        self._read(slot, 0, tail, self.inner(tail), embeds)
 
     def sum_of(self, slot: int) -> Tensor:
         """Return the exact sum of updates of a slot (d, f), fp32."""
