@@ -9,6 +9,7 @@ python launch/benchmark.py decode --after 2048 --rows 8 32 --tokens 2048
 python launch/benchmark.py prefill                                 # prefill with the exported model
 python launch/benchmark.py generate --rows 32 --length 2048        # time and memory of a batch, prompts included
 python launch/benchmark.py book                                    # time to the first token after loading a book
+python launch/benchmark.py serve --streams 8x4096 32x2048         # vLLM with the plugin inplace-ttt-vllm
 
 It prints a table, and writes the results (JSON) and a plot to --output.
 """
@@ -39,6 +40,11 @@ def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word} is not an integer of 1 or more")
     return int(word)
+
+
+def _streams(word: str) -> tuple[int, int]:
+    number, _, after = word.partition("x")
+    return _positive(number), _positive(after)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,6 +120,18 @@ def parse_arguments() -> argparse.Namespace:
     book.add_argument("overrides", nargs="*", help=overrides_help)
     book.add_argument("--prompt", type=_positive, default=64, help="prompt tokens after the book (64)")
     book.add_argument("--rounds", type=_positive, default=7)
+    serve = commands.add_parser("serve")
+    serve.add_argument("overrides", nargs="*", help=overrides_help)
+    serve.add_argument(
+        "--streams", type=_streams, nargs="+", default=[(1, 4096), (8, 4096), (32, 2048)],
+        help="requests at a time x tokens of their prompts (1x4096 8x4096 32x2048)",
+    )  # fmt: skip
+    serve.add_argument("--tokens", type=_positive, default=1024, help="tokens to decode per request (1024)")
+    serve.add_argument("--prompts", type=_positive, nargs="+", default=[32768], help="prompts, first token (32768)")
+    serve.add_argument("--rounds", type=_positive, default=3)
+    serve.add_argument(
+        "--vllm-python", help="interpreter of an environment with vLLM (this one, or that of .venv-vllm)"
+    )
     return parser.parse_args()
 
 
@@ -243,6 +261,16 @@ def run_book(arguments):
         return decode.book(models, arguments.prompt, arguments.rounds), {}
 
 
+def run_serve(arguments):
+    from inplace_ttt.benchmarks import serve
+
+    config, python = configuration(arguments.overrides), serve.python_with_vllm(arguments.vllm_python, ROOT)
+    with fits(f"model.num_layers={config.model.num_layers}", "fewer layers, shorter prompts or fewer streams"):
+        return serve.measure(
+            config, python, arguments.streams, arguments.tokens, arguments.prompts, arguments.rounds, arguments.output
+        ), {}
+
+
 @contextlib.contextmanager
 def exported_models(arguments):
     """Yield the exported models, with and without fast weights, on the GPU."""
@@ -283,6 +311,7 @@ COMMANDS = {
     "prefill": run_prefill,
     "generate": run_generate,
     "book": run_book,
+    "serve": run_serve,
 }
 
 
@@ -343,6 +372,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "prefill": ("tokens", "variant", "ratio", "Prefill", "time / without fast weights"),
         "generate": ("prompt", "variant", "peak_gib", "Whole generations", "peak memory, GiB"),
         "book": ("prompt", "file", "load_ms", "Loading a book", "milliseconds"),
+        "serve": ("case", "variant", "ratio", "Serving with vLLM", "tokens/s, or ms / vLLM without fast weights"),
     }[command]
     ranks = series == "ranks"
     names = list(dict.fromkeys(record[series] for record in records))
@@ -352,7 +382,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
     for number, name in enumerate(names):
         values = {record[groups]: record[key] for record in records if record[series] == name}
         x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
-        is_base = str(name).split(",")[0] in ("plain", "off", "torch")
+        is_base = str(name).split(",")[0] in ("plain", "off", "torch") or name == "vLLM, off"
         color = "#9aa4af" if is_base else COLORS[number % len(COLORS)]
         bars = ax.bar(x, list(values.values()), width * 0.92, color=color, label=f"{name} ranks" if ranks else name)
         ax.bar_label(bars, fmt="%.3f" if ranks else "%.2f", fontsize=8)

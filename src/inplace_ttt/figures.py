@@ -89,6 +89,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
         ("first token, ms", "first_token_ms", _one),
         ("without a book, ms", "without_book_ms", _one),
     ],
+    "serve": [
+        ("requests x prompt", "case", str),
+        ("engine, fast weights", "variant", str),
+        ("", "value", _count),
+        ("unit", "unit", str),
+        ("/ vLLM without", "ratio", _two),
+    ],
     "ruler": [
         ("samples", "samples", _count),
         ("length", "length", _count),

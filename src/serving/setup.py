@@ -1,4 +1,4 @@
-"""Build the wheel: copy the torch-only files of the operation (inplace_ttt/ttt) into this package."""
+"""Build the wheel: copy the operation (inplace_ttt/ttt) and the exported model's file into this package."""
 
 from pathlib import Path
 
@@ -10,11 +10,12 @@ OPERATION = Path(__file__).resolve().parent.parent / "inplace_ttt"
 
 
 class BuildWithOperation(build_py):
-    """Add the operation to the package, with its imports renamed."""
+    """Add the files to the package, with their imports renamed."""
 
     def run(self):
         super().run()
-        files = [OPERATION / "operation.py", *(OPERATION / "ttt").rglob("*.py")]
+        exported = OPERATION / "hf/modeling_inplace_ttt.py"
+        files = [OPERATION / "operation.py", exported, *(OPERATION / "ttt").rglob("*.py")]
         for source in files:
             target = Path(self.build_lib, PACKAGE, source.relative_to(OPERATION))
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,22 @@ def test_kernels_are_what_runs():
     assert isinstance(backends.choose_backend("auto", z, 64, 64, 0.1, PAPER_RULE), HopperBackend)
 
 
+def test_hooks_on_compilation(monkeypatch):
+    """A program may set a hook on Triton's compilation, as vLLM does: it gets all arguments as JSON."""
+    from triton import knobs
+
+    from inplace_ttt.ttt.backends.hopper import scan
+
+    z, v, weight, _ = (t.to(torch.bfloat16).cuda() for t in operands(0, 300, 1, 64, 128))
+    options = dict(eta=0.01, chunk_size=64)
+    expected = fast_weight_linear(z, v, weight, **options)
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *args, **kwargs: compiled.append(kwargs["repr"]))
+    scan._chunk_weights_kernel.device_caches.clear()
+    torch.testing.assert_close(fast_weight_linear(z, v, weight, **options), expected, rtol=0, atol=0)
+    assert any("chunk_weights" in one for one in compiled)
+
+
 def test_operands_that_lie_oddly_in_memory():
     """Rows that start at odd places, columns that are not neighbours."""
     z, v, weight, g = (t.to(torch.bfloat16).cuda() for t in operands(0, 300, 2, 64, 128))

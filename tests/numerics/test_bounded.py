@@ -13,7 +13,8 @@ from inplace_ttt.config import UserError
 from inplace_ttt.hf import modeling_inplace_ttt as exported
 from inplace_ttt.hf.calibration import choose_bound
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
-from inplace_ttt.ttt import ChunkTargets, bounded_fast_weight_linear, fast_weight_linear
+from inplace_ttt.ttt import ChunkTargets, LayoutError, bounded_fast_weight_linear, fast_weight_linear
+from inplace_ttt.ttt.layout import take_local
 from inplace_ttt.ttt.target import chunk_target
 from ranks import run_ranks
 
@@ -81,6 +82,70 @@ def over_columns():
 
 def test_norms_are_summed_over_columns():
     assert max(run_ranks(2, over_columns)) < 1e-12
+
+
+def over_slices(columns_too: bool):
+    """Errors of the output and of the sums after some tokens, over context-parallel ranks; see ``by_definition``."""
+    world = torch.distributed.get_world_size()
+    size = world // 2 if columns_too else world
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world, size)]
+    cp, tp = groups[dist.get_rank() // size], None
+    length = 2 * size * 3 * OPTIONS["chunk_size"]
+    z, v, weight = operands(length, f=8)
+    columns = slice(0, 8)
+    if columns_too:
+        pairs = [dist.new_group([rank, rank + size]) for rank in range(size)]
+        tp, part = pairs[dist.get_rank() % size], dist.get_rank() // size
+        columns = slice(part * 4, part * 4 + 4)
+    errors = []
+    for trained, clip, sum_at in itertools.product([1, 4, 7, 100], [None, 0.2], [0, 5, 20, 45, length]):
+        options = dict(bound=0.5, trained_chunks=trained, clip=clip)
+        mine = [take_local(one, cp.size(), cp.rank(), dim=0) for one in (z[..., columns], v)]
+        groups = dict(cp_group=cp, tp_group=tp)
+        out, found = bounded_fast_weight_linear(
+            *mine, weight[:, columns], sum_at=sum_at, **groups, **options, **OPTIONS
+        )
+        only = bounded_fast_weight_linear(*mine, weight[:, columns], **groups, **options, **OPTIONS)
+        assert torch.allclose(only, out)
+        expected = take_local(by_definition(z, v, weight, **options), cp.size(), cp.rank(), dim=0)
+        if tp is not None:
+            dist.all_reduce(out, group=tp)
+        errors.append((out - expected).abs().max().item())
+        if sum_at:
+            one = dict(sum_at=sum_at, **options, **OPTIONS)
+            _, right = bounded_fast_weight_linear(z[:sum_at], v[:sum_at], weight, **one)
+            for tensor in found:
+                dist.all_reduce(tensor, group=cp)
+            errors.append((found.updates - right.updates[..., columns]).abs().max().item())
+            assert torch.equal(found.limits.isinf(), right.limits.isinf())
+            errors.append((found.limits - right.limits).nan_to_num(0).abs().max().item())
+    return max(errors)
+
+
+@pytest.mark.parametrize(("ranks", "columns_too"), [(2, False), (4, False), (4, True)])
+def test_slices_of_context_parallel_ranks(ranks, columns_too):
+    assert max(run_ranks(ranks, over_slices, columns_too)) < 1e-12
+
+
+def a_slice_that_ends_in_a_chunk():
+    z, v, weight = operands(12)
+    with pytest.raises(LayoutError, match="a slice has 6 tokens, which is not a multiple of chunk_size=5"):
+        bounded_fast_weight_linear(z, v, weight, bound=1, trained_chunks=1, cp_group=dist.group.WORLD, **OPTIONS)
+
+
+def test_slices_end_with_chunks():
+    run_ranks(2, a_slice_that_ends_in_a_chunk)
+
+
+def test_the_sum_after_some_tokens():
+    z, v, weight = operands(33)
+    for tokens in (5, 10, 15, 30):
+        options = dict(bound=0.5, trained_chunks=3, **OPTIONS)
+        out, found = bounded_fast_weight_linear(z, v, weight, sum_at=tokens, **options)
+        # the output at the next token is that of W plus the sum
+        right = torch.einsum("bdf,bf->bd", weight + found.updates, z[tokens])
+        torch.testing.assert_close(out[tokens], right)
+        assert found.limits.isfinite().all() == (tokens >= 15)
 
 
 @torch.no_grad()

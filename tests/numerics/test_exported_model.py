@@ -594,8 +594,8 @@ def test_generation_leaves_the_model_as_it_was():
 def test_sums_in_two_halves_are_the_sums():
     total = torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))
     total[:4] = torch.tensor([0.0, -0.0, 1.00390625, -1.00390625])  # the last two lie between two of bf16
-    rounded, rest = exported._split(total, torch.bfloat16)
-    assert torch.equal(exported._join(rounded, rest), total) and rest.dtype == torch.int16
+    rounded, rest = exported.split_sum(total, torch.bfloat16)
+    assert torch.equal(exported.join_sum(rounded, rest), total) and rest.dtype == torch.int16
     assert ((rounded.float() - total).abs() <= total.abs() / 256).all()
 
 
@@ -733,7 +733,7 @@ def test_books_of_targets_of_embeddings(tmp_path):
 
 def test_rests_that_no_sum_has_are_no_nan():
     rounded, rest = torch.tensor([0.0, -0.0, 1.0]).bfloat16(), torch.tensor([-1, -1, -1], dtype=torch.int16)
-    assert exported._join(rounded, rest).isfinite().all()
+    assert exported.join_sum(rounded, rest).isfinite().all()
 
 
 @torch.no_grad()

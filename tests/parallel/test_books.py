@@ -63,13 +63,13 @@ def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    from inplace_ttt.hf.modeling_inplace_ttt import _join
+    from inplace_ttt.hf.modeling_inplace_ttt import join_sum
 
     found = {}
     for name, tensor in tensors.items():
         rest = tensors.get(name.replace("update", "rest"))
         if not name.endswith("rest"):
-            found[name] = _join(tensor, rest) if name.endswith("update") and rest is not None else tensor
+            found[name] = join_sum(tensor, rest) if name.endswith("update") and rest is not None else tensor
     return found
 
 
@@ -93,6 +93,9 @@ def test_every_layout_reads_the_same_book(world, tmp_path, ranks, kinds, target)
     assert [code for code, _ in answers] == [0] * ranks, answers
     assert f"CP {ranks // 2 ** len(kinds)} " in answers[0][1] and f"'{tmp_path / 'ours'}' saved" in answers[0][1]
     (ours, about), (theirs, expected) = contents(tmp_path / "ours"), contents(tmp_path / "theirs")
+    limits, others = about.pop("limits"), expected.pop("limits")
+    assert limits.keys() == others.keys() == {"0", "1"}  # the text is longer than the training length
+    assert all(limits[layer] == pytest.approx(others[layer], rel=1e-4) for layer in limits)
     assert about == expected and [one["name"] for one in about["texts"][0]] == ["one.txt", "two.jsonl"]
     assert int(ours["count"]) == sum(one["tokens"] for one in about["texts"][0]) % CHUNK != 0
     ours, theirs = joined(ours), joined(theirs)

@@ -1,7 +1,8 @@
-"""Run vLLM's engine on a CPU: engine.py MODEL REQUESTS.json SETTINGS.json. Prints the tokens of each request as JSON.
+"""Run vLLM's engine: engine.py MODEL REQUESTS.json SETTINGS.json. Prints tokens and log-probabilities as JSON.
 
-It needs the environment of launch/setup_vllm.sh. The second model runner, which has the hooks that the plugin uses, has
-Triton kernels; they run in Triton's interpreter, which wants a backend that says that it is active.
+It runs on a GPU if there is one, else on a CPU, in the environment of launch/setup_vllm.sh. There, the second model
+runner, which has the hooks that the plugin uses, has Triton kernels; they run in Triton's interpreter, which wants a
+backend that says that it is active.
 """
 
 import importlib.metadata
@@ -10,14 +11,9 @@ import os
 import sys
 import types
 
-os.environ.update(
-    VLLM_USE_V2_MODEL_RUNNER="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    TRITON_INTERPRET="1",
-    TORCHDYNAMO_DISABLE="1",
-)
-import triton.backends
+import torch
+
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 
 
 class _Driver:
@@ -26,12 +22,38 @@ class _Driver:
         return True
 
 
-triton.backends.backends["cpu"] = types.SimpleNamespace(compiler=None, driver=_Driver)
-_version = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.26.0+cpu" if name == "vllm" else _version(name)
+def interpret_kernels() -> None:
+    """Run Triton's kernels in its interpreter, on a CPU."""
+    os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
+    import triton.backends
+
+    triton.backends.backends["cpu"] = types.SimpleNamespace(compiler=None, driver=_Driver)
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda name: "0.26.0+cpu" if name == "vllm" else version(name)
+
+
+def put_fault(fault: str) -> None:
+    """Change the plugin so that it is wrong, to show that tests see it."""
+    from inplace_ttt_vllm import mlp
+
+    if fault == "slots are not cleared":
+        mlp.FastWeightMLP.clear = lambda self, slot: None
+    elif fault == "slots are exchanged":
+        store = mlp.FastWeightMLP.store
+        mlp.FastWeightMLP.store = lambda self, slot, total: store(self, (slot + 1) % self.slots.number, total)
+    elif fault == "decoded chunks are forgotten":
+        mlp.FastWeightMLP.fold = lambda self, slot, chunks: None
+    else:
+        raise SystemExit(fault)
 
 
 def main(model: str, requests: str, settings: str) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if torch.cuda.is_available():
+        os.environ["TRITON_F32_DEFAULT"] = "ieee"  # products of fp32 in attention's kernels are not TF32
+        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # looking for a GPU forbids to fork
+    else:
+        interpret_kernels()
     from vllm import LLM, SamplingParams
     from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -44,29 +66,39 @@ def main(model: str, requests: str, settings: str) -> None:
     Scheduler._preempt_request = counted
     with open(settings) as file:
         options = json.load(file)
-    broken = options.pop("broken", None)  # a fault that must be seen in the tokens
-    if broken:
-        from inplace_ttt_vllm import mlp
-
-        if broken == "slots are not cleared":
-            mlp.FastWeightMLP.clear = lambda self, slot: None
-        elif broken == "slots are exchanged":
-            read = mlp.FastWeightMLP.store
-            mlp.FastWeightMLP.store = lambda self, slot, total: read(self, (slot + 1) % self.slots.number, total)
-        elif broken == "decoded chunks are forgotten":
-            mlp.FastWeightMLP.fold = lambda self, slot: None
-        else:
-            raise SystemExit(broken)
+    fault = options.pop("broken", None)
+    if fault:
+        put_fault(fault)
     with open(requests) as file:
         asked = json.load(file)
     default = dict(skip_tokenizer_init=True, dtype="float32", max_model_len=512, max_num_seqs=3, enforce_eager=True)
+    if torch.cuda.is_available():
+        default |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28)
     engine = LLM(model, **default | options)
-    params = [
-        SamplingParams(max_tokens=one["tokens"], temperature=0, detokenize=False, ignore_eos=True) for one in asked
-    ]
+
+    def params_of(one: dict) -> SamplingParams:
+        options = dict(temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
+        return SamplingParams(max_tokens=one["tokens"], extra_args=one.get("extra"), **options)
+
+    refused = []
+    for one in list(asked):
+        if one.get("refused"):
+            asked.remove(one)
+            try:
+                engine.generate([dict(prompt_token_ids=one["prompt"])], params_of(one))
+                refused.append("")
+            except ValueError as error:
+                refused.append(str(error))
+    print("REFUSED", json.dumps(refused))
+    params = [params_of(one) for one in asked]
     outputs = engine.generate([dict(prompt_token_ids=one["prompt"]) for one in asked], params)
+    results = [one.outputs[0] for one in outputs]
     print("PREEMPTED", len(preempted))
-    print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in outputs]), flush=True)
+    print("TOKENS", json.dumps([list(one.token_ids) for one in results]))
+    logprobs = [
+        [places[token].logprob for places, token in zip(one.logprobs, one.token_ids, strict=True)] for one in results
+    ]
+    print("LOGPROBS", json.dumps(logprobs), flush=True)
     os._exit(0)  # vLLM's threads end with it
 
 

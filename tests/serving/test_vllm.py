@@ -1,4 +1,7 @@
-"""vLLM with the plugin: the tokens of many requests over few slots are those of the exported model, fp32 on a CPU."""
+"""vLLM with the plugin: the tokens of many requests over few slots are those of the exported model, in fp32.
+
+On a machine with a GPU and vLLM, all tests run on it, and those of CUDA graphs, bf16 and tensor parallelism, too.
+"""
 
 import json
 import os
@@ -8,56 +11,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from inplace_ttt.hf import modeling_inplace_ttt as exported
 from launching import ROOT
+from serving_models import CHUNK, HAS_GPU, LLAMA, PYTHON, QWEN3, SHAPES, Served, make_model
 
-PYTHON = ROOT / ".venv-vllm/bin/python"
-CHUNK = 32
 LENGTHS = [301, 20, 97, 250, 64, 32, 31, 1, 128, 5]  # around edges of chunks; the longest is read in parts
-SHAPES = dict(
-    vocab_size=199, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, head_dim=32,
-    num_key_value_heads=2, max_position_embeddings=2048, ttt_layers=[0, 2], ttt_chunk=CHUNK, ttt_lr=0.05,
-    tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
-QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM
 MODELS = {
     "qwen3": (QWEN3, {}),
     "input_embed, clipped": (QWEN3, dict(ttt_target="input_embed", ttt_clip=0.1)),
     "llama, clip of each layer, no projection": (LLAMA, dict(ttt_clip=[0.05, 0.2], ttt_proj=False)),
+    "bounded": (QWEN3, dict(ttt_bound=0.5, ttt_trained_length=2 * CHUNK + 5)),
 }
 
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="make test-serving creates the environment with vLLM")
+on_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and vLLM")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[Path, list[dict], list[list[int]]]]:
-    """Folder of each model, the requests, and the tokens that the exported model generates for them."""
-    found = {}
-    for name, (kind, keys) in MODELS.items():
-        torch.manual_seed(0)
-        model = kind(kind.config_class(**SHAPES, **keys)).eval()
-        for parameter, value in model.named_parameters():
-            if value.dim() > 1:
-                value.data.normal_(0, 0.3 if "ttt" in parameter else 0.1)
-        model.generation_config.eos_token_id = None
-        folder = tmp_path_factory.mktemp("model") / "exported"
-        model.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | dict(architectures=[kind.__name__])))
-        requests, expected = [], []
-        for number, length in enumerate(LENGTHS):
-            prompt = torch.randint(1, 198, (1, length))
-            tokens = 70 if number % 2 else 40
-            out = model.generate(prompt, max_new_tokens=tokens, do_sample=False)
-            requests.append(dict(prompt=prompt[0].tolist(), tokens=tokens))
-            expected.append(out[0, length:].tolist())
-        assert len(set(map(tuple, expected))) == len(expected)
-        found[name] = folder, requests, expected
-    return found
+def models(tmp_path_factory) -> dict[str, Served]:
+    return {
+        name: make_model(tmp_path_factory.mktemp("model"), kind, keys, LENGTHS) for name, (kind, keys) in MODELS.items()
+    }
 
 
 def serve(model: tuple, tmp_path: Path, **settings) -> subprocess.CompletedProcess:
-    folder, requests, _ = model
+    """Run the engine on a model's folder and requests."""
+    folder, requests = model[:2]
     (tmp_path / "requests.json").write_text(json.dumps(requests))
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     words = [str(folder), str(tmp_path / "requests.json"), str(tmp_path / "settings.json")]
@@ -67,10 +45,14 @@ def serve(model: tuple, tmp_path: Path, **settings) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+def result(done: subprocess.CompletedProcess, name: str) -> list[list]:
+    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+    assert lines, done.stderr[-3000:] + done.stdout[-3000:]
+    return json.loads(lines[-1].removeprefix(f"{name} "))
+
+
 def tokens(done: subprocess.CompletedProcess) -> list[list[int]]:
-    lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("TOKENS "))
+    return result(done, "TOKENS")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -85,9 +67,145 @@ def test_parts_of_any_size(models, tmp_path):
 
 def test_preempted_requests_are_read_again(models, tmp_path):
     """With keys and values for fewer tokens than the requests have, vLLM takes requests out and starts them again."""
-    done = serve(models["qwen3"], tmp_path, max_num_batched_tokens=128, num_gpu_blocks_override=5, max_num_seqs=4)
+    few = dict(num_gpu_blocks_override=5, block_size=128, max_num_seqs=4)
+    done = serve(models["qwen3"], tmp_path, max_num_batched_tokens=128, **few)
     assert tokens(done) == models["qwen3"][2]
     assert "PREEMPTED 0" not in done.stdout
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["qwen3", "input_embed, clipped"])
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])
+def test_cuda_graphs(mode, name, models, tmp_path):
+    graphs = dict(cudagraph_mode=mode, cudagraph_capture_sizes=[1, 2, 4, 8])
+    done = serve(models[name], tmp_path, max_num_batched_tokens=101, enforce_eager=False, compilation_config=graphs)
+    assert tokens(done) == models[name][2]
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", MODELS)
+def test_tensor_parallel(name, models, tmp_path):
+    done = serve(models[name], tmp_path, max_num_batched_tokens=101, enforce_eager=False, tensor_parallel_size=2)
+    assert tokens(done) == models[name][2]
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Log-probabilities that the exported model gives to an answer (t,)."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
+
+
+@pytest.mark.parametrize("name", ["qwen3", "input_embed, clipped"])
+def test_bf16_by_log_probabilities(name, models, tmp_path):
+    """In bf16, tokens may differ; the log-probabilities differ from the exact ones as the exported model's do."""
+    folder, requests, _ = models[name]
+    settings = dict(max_num_batched_tokens=101, dtype="bfloat16", enforce_eager=not HAS_GPU)
+    kind = MODELS[name][0]
+    device = "cuda" if HAS_GPU else "cpu"
+    exact, rounded = (kind.from_pretrained(folder, dtype=dtype).to(device) for dtype in (torch.float32, torch.bfloat16))
+
+    def errors(**more) -> tuple[float, float]:
+        done = serve(models[name], tmp_path, **settings, **more)
+        found, other = [], []
+        pairs = zip(requests, result(done, "TOKENS"), result(done, "LOGPROBS"), strict=True)
+        for asked, answer, logprobs in pairs:
+            right = logprobs_of(exact, asked["prompt"], answer)
+            found.append((torch.tensor(logprobs) - right).square())
+            other.append((logprobs_of(rounded, asked["prompt"], answer) - right).square())
+        return torch.cat(found).mean().sqrt().item(), torch.cat(other).mean().sqrt().item()
+
+    found, other = errors()
+    assert found < 1.5 * other
+    found, other = errors(broken="decoded chunks are forgotten")
+    assert found > 3 * other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3", "input_embed, clipped"])
+def test_books(name, models, tmp_path):
+    """A book of the exported model is loaded, and a saved one is the exported model's."""
+    folder, kind = models[name][0], MODELS[name][0]
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    books = tmp_path / "books"
+    books.mkdir()
+    texts = [torch.randint(1, 198, (1, length)) for length in (3 * CHUNK + 7, 2 * CHUNK, 9)]
+    question = torch.randint(1, 198, (1, 2 * CHUNK - 3))
+    requests, answers = [], []
+    for number, text in enumerate(texts):
+        book = model.read(text)
+        book.save(str(books / f"read{number}"))
+        answers.append(model.generate(question, fast_weights=book, max_new_tokens=45, do_sample=False)[0, -45:])
+        asked = dict(prompt=question[0].tolist(), tokens=45)
+        requests.append(asked | dict(extra=dict(ttt_load=f"read{number}", ttt_save=f"more{number}")))
+        requests.append(dict(prompt=text[0].tolist(), tokens=1 if number else 40, extra=dict(ttt_save=f"own{number}")))
+    requests.append(asked)
+    answers.append(model.generate(question, max_new_tokens=45, do_sample=False)[0, -45:])
+    settings = dict(max_num_batched_tokens=101, additional_config=dict(ttt_books=str(books)))
+    found = tokens(serve((folder, requests), tmp_path, **settings))
+    assert found[::2] == [one.tolist() for one in answers]
+    assert len(set(map(tuple, found[::2]))) == 4
+    for number, text in enumerate(texts):
+        before = model.read(text)
+        pairs = {f"own{number}": before, f"more{number}": model.read(question, fast_weights=before)}
+        for file, right in pairs.items():
+            saved = model.load_fast_weights(str(books / file))
+            assert saved.counts == right.counts and saved.chunks == right.chunks and saved.texts == right.texts
+            for layer, state in right.layers.items():
+                own = saved.layers[layer]
+                for one, other in ((own.sums[0], state.sums[0]), (own.tails[0], state.tails[0])):
+                    assert (one is None) == (other is None)
+                    if one is not None:
+                        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_books_that_cannot_be_used(models, tmp_path):
+    folder, kind = models["qwen3"][0], QWEN3
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    books = tmp_path / "books"
+    books.mkdir()
+    text = torch.randint(1, 198, (2, 40))
+    model.read(text[:1]).save(str(books / "good"))
+    model.read(text).save(str(books / "two"))
+    model.read(text[:1]).save(str(tmp_path / "outside"))
+    (books / "link").symlink_to(tmp_path / "outside")
+    (books / "damaged").write_bytes((books / "good").read_bytes()[:200])
+    model.lm_head.weight.data += 1
+    model.read(text[:1]).save(str(books / "other"))
+    wide = kind(kind.config_class(**SHAPES | dict(intermediate_size=64)))
+    wide.read(text[:1]).save(str(books / "narrow"))
+    infinite = model.read(text[:1])
+    infinite.layers[0].sums[0][0, 0] = float("inf")
+    infinite.model = None
+    infinite.save(str(books / "infinite"))
+    expected = {
+        "missing": "ttt_load=missing: there is no such file in the server's folder of books",
+        "link": "ttt_load=link: there is no such file",
+        "../outside": "ttt_load='../outside' is not a file name",
+        str(tmp_path / "outside"): "is not a file name",
+        "": "is not a file name",
+        "two": "'two' holds 2 texts: a request takes a file with one",
+        "damaged": "'damaged' is not a valid file of fast weights",
+        "other": "'other' was made with another model",
+        "narrow": "their shapes differ",
+        "infinite": "'infinite' holds fast weights that are not finite",
+    }
+    cases = [(dict(ttt_load=name), message) for name, message in expected.items()] + [
+        (dict(ttt_load=3), "ttt_load=3 is not a file name"),
+        (dict(ttt_save="good"), "ttt_save=good: a file of this name exists; choose another name"),
+        (dict(ttt_sav="new"), "ttt_sav is not an argument of fast weights: use ttt_load or ttt_save"),
+    ]
+    requests = [dict(prompt=[1, 2, 3], tokens=2, extra=extra, refused=True) for extra, _ in cases]
+    requests.append(dict(prompt=[1, 2, 3], tokens=2, extra=dict(ttt_load="good", other=1)))
+    done = serve((folder, requests), tmp_path, additional_config=dict(ttt_books=str(books)))
+    for (extra, message), found in zip(cases, result(done, "REFUSED"), strict=True):
+        assert message in found and str(books) not in found, (extra, found)
+    assert len(tokens(done)) == 1
+    requests[-1]["extra"] = None
+    done = serve((folder, requests[-2:] + requests[:1]), tmp_path)
+    assert all("this server has no folder of books" in one for one in result(done, "REFUSED")[1:])
 
 
 @pytest.mark.parametrize("broken", ["slots are not cleared", "slots are exchanged", "decoded chunks are forgotten"])
@@ -104,9 +222,12 @@ def test_faults_are_seen(broken, models, tmp_path):
             dict(compilation_config=dict(cudagraph_mode="FULL"), enforce_eager=False),
             "cudagraph_mode=FULL is not supported",
         ),
+        (dict(additional_config=dict(ttt_books="missing/folder")), "ttt_books='missing/folder', which is not a folder"),
+        (dict(max_num_seqs=10**8), "max_num_seqs=100000000 needs"),
+        (dict(enable_lora=True), "LoRA adapters: not supported with fast weights; leave enable_lora out"),
         (
             dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)),
-            "speculative decoding is not supported with fast weights",
+            "speculative decoding: not supported with fast weights",
         ),
     ],
 )

@@ -100,6 +100,11 @@ def decode(
     return records
 
 
+def one_decode(models: Models, rows: int, after: int, tokens: int) -> dict:
+    """Return a record of decoding with fast weights and a dynamic cache, as ``generate`` does it by default."""
+    return _decoded(models, models.ours, models.book, rows, after, tokens, static=False)
+
+
 def _decoded(models: Models, model: PreTrainedModel, book, rows: int, after: int, tokens: int, static: bool) -> dict:
     steps: list[float] = []
     started, recorded = time.perf_counter(), 0.0

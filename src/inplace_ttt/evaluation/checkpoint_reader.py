@@ -61,24 +61,6 @@ def padded_length(config: Config, length: int) -> int:
     return -(-length // unit) * unit
 
 
-def check_bound(path: Path, mode: FastWeightMode, length: int, why: str) -> None:
-    """Raise UserError if ``length`` exceeds the training length of a model with ``ttt_bound``, and the bound is on.
-
-    The exported model bounds its fast weights beyond that length; the caller cannot.
-
-    Args:
-        length: tokens of the longest text.
-        why: what cannot apply the bound, for the message.
-    """
-    keys = reading_keys(inspect_checkpoint(path))
-    if mode.on and mode.bound_of(keys["ttt_bound"]) is not None and length > keys["ttt_trained_length"]:
-        raise UserError(
-            f"the fast weights of '{path}' are bounded chunk by chunk beyond its training length of "
-            f"{keys['ttt_trained_length']} tokens, which {why} does not support ({length} tokens): export it and use "
-            f"the exported folder, or use --fast-weights clip=none"
-        )
-
-
 @dataclass(frozen=True)
 class ScoredDocument:
     """Hold a document and the ranges of positions whose losses are summed."""
@@ -127,11 +109,11 @@ class CheckpointReader:
         self.chunk_size = config.ttt.chunk_size if ttt_layers(config.ttt, config.model.num_layers) else None
 
     def _set_mode(self, mode: FastWeightMode) -> None:
-        """Set clip and bound of the TTT layers for a mode. The bound needs CP = 1, see ``check_bound``."""
+        """Set clip and bound of the TTT layers for a mode."""
         layers = ttt_layers(self.config.ttt, self.config.model.num_layers)
         clip, trained = self.keys["ttt_clip"], (self.keys["ttt_trained_length"] or 0) // self.config.ttt.chunk_size
         clips = dict(zip(layers, clip if isinstance(clip, list) else [clip] * len(layers), strict=True))
-        bound = mode.bound_of(self.keys["ttt_bound"]) if trained and self.groups.cp.size() == 1 else None
+        bound = mode.bound_of(self.keys["ttt_bound"]) if trained else None
         for layer, module in self.modules.items():
             module.clip = mode.clip_of(clips[layer])
             module.bound = None if bound is None else (bound, trained)

@@ -15,7 +15,7 @@ from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.environment import World
 from inplace_ttt.evaluation import documents
 from inplace_ttt.evaluation.arguments import Arguments
-from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound, evaluation_config
+from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, evaluation_config
 from inplace_ttt.evaluation.columns import EvaluatedModel, one_tokenizer
 from inplace_ttt.evaluation.documents import Chosen, Document, Selection
 from inplace_ttt.evaluation.kinds import KINDS
@@ -52,9 +52,6 @@ class ReadingTask:
         self.readings, self.contexts, self.settings = make(arguments.options, trained)
         self.digests = [_digest(reading) for reading in self.readings]
         self.longest = max(len(one.document.tokens) - 1 for one in self.readings)
-        for one in asked:
-            if one.model.path in self.configs and self.configs[one.model.path].parallel.context_parallel_size > 1:
-                check_bound(one.model.path, one.mode, self.longest, "context parallelism")
 
     def _positions(self, options, trained: int) -> tuple[list[ScoredDocument], list[int], dict]:
         length = options.length or trained

@@ -12,7 +12,7 @@ from inplace_ttt.ttt import histogram
 
 HISTOGRAMS = "update_histograms.json"  # file in a checkpoint; older ones have none
 # Defaults of --clip and --bound in an export, see choose_clip and choose_bound
-READING_CLIP, READING_BOUND = "trained", "none"
+READING_CLIP, READING_BOUND = "trained", "0.5"
 Norms = dict[str, list[float]]  # per quantile and TTT layer: norm of one chunk's update / norm of W_down
 
 

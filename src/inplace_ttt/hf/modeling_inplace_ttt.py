@@ -95,7 +95,7 @@ class LayerState:
 
     def __init__(self, rows: int):
         self.sums: list[Tensor | None] = [None] * rows  # (d, f); None: no update yet, or the sum is in `update`
-        self.rests: list[Tensor | None] = [None] * rows  # (d, f) remaining bits, see _split; None: `sums` is exact
+        self.rests: list[Tensor | None] = [None] * rows  # (d, f) remaining bits, see split_sum; None: `sums` is exact
         self.tails: list[Tensor | None] = [None] * rows  # (t, d) inputs of the unfinished chunk, t < chunk
         self.limits = [math.inf] * rows  # largest norm of the sum (ttt_bound); inf: not known yet
         self.update: Tensor | None = None  # (rows, d, f) rounded sums, in the model's dtype
@@ -112,7 +112,7 @@ class LayerState:
         if rounded is None:
             return None
         rounded = rounded.to(device)
-        return _to_sum_dtype(rounded) if rest is None else _join(rounded, rest.to(device, non_blocking=True))
+        return _to_sum_dtype(rounded) if rest is None else join_sum(rounded, rest.to(device, non_blocking=True))
 
     def put_sum(self, row: int, total: Tensor) -> None:
         """Replace the sum of updates of a text by an exact one, (d, f)."""
@@ -121,7 +121,7 @@ class LayerState:
         elif self.update.dtype == total.dtype:
             self.update[row] = total
         else:
-            rounded, rest = _split(total, self.update.dtype)
+            rounded, rest = split_sum(total, self.update.dtype)
             self.update[row] = rounded
             kept = torch.empty(rest.shape, dtype=rest.dtype, pin_memory=rest.is_cuda)
             self.rests[row] = kept.copy_(rest, non_blocking=True)
@@ -175,7 +175,7 @@ class LayerState:
         """Round fp32 sums to bfloat16 on their device and move the remaining bits to host memory."""
         for row, total in enumerate(self.sums):
             if total is not None and total.dtype == torch.float32 and dtype == torch.bfloat16:
-                self.sums[row], rest = _split(total, dtype)
+                self.sums[row], rest = split_sum(total, dtype)
                 self.rests[row] = rest.cpu()
 
     def _mark(self) -> None:
@@ -408,6 +408,51 @@ class FastWeights:
             raise ValueError(f"'{path}' is not a valid file of fast weights ({error})") from error
         return found
 
+    def check_fits(self, path: str, shapes: dict[int, tuple[int, int]], chunk: int, embeddings: bool) -> None:
+        """Raise ValueError if these fast weights, loaded from a file, have other shapes than a model's.
+
+        Layers without updates get an empty state.
+
+        Args:
+            shapes: (d, f) of each TTT layer's down-projection, by the number of the layer.
+            chunk: tokens per chunk.
+            embeddings: True if targets are made from embeddings.
+        """
+        if not set(self.layers) <= set(shapes):
+            raise ValueError(f"'{path}' holds fast weights of layers {sorted(self.layers)}, not those of this model")
+        if self.embeds is not None and not embeddings:
+            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_target is input_embed")
+        states = [(self.layers.setdefault(layer, LayerState(self.rows)), shape) for layer, shape in shapes.items()]
+        if embeddings:
+            self.embeds = self.embeds or LayerState(self.rows)
+            states.append((self.embeds, next(iter(shapes.values()))))
+        for state, shape in states:
+            for total, tail in zip(state.sums, state.tails, strict=True):
+                pairs = [(total, shape), (tail, None if tail is None else (len(tail), shape[0]))]
+                if any(tensor is not None and tuple(tensor.shape) != tuple(right) for tensor, right in pairs):
+                    raise ValueError(f"'{path}' holds fast weights of another model: their shapes differ")
+            try:
+                state.check(self.counts)
+            except ValueError as error:
+                raise ValueError(f"'{path}' does not fit this model ({error})") from error
+        if max(self.counts) >= chunk:
+            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_chunk is larger")
+
+    def check_made_with(self, path: str, model: Callable[[], str], tokenizer=None) -> None:
+        """Raise ValueError if the model or the tokenizer that made these fast weights has another fingerprint.
+
+        ``model`` returns a model's fingerprint; ``tokenizer`` None: not compared.
+        """
+        others = [(self.model, model, "model")]
+        if tokenizer is not None:
+            others.append((self.tokenizer, lambda: fingerprint_of_tokenizer(tokenizer), "tokenizer"))
+        for theirs, fingerprint, what in others:
+            if theirs is not None and theirs != fingerprint():
+                raise ValueError(
+                    f"'{path}' was made with another {what} (fingerprint {theirs[:12]}; this one has "
+                    f"{fingerprint()[:12]}): read the texts again with this one"
+                )
+
     def _take_description(self, written: str | None) -> dict:
         """Read the metadata of a file and return its limits; older files have no metadata."""
         if written is None:
@@ -458,7 +503,7 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split_sum(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Split fp32 numbers into bf16 and the remaining bits as int16; for fp16 return the fp32 numbers as second part."""
     if dtype != torch.bfloat16:
         return total.to(dtype), total
@@ -468,12 +513,12 @@ def _split(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
 
-def _join(rounded: Tensor, rest: Tensor) -> Tensor:
-    """Return the fp32 numbers that ``_split`` split."""
+def join_sum(rounded: Tensor, rest: Tensor) -> Tensor:
+    """Return the fp32 numbers that ``split_sum`` split."""
     if rest.dtype != torch.int16:
         return rest
     rest = rest.to(torch.int32)
-    rest = torch.where(rounded == 0, rest.clamp(min=0), rest)  # _split writes no negative bits at zero: NaN
+    rest = torch.where(rounded == 0, rest.clamp(min=0), rest)  # split_sum writes no negative bits at zero: NaN
     bits = (rounded.contiguous().view(torch.int16).to(torch.int32) << 16) + rest
     return bits.view(torch.float32)
 
@@ -1276,35 +1321,12 @@ class FastWeightsMixin:
         Raises ValueError if the file is damaged, does not fit this model, or fails ``check``.
         """
         found = FastWeights.load(path)
-        if not set(found.layers) <= {mlp.layer for mlp in self.fast_mlps}:
-            raise ValueError(f"'{path}' holds fast weights of layers {sorted(found.layers)}, not those of this model")
-        if found.embeds is not None and not self.fast_mlps[0].reads_embeddings:
-            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_target is input_embed")
-        states = [(found.layers.setdefault(mlp.layer, LayerState(found.rows)), mlp.shape) for mlp in self.fast_mlps]
-        if self.fast_mlps[0].reads_embeddings:
-            found.embeds = found.embeds or LayerState(found.rows)
-            states.append((found.embeds, self.fast_mlps[0].shape))
-        width = self.config.hidden_size
-        for state, shape in states:
-            for total, tail in zip(state.sums, state.tails, strict=True):
-                shapes = [(total, shape), (tail, None if tail is None else (len(tail), width))]
-                if any(tensor is not None and tuple(tensor.shape) != tuple(right) for tensor, right in shapes):
-                    raise ValueError(f"'{path}' holds fast weights of another model: their shapes differ")
-            try:
-                state.check(found.counts)
-            except ValueError as error:
-                raise ValueError(f"'{path}' does not fit this model ({error})") from error
-        if max(found.counts) >= self.config.ttt_chunk:
-            raise ValueError(f"'{path}' holds fast weights of another model: its ttt_chunk is larger")
-        others = [(found.model, self.fingerprint, "model")]
-        if tokenizer is not None:
-            others.append((found.tokenizer, lambda: fingerprint_of_tokenizer(tokenizer), "tokenizer"))
-        for theirs, fingerprint, what in others if check else ():
-            if theirs is not None and theirs != fingerprint():
-                raise ValueError(
-                    f"'{path}' was made with another {what} (fingerprint {theirs[:12]}; this one has "
-                    f"{fingerprint()[:12]}): read the texts again with this one, or load with check=False"
-                )
+        found.check_fits(
+            path, {mlp.layer: mlp.shape for mlp in self.fast_mlps}, self.config.ttt_chunk,
+            embeddings=self.fast_mlps[0].reads_embeddings,
+        )  # fmt: skip
+        if check:
+            found.check_made_with(path, self.fingerprint, tokenizer)
         finite: dict[torch.device, list[Tensor]] = {}
         for mlp in self.fast_mlps:
             place, state = mlp.down_proj.weight.device, found.layers[mlp.layer]

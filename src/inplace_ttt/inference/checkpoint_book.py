@@ -1,7 +1,8 @@
 """Creation of a book (saved fast weights) from a training checkpoint, over context, tensor and pipeline parallel ranks.
 
 The update of a document is a sum over its complete chunks. Each rank sums its own chunks, then the sums are reduced
-over the ranks. The inputs of the incomplete last chunk are collected from the ranks that have them.
+over the ranks. With a bound (ttt/bounded.py), the rank with the last chunk has the sum. The inputs of the incomplete
+last chunk are collected from the ranks that have them.
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from inplace_ttt.megatron.step import unwrap
 from inplace_ttt.megatron.tensors import TensorReader
 from inplace_ttt.ttt.layout import take_local
 
-# by layer: sum of updates (d, f), inputs and embeddings of the incomplete chunk (t, d)
-Written = dict[int, tuple[Tensor, Tensor, Tensor | None]]
+# by layer: sum of updates (d, f) and its limit, inputs and embeddings of the incomplete chunk (t, d)
+Written = dict[int, tuple[Tensor, float, Tensor, Tensor | None]]
 
 
 def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeightMode) -> FastWeights | None:
@@ -39,8 +40,9 @@ def read_book(reader: CheckpointReader, reading: ScoredDocument, mode: FastWeigh
     chunk = reader.config.ttt.chunk_size
     book = FastWeights()
     book.counts, book.chunks = [recorder.length % chunk], [recorder.length // chunk]
-    for layer, (total, tail, embeds) in sorted(written.items()):
+    for layer, (total, limit, tail, embeds) in sorted(written.items()):
         state = book.layers[layer] = LayerState(1)
+        state.limits = [limit]
         if recorder.whole:
             state.sums[0] = total
             state.round(torch.bfloat16)
@@ -85,18 +87,23 @@ class _Recorder:
 
         return look
 
-    def _look(self, module: TTTMLP, hidden: Tensor, embeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return a layer's sum of updates and the inputs of the incomplete chunk, from this rank's inputs (s, 1, d)."""
+    def _look(
+        self, module: TTTMLP, hidden: Tensor, embeds: Tensor | None
+    ) -> tuple[Tensor, float, Tensor, Tensor | None]:
+        """Return a layer's sum of updates, its limit and the inputs of the incomplete chunk.
+
+        ``hidden``, ``embeds``: this rank's inputs (s, 1, d).
+        """
         cp = self.groups.cp
         places = take_local(torch.arange(len(hidden) * cp.size()), cp.size(), cp.rank(), dim=0).to(hidden.device)
-        inside = (places < self.whole).nonzero().squeeze(1)  # slices start on chunk boundaries
-        total = module.sum_of_updates(hidden, embeds, inside)
+        total, limit = module.sum_of_updates(hidden, embeds, self.whole)
         dist.all_reduce(total, group=cp)
-        parts = [torch.empty_like(total) for _ in range(self.groups.tp.size())]
-        dist.all_gather(parts, total, group=self.groups.tp)
+        dist.all_reduce(limit, group=cp)
+        parts = [torch.empty_like(total[0]) for _ in range(self.groups.tp.size())]
+        dist.all_gather(parts, total[0], group=self.groups.tp)
         used = embeds if module.ttt.target == "input_embed" else None
         tails = [None if one is None else self._tail(one, places) for one in (hidden, used)]
-        return torch.cat(parts, dim=1).cpu(), *tails
+        return torch.cat(parts, dim=1).cpu(), limit.item(), *tails
 
     def _tail(self, tokens: Tensor, places: Tensor) -> Tensor:
         """Return the incomplete chunk (t, d), collected from the local tokens (s, 1, d) of all CP ranks."""

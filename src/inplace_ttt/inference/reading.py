@@ -185,12 +185,11 @@ def _by_checkpoint(
 ) -> FastWeights | None:
     """Process a text with a training checkpoint on all ranks; return the book on rank 0 and None on other ranks."""
     from inplace_ttt.data.position import PositionRanges
-    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument, check_bound
+    from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
 
     check_exportable(named.checkpoint.config.ttt, f"'{named.path}'")
-    check_bound(named.path, mode, len(text.tokens), "reading a checkpoint over ranks")
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)
     reader = CheckpointReader(named.path, config, job, len(text.tokens))

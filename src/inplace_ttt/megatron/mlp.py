@@ -33,7 +33,8 @@ from inplace_ttt.ttt import (
     histogram,
     is_papers,
 )
-from inplace_ttt.ttt.layout import SequenceLayout
+from inplace_ttt.ttt.bounded import BoundedSum
+from inplace_ttt.ttt.layout import SequenceLayout, take_local
 from inplace_ttt.ttt.products import state_dtype
 from inplace_ttt.ttt.target import chunk_target
 
@@ -138,7 +139,7 @@ class TTTMLP(MLP):
                 self.update_counts += histogram.count(ratios[0])
         return self._reduce(out), None
 
-    def _bounded(self, z: Tensor, v: Tensor | ChunkTargets) -> Tensor:
+    def _bounded(self, z: Tensor, v: Tensor | ChunkTargets, **more) -> Tensor | tuple[Tensor, BoundedSum]:
         """Apply the fast weights to one document per row, which may be longer than the training length."""
         bound, trained_chunks = self.bound
         return bounded_fast_weight_linear(
@@ -152,6 +153,8 @@ class TTTMLP(MLP):
             clip=self.clip,
             rule=self.rule,
             tp_group=self.tp_group,
+            cp_group=self.cp_group,
+            **more,
         )
 
     def _reduce(self, out: Tensor) -> Tensor:
@@ -161,23 +164,30 @@ class TTTMLP(MLP):
         return reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
     @torch.no_grad()
-    def sum_of_updates(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: Tensor) -> Tensor:
-        """Return the sum (d, f / TP) of the updates of the given chunks. Does not support sequence parallelism.
+    def sum_of_updates(self, hidden_states: Tensor, input_embed: Tensor | None, tokens: int) -> BoundedSum:
+        """Return this rank's part of the sum of updates after the first tokens of the sequence.
+
+        The sum over the context-parallel ranks is (1, d, f / TP); its limit is inf without ``bound``. Does not support
+        sequence parallelism.
 
         Args:
-            hidden_states, input_embed: (s, 1, d), inputs of ``forward``.
-            tokens: (n,) positions of the tokens of complete chunks, chunk by chunk.
+            hidden_states, input_embed: (s, 1, d), inputs of ``forward``; slices start and end with chunks.
+            tokens: number of tokens of the sequence, in complete chunks.
         """
-        weight = self.linear_fc2.weight
-        if not len(tokens):
-            return torch.zeros(weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
-        z = self._activate(self.linear_fc1(hidden_states)[0])[tokens]
-        u = (input_embed if self.ttt.target == "input_embed" else hidden_states)[tokens]
-        ids = torch.arange(len(tokens), dtype=torch.int32, device=u.device) // self.ttt.chunk_size
-        projection = None if self.ttt_proj is None else self.ttt_proj.weight
+        weight, cp = self.linear_fc2.weight, self.cp_group
+        nothing = torch.zeros(1, *weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+        limits = nothing.new_full((1,), torch.inf if cp.rank() == 0 else 0.0)
+        z = self._activate(self.linear_fc1(hidden_states)[0])
+        u = input_embed if self.ttt.target == "input_embed" else hidden_states
+        if self.bound is not None and tokens:
+            return self._bounded(z, self._chunk_targets(u), sum_at=tokens)[1]
+        places = take_local(torch.arange(len(z) * cp.size()), cp.size(), cp.rank(), dim=0)
+        inside = (places < tokens).nonzero().squeeze(1).to(z.device)
+        if not len(inside):
+            return BoundedSum(nothing, limits)
         _, state = fast_weight_linear(
-            z,
-            ChunkTargets(u, self.ttt_conv.weight, projection, ids),
+            z[inside],
+            self._chunk_targets(u[inside]),
             weight,
             eta=self.ttt.eta,
             chunk_size=self.ttt.chunk_size,
@@ -186,7 +196,12 @@ class TTTMLP(MLP):
             tp_group=self.tp_group,
             output_final_state=True,
         )
-        return state.updates[0]
+        return BoundedSum(state.updates, limits)
+
+    def _chunk_targets(self, u: Tensor) -> ChunkTargets:
+        """Return the targets of complete chunks, (s, 1, d)."""
+        ids = torch.arange(len(u), dtype=torch.int32, device=u.device) // self.ttt.chunk_size
+        return ChunkTargets(u, self.ttt_conv.weight, None if self.ttt_proj is None else self.ttt_proj.weight, ids)
 
     def _activate(self, gate_and_up: Tensor) -> Tensor:
         """Apply the gated activation like Megatron's MLP: (..., 2 f) -> (..., f), in one fused kernel if configured."""

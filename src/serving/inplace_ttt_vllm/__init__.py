@@ -15,11 +15,11 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from inplace_ttt_vllm.settings import FastWeightSettings, refuse_prefix_caching
+    from inplace_ttt_vllm.settings import FastWeightSettings, set_defaults
 
     known = ModelRegistry.get_supported_archs()
     for architecture, place in ARCHITECTURES.items():
         if architecture not in known:
             ModelRegistry.register_model(architecture, place)
         MODELS_CONFIG_MAP[architecture] = FastWeightSettings
-    refuse_prefix_caching(tuple(ARCHITECTURES))
+    set_defaults(tuple(ARCHITECTURES))

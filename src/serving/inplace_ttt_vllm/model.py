@@ -1,14 +1,21 @@
 """Model classes for vLLM, and the state of their requests."""
 
+import math
 from functools import partial
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from inplace_ttt_vllm.books import Books, Request, load_slot, save_state, state_of_slot
 from inplace_ttt_vllm.mlp import FastWeightMLP, Slots, Step
+from inplace_ttt_vllm.settings import check_graphs
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class FastWeightState(DefaultModelState):
@@ -16,17 +23,37 @@ class FastWeightState(DefaultModelState):
 
     def __init__(self, *args):
         super().__init__(*args)
+        check_graphs(self.vllm_config.compilation_config)  # vLLM may have changed the mode since the first check
         self.slots: Slots = self.model.slots
         self.layers = [module for module in self.model.modules() if isinstance(module, FastWeightMLP)]
+        self.books = Books(self.vllm_config)
+        self.saves: dict[int, Request] = {}  # by slot: requests whose state is saved after their prompts
+        self.complete: list[tuple[int, int]] = []  # slots whose states are saved after this forward, and their tokens
 
     def add_request(self, req_index: int, new_req_data) -> None:
-        """Clear the slot of a request that starts, or starts again after it was preempted."""
+        """Clear the slot of a request that starts, or starts again after it was preempted, and load its book."""
         super().add_request(req_index, new_req_data)
         if new_req_data.num_computed_tokens:
             raise RuntimeError("a request with fast weights starts after cached tokens: this is a bug of the plugin")
-        self.slots.full_chunks[req_index] = 0
+        slots = self.slots
+        slots.chunks[req_index] = slots.earlier[req_index] = 0
+        slots.loaded[req_index] = False
+        self.saves.pop(req_index, None)
         for layer in self.layers:
             layer.clear(req_index)
+        params, prompt = new_req_data.sampling_params, new_req_data.prompt_token_ids
+        try:
+            request = self.books.begin(new_req_data.req_id, prompt, params.extra_args if params else None)
+        except ValueError as error:  # no other request must fail
+            logger.error("request %s: %s; its answer is not usable", new_req_data.req_id, error)
+            for layer in self.layers:
+                layer.store(req_index, layer.sum_of(req_index).fill_(math.nan))
+            slots.loaded[req_index] = True
+            return
+        if request.book is not None:
+            load_slot(self.layers, req_index, request.book, get_tp_group().rank_in_group)
+        if request.save is not None:
+            self.saves[req_index] = request
 
     def prepare_inputs(self, input_batch, req_states) -> dict:
         """Apply the updates of complete chunks, and tell the layers which rows belong to which request."""
@@ -34,15 +61,39 @@ class FastWeightState(DefaultModelState):
         slots = input_batch.idx_mapping_np[:number].tolist()
         computed = input_batch.num_computed_tokens_np[:number].tolist()
         starts = input_batch.query_start_loc_np[: number + 1].tolist()
-        chunk, full = self.slots.chunk, self.slots.full_chunks
-        for slot, tokens, start, stop in zip(slots, computed, starts[:-1], starts[1:], strict=True):
-            if tokens // chunk > full[slot]:  # decoding completed a chunk
-                for layer in self.layers:
-                    layer.fold(slot)
+        before = [self.slots.earlier[slot] + tokens for slot, tokens in zip(slots, computed, strict=True)]
+        self.complete = []
+        for row, slot in enumerate(slots):
+            new = starts[row + 1] - starts[row]
+            self.fold(slot, before[row])
             # the forward itself applies the chunks that several tokens complete, decoding leaves its last one
-            full[slot] = (tokens + (stop - start if stop - start > 1 else 0)) // chunk
-        self.slots.place(Step(slots, starts, computed))
+            if new > 1:
+                self.slots.chunks[slot] = (before[row] + new) // self.slots.chunk
+            request = self.saves.get(slot)
+            if request is not None and computed[row] + new >= len(request.prompt):
+                self.complete.append((slot, before[row] + new))
+        self.slots.place(Step(slots, starts, before))
         return super().prepare_inputs(input_batch, req_states)
+
+    def postprocess_state(self, *args) -> None:
+        """Save the states of requests whose prompts are complete."""
+        super().postprocess_state(*args)
+        complete, self.complete = self.complete, []
+        for slot, tokens in complete:
+            self.fold(slot, tokens)
+            found = state_of_slot(self.layers, slot, tokens)
+            request = self.saves.pop(slot)
+            if get_tp_group().rank_in_group == 0:
+                save_state(self.books, found, request)
+            request.save = None
+
+    def fold(self, slot: int, tokens: int) -> None:
+        """Apply the update of the chunk that decoding has completed, if the state of a slot has so many tokens."""
+        done = self.slots.chunks[slot]
+        if tokens // self.slots.chunk > done:
+            for layer in self.layers:
+                layer.fold(slot, done)
+            self.slots.chunks[slot] = done + 1
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict:
         """Prepare a forward without requests."""
@@ -64,7 +115,9 @@ class FastWeights:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
         device = next(self.parameters()).device
-        self.slots = Slots(vllm_config.scheduler_config.max_num_seqs, config.ttt_chunk, device)
+        number = vllm_config.scheduler_config.max_num_seqs
+        rows = max(number, vllm_config.compilation_config.max_cudagraph_capture_size or 0)  # graphs pad batches
+        self.slots = Slots(number, rows, config.ttt_chunk, device)
         here = [
             number for number in config.ttt_layers if hasattr(self.model.layers[number], "mlp")
         ]  # not of other stages
@@ -74,7 +127,7 @@ class FastWeights:
         if config.ttt_target == "input_embed" and here:
             layer.mlp.is_last = True
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
-            self.slots.keep_embeddings(max(tokens, self.slots.number), config.hidden_size)
+            self.slots.keep_embeddings(max(tokens, rows), config.hidden_size)
             self.model.embed_tokens.register_forward_hook(partial(_keep, layer.mlp.name))
 
     def load_weights(self, weights):
@@ -82,7 +135,7 @@ class FastWeights:
         loaded = super().load_weights(weights)
         for module in self.modules():
             if isinstance(module, FastWeightMLP):
-                module.weight = module.down_proj.weight.detach()
+                module.loaded_weight = module.down_proj.weight.detach()
         return loaded
 
     @staticmethod

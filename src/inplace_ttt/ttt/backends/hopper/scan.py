@@ -158,7 +158,6 @@ def _chunk_weights_kernel(
     BLOCK_F: gl.constexpr,
     BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr,
-    STAGING: gl.constexpr,  # layout of a tile of weights in shared memory
     num_warps: gl.constexpr,
 ):
     """Scan a window of chunks. The accumulator holds (base + state) / scale, so storing a weight reads nothing.
@@ -174,7 +173,9 @@ def _chunk_weights_kernel(
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BLOCK_T, BLOCK_ROWS], a_desc.layout)
     z_tiles = gl.allocate_shared_memory(z_desc.dtype, [STAGES, BLOCK_T, BLOCK_F], z_desc.layout)
     PIECES: gl.constexpr = BLOCK_ROWS * BLOCK_F // weights_desc.block_type.numel
-    staging = gl.allocate_shared_memory(weights_desc.dtype, [BLOCK_ROWS, BLOCK_F], STAGING)
+    # not an argument: hooks on compilation, of which vLLM sets one, get the arguments as JSON, which has no layouts
+    stage: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    staging = gl.allocate_shared_memory(weights_desc.dtype, [BLOCK_ROWS, BLOCK_F], stage)
     pieces = staging._reinterpret(weights_desc.dtype, [PIECES] + weights_desc.block_type.shape, weights_desc.layout)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -338,7 +339,6 @@ def chunk_weights(
         BLOCK_F=BLOCK_F,
         BLOCK_T=BLOCK_T,
         STAGES=STAGES,
-        STAGING=_layout(BLOCK_ROWS, BLOCK_F),
         num_warps=WARPS,
     )
 
