@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inplace_ttt.config import Config, Model, ttt_layers
+from inplace_ttt.config import Config, Model, linear_attention_sizes, ttt_layers
 
 # Dense bf16 peak in FLOP/s, by a part of the device name; more specific names come first
 PEAKS = (
@@ -21,7 +21,7 @@ class Flops:
     """Hold the FLOPs of the forward of one sequence, by part."""
 
     layers: float  # matrix products with the layers' weights
-    attention: float  # causal attention: half of the full score matrix
+    attention: float  # causal attention: half of the full score matrix; or the recurrence of linear attention
     logits: float  # output layer
     fast: float  # fast weights: updates and target projection
 
@@ -47,13 +47,22 @@ def forward_flops(config: Config) -> Flops:
     model, s = config.model, config.data.seq_length
     d, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups * model.kv_channels
+    fast = len(ttt_layers(config.ttt, model.num_layers)) * 2 * s * d * (f + (d if config.ttt.project else 0))
     full = full_attention_layers(model)
+    linear = linear_attention_sizes(model)
+    if linear is not None:
+        return Flops(
+            layers=model.num_layers * 2 * s * d * (linear.inputs + linear.heads * linear.value_dim + 3 * f),
+            attention=model.num_layers * linear.state_flops(s),
+            logits=2 * s * d * (model.vocab_size or 0),
+            fast=fast,
+        )
     seen = full * s + (model.num_layers - full) * min(s, 2 * (model.sliding_window or s))
     return Flops(
         layers=model.num_layers * (2 * s * d * (2 * heads + 2 * groups) + 3 * 2 * s * d * f),
         attention=2 * 2 * s * (seen / 2) * heads,
         logits=2 * s * d * (model.vocab_size or 0),
-        fast=len(ttt_layers(config.ttt, model.num_layers)) * 2 * s * d * (f + (d if config.ttt.project else 0)),
+        fast=fast,
     )
 
 

@@ -3,6 +3,7 @@
 Each check raises UserError with one sentence: the key, its value, and what would work.
 """
 
+import importlib.util
 import math
 import os
 
@@ -26,6 +27,7 @@ def validate(config: Config, world_size: int) -> None:
     check_ranges(config)
     check_model(config.model)
     _choices(config)
+    _linear_attention(config)
     ttt_layers(config.ttt, config.model.num_layers)
     _parallel(config, world_size)
     _sequence(config)
@@ -95,6 +97,14 @@ def check_model(model: Model) -> None:
             f"model.window_attn_skip_freq={model.window_attn_skip_freq} is more than model.num_layers="
             f"{model.num_layers}: use a smaller number, or null if no layer should have full attention"
         )
+    linear = {key: value for key, value in vars(model).items() if key.startswith("linear_") and value is not None}
+    for key, value in linear.items() if model.attention == "softmax" else ():
+        raise UserError(f"model.{key}={value} is not used by model.attention=softmax: set it to null")
+    if model.attention != "softmax" and model.sliding_window is not None:
+        raise UserError(
+            f"model.sliding_window={model.sliding_window} is not used by model.attention={model.attention}, which has "
+            f"no window: set it to null"
+        )
     if model.kv_channels % 2:
         raise UserError(f"model.kv_channels={model.kv_channels} is odd: use an even number, because RoPE rotates pairs")
     _rope(model)
@@ -120,6 +130,23 @@ def _rope(model: Model) -> None:
             f"{key}.high_freq_factor={scaling.high_freq_factor} is not above {key}.low_freq_factor="
             f"{scaling.low_freq_factor}: use numbers such as 4 and 1"
         )
+
+
+def _linear_attention(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    if model.attention == "softmax":
+        return
+    if importlib.util.find_spec("fla") is None:
+        raise UserError(
+            f"model.attention={model.attention} needs the package fla-core, which is not installed: pip install "
+            f"'inplace-ttt[linear]'"
+        )
+    for key in ("tensor_model_parallel_size", "context_parallel_size"):
+        if getattr(parallel, key) > 1:
+            raise UserError(
+                f"parallel.{key}={getattr(parallel, key)} is not supported with model.attention={model.attention}: "
+                f"use 1, with data and pipeline parallelism"
+            )
 
 
 def _choices(config: Config) -> None:

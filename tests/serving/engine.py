@@ -78,6 +78,8 @@ def main(model: str, requests: str, settings: str) -> None:
 
     def params_of(one: dict) -> SamplingParams:
         options = dict(temperature=0, detokenize=False, ignore_eos=True, logprobs=0)
+        if one.get("samples"):
+            options |= dict(n=one["samples"], temperature=1, top_k=1)  # greedy by another name: n needs sampling
         return SamplingParams(max_tokens=one["tokens"], extra_args=one.get("extra"), **options)
 
     refused = []
@@ -92,7 +94,7 @@ def main(model: str, requests: str, settings: str) -> None:
     print("REFUSED", json.dumps(refused))
     params = [params_of(one) for one in asked]
     outputs = engine.generate([dict(prompt_token_ids=one["prompt"]) for one in asked], params)
-    results = [one.outputs[0] for one in outputs]
+    results = [sample for one in outputs for sample in one.outputs]
     print("PREEMPTED", len(preempted))
     print("TOKENS", json.dumps([list(one.token_ids) for one in results]))
     logprobs = [

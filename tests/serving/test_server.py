@@ -108,13 +108,6 @@ def test_many_connections(served, port):
     assert counts["done"] > CONNECTIONS and counts["given_up"] > 4
 
 
-def test_several_samples(served, port):
-    """Each has its own slot."""
-    status, text = ask(port, "POST", "/v1/completions", body_of(served, served.requests[8], n=3, logprobs=2))
-    assert status == 200, text
-    assert [one["token_ids"] for one in json.loads(text)["choices"]] == [served.expected[8]] * 3
-
-
 def test_books_over_http(served, port):
     """A state that one call saves is loaded by another; a name that does not exist is a client's error."""
     text, question = served.requests[-1], served.requests[2]

@@ -82,6 +82,13 @@ def test_cuda_graphs(mode, name, models, tmp_path):
     assert tokens(done) == models[name][2]
 
 
+@on_gpu  # vLLM's kernel for sampling does not run in Triton's interpreter
+def test_several_samples(models, tmp_path):
+    folder, requests, expected = models["qwen3"]
+    found = tokens(serve((folder, [one | dict(samples=3) for one in requests]), tmp_path, max_num_batched_tokens=101))
+    assert found == [answer for answer in expected for _ in range(3)]
+
+
 @on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", MODELS)
@@ -223,7 +230,7 @@ def test_faults_are_seen(broken, models, tmp_path):
             "cudagraph_mode=FULL is not supported",
         ),
         (dict(additional_config=dict(ttt_books="missing/folder")), "ttt_books='missing/folder', which is not a folder"),
-        (dict(max_num_seqs=10**8), "max_num_seqs=100000000 needs"),
+        (dict(max_num_seqs=10**8, max_num_batched_tokens=10**8), "max_num_seqs=100000000 needs"),
         (dict(enable_lora=True), "LoRA adapters: not supported with fast weights; leave enable_lora out"),
         (
             dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)),

@@ -1,6 +1,7 @@
 """Configuration of a run: its keys (schema.py), their ranges (ranges.py), and the error shown to users (errors.py)."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
+from inplace_ttt.config.linear_attention import LinearAttention, linear_attention_sizes
 from inplace_ttt.config.merge import REMOVED, config_from_values
 from inplace_ttt.config.ranges import check_key, check_ranges
 from inplace_ttt.config.schema import (
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "Data",
     "Key",
+    "LinearAttention",
     "Log",
     "Model",
     "OnResume",
@@ -51,6 +53,7 @@ __all__ = [
     "check_ranges",
     "config_from_values",
     "first_line",
+    "linear_attention_sizes",
     "one_line",
     "padded_vocab_size",
     "schema_keys",

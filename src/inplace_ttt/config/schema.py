@@ -88,6 +88,14 @@ class Model:
     sliding_window: Annotated[Size, IDENTITY] | None = None
     # N: every Nth layer uses full attention instead of the sliding window; null: all layers use the window
     window_attn_skip_freq: Annotated[int, Ge(2), Le(10_000), IDENTITY] | None = None
+    # softmax, or gated_delta_net: linear attention in all layers, a baseline (needs fla-core; without TP and CP)
+    attention: Annotated[str, OneOf("softmax", "gated_delta_net"), IDENTITY] = "softmax"
+    # heads of linear attention; null: model.num_attention_heads
+    linear_num_heads: Annotated[Width, IDENTITY] | None = None
+    # size of a head's queries and keys in linear attention; null: model.kv_channels
+    linear_key_head_dim: Annotated[Width, IDENTITY] | None = None
+    # size of a head's values in linear attention; null: model.kv_channels
+    linear_value_head_dim: Annotated[Width, IDENTITY] | None = None
     init_method_std: Annotated[Deviation, IDENTITY] = 0.02  # standard deviation of initial weights
     # standard deviation of initial embeddings; null: model.init_method_std
     embedding_init_method_std: Annotated[Deviation, IDENTITY] | None = None

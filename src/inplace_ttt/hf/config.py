@@ -344,11 +344,17 @@ TRAINING_ONLY = {
 CHECKED = {"decay"}
 
 
-def check_exportable(ttt: TTT, place: str) -> None:
+def check_exportable(config: Config, place: str) -> None:
     """Raise UserError if exported models, and the fast weights that they read from files, lack a setting.
 
     ``place`` names the checkpoint in the message.
     """
+    model, ttt = config.model, config.ttt
+    if model.attention != "softmax":
+        raise UserError(
+            f"{place} was trained with model.attention={model.attention}: exported models have softmax attention; "
+            f"evaluate the checkpoint itself"
+        )
     if ttt.enabled and ttt.decay != 1:
         raise UserError(
             f"{place} was trained with ttt.decay={ttt.decay}: exported models and books have only the paper's update "
@@ -392,6 +398,10 @@ def write_config(
         sliding_window=_write_window(model, family),
         window_attn_skip_freq={},  # part of layer_types, see sliding_window
         init_method_std=dict(initializer_range=model.init_method_std),
+        attention={},  # softmax; check_exportable rejects others
+        linear_num_heads={},
+        linear_key_head_dim={},
+        linear_value_head_dim={},
     )
     forgotten = set(vars(model)) - set(fields) - NOT_WRITTEN
     if forgotten:

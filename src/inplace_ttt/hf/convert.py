@@ -188,7 +188,7 @@ def export_checkpoint(
     """
     described = inspect_checkpoint(checkpoint)
     folder, config = described.folder, described.config
-    check_exportable(config.ttt, f"'{checkpoint}'")
+    check_exportable(config, f"'{checkpoint}'")
     if base is not None and not base.is_dir():
         raise UserError(f"--base '{base}' is not a folder")
     fault = corruption(folder, alone=True)

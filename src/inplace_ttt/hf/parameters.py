@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from inplace_ttt.config import TTT, Config, Model
+from inplace_ttt.config import TTT, Config, Model, linear_attention_sizes
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def _count(model: Model, ttt: TTT) -> LayerParameters:
     from inplace_ttt.hf import modeling_inplace_ttt as exported
     from inplace_ttt.hf.config import write_config
 
+    linear, model = linear_attention_sizes(model), replace(model, attention="softmax")
     config = Config(model=model, ttt=ttt)
     config.data.seq_length = ttt.chunk_size
     keys = write_config(config, "float32", base=None)
@@ -44,7 +45,11 @@ def _count(model: Model, ttt: TTT) -> LayerParameters:
         network = kind(kind.config_class.from_dict(keys))
     found: Counter[str] = Counter()
     for name, parameter in network.model.layers.named_parameters():
+        if linear is not None and ".self_attn." in name:
+            continue
         layer = name.split(".")[0]
         part = "fast" if ".ttt_" in name else "whole" if "norm" in name else "split"
         found[part if layer == "1" or part == "fast" else "other layer"] += parameter.numel()
+    if linear is not None:
+        found["split"] += linear.parameters(model.hidden_size)
     return LayerParameters(found["split"], found["whole"], found["fast"])

@@ -189,7 +189,7 @@ def _by_checkpoint(
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
     from inplace_ttt.megatron import runtime
 
-    check_exportable(named.checkpoint.config.ttt, f"'{named.path}'")
+    check_exportable(named.checkpoint.config, f"'{named.path}'")
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)
     reader = CheckpointReader(named.path, config, job, len(text.tokens))

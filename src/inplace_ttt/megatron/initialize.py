@@ -20,7 +20,7 @@ def initialize(model: nn.Module, config: Config, pg_collection) -> None:
     Weights: N(0, init_method_std), divided by sqrt(2 * num_layers) for projections into the residual stream. Norms: 1.
     Biases: 0. Fast-weight convolutions: 0. Fast-weight projections: diagonal with entries N(0, proj_init_std). With
     ttt.convolution=false: convolutions the identity, projections 0. So the first updates are 0, unless the model has
-    neither.
+    neither. Linear attention: decay as in ``initial_decay``, convolutions as torch initialises them.
     """
     first_layer = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
     for local_name, param in model.named_parameters():
@@ -54,12 +54,18 @@ def _values(name: str, shape: tuple[int, ...], config: Config) -> Tensor:
         if not config.ttt.convolution:
             return torch.zeros(shape)
         return torch.diag(torch.randn(shape[0], generator=generator) * config.ttt.proj_init_std)
+    if name.endswith(("A_log", "dt_bias")):
+        from inplace_ttt.megatron.delta_net import initial_decay  # needs fla-core
+
+        return initial_decay(shape, name, generator)
+    if name.endswith("conv1d.weight"):  # as torch initialises it
+        return (2 * torch.rand(shape, generator=generator) - 1) * shape[-1] ** -0.5
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     std = config.model.init_method_std
     if name.startswith("embedding."):
         std = config.model.embedding_init_method_std or std
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+    if name.endswith(("linear_proj.weight", "out_proj.weight", "linear_fc2.weight")):
         std /= (2 * config.model.num_layers) ** 0.5
     return torch.randn(shape, generator=generator) * std
 

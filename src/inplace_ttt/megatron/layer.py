@@ -80,24 +80,46 @@ NORM_NAMES = {
 }
 
 
-def layer_spec(parts: BackendModules, qk_layernorm: bool, ttt: TTT | None) -> ModuleSpec:
-    """Return the spec of one transformer layer, with a TTT-MLP unless ``ttt`` is None.
-
-    The norm before a TTT-MLP is a separate module also with Transformer Engine: ``target: hidden_states`` uses its
-    output, which the fused norm and linear does not return.
-    """
-    fused = parts.norm_column_linear is not None
-    attention = ModuleSpec(
+def _attention_spec(parts: BackendModules, qk_layernorm: bool) -> ModuleSpec:
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=parts.norm_column_linear if fused else parts.column_linear,
+            linear_qkv=parts.norm_column_linear or parts.column_linear,
             core_attention=parts.core_attention,
             linear_proj=parts.row_linear,
             q_layernorm=parts.norm if qk_layernorm else IdentityOp,
             k_layernorm=parts.norm if qk_layernorm else IdentityOp,
         ),
     )
+
+
+def _linear_attention_spec(parts: BackendModules) -> ModuleSpec:
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+
+    from inplace_ttt.megatron.delta_net import DocumentDeltaNet
+
+    linears = GatedDeltaNetSubmodules(
+        in_proj=parts.norm_column_linear or parts.column_linear, out_norm=parts.norm, out_proj=parts.row_linear
+    )
+    return ModuleSpec(module=DocumentDeltaNet, submodules=linears)
+
+
+def layer_spec(
+    parts: BackendModules, qk_layernorm: bool, ttt: TTT | None, linear_attention: bool = False
+) -> ModuleSpec:
+    """Return the spec of one transformer layer, with a TTT-MLP unless ``ttt`` is None.
+
+    ``linear_attention``: Gated DeltaNet in place of softmax attention.
+
+    The norm before a TTT-MLP is a separate module also with Transformer Engine: ``target: hidden_states`` uses its
+    output, which the fused norm and linear does not return.
+    """
+    fused = parts.norm_column_linear is not None
+    attention = _linear_attention_spec(parts) if linear_attention else _attention_spec(parts, qk_layernorm)
+    names = dict(NORM_NAMES)
+    if linear_attention:
+        names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
     fc1_has_norm = fused and ttt is None
     linears = MLPSubmodules(
         linear_fc1=parts.norm_column_linear if fc1_has_norm else parts.column_linear, linear_fc2=parts.row_linear
@@ -111,7 +133,7 @@ def layer_spec(parts: BackendModules, qk_layernorm: bool, ttt: TTT | None) -> Mo
             pre_mlp_layernorm=IdentityOp if fc1_has_norm else parts.norm,
             mlp=_mlp_builder(linears, ttt),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=NORM_NAMES,
+            sharded_state_dict_keys_map=names,
         ),
     )
 
@@ -126,11 +148,13 @@ def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
     return build
 
 
-def block_spec(config, parts: BackendModules, ttt: TTT, layers: list[int], pp_rank: int):
+def block_spec(
+    config, parts: BackendModules, ttt: TTT, layers: list[int], pp_rank: int, linear_attention: bool = False
+):
     """Return the spec of one pipeline stage. ``layers``: indices of the TTT layers in the whole model, from 0."""
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     specs = [
-        layer_spec(parts, config.qk_layernorm, ttt if number in layers else None)
+        layer_spec(parts, config.qk_layernorm, ttt if number in layers else None, linear_attention)
         for number in range(first, first + get_num_layers_to_build(config, pp_rank=pp_rank))
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)

@@ -5,7 +5,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from inplace_ttt.config import Config, padded_vocab_size, ttt_layers
+from inplace_ttt.config import Config, Model, linear_attention_sizes, padded_vocab_size, ttt_layers
 from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.layer import backend_modules, block_spec
 from inplace_ttt.megatron.loss import linear_cross_entropy
@@ -43,6 +43,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         activation_func=torch.nn.functional.silu,
         window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),
         window_attn_skip_freq=model.window_attn_skip_freq,
+        **_linear_attention(model),
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -69,6 +70,19 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
     )
     megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # see attention.py
     return megatron_config
+
+
+def _linear_attention(model: Model) -> dict:
+    sizes = linear_attention_sizes(model)
+    if sizes is None:
+        return {}
+    return dict(
+        linear_num_key_heads=sizes.heads,
+        linear_num_value_heads=sizes.heads,
+        linear_key_head_dim=sizes.key_dim,
+        linear_value_head_dim=sizes.value_dim,
+        linear_conv_kernel_dim=sizes.kernel,
+    )
 
 
 def _softmax_scale(config: Config) -> float:
@@ -207,6 +221,7 @@ def build_model(
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,
+        linear_attention=config.model.attention == "gated_delta_net",
     )
     model = TTTGPTModel(
         config,
