@@ -19,7 +19,8 @@ SHAPES = dict(
     num_key_value_heads=2, max_position_embeddings=2048, ttt_layers=[0, 2], ttt_chunk=CHUNK, ttt_lr=0.05,
     tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
 )  # fmt: skip
-QWEN3, LLAMA = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTLlamaForCausalLM
+QWEN3, QWEN2 = exported.InPlaceTTTQwen3ForCausalLM, exported.InPlaceTTTQwen2ForCausalLM
+LLAMA = exported.InPlaceTTTLlamaForCausalLM
 
 
 class Served(NamedTuple):

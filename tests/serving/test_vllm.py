@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from launching import ROOT
-from serving_models import CHUNK, HAS_GPU, LLAMA, PYTHON, QWEN3, SHAPES, Served, make_model
+from serving_models import CHUNK, HAS_GPU, LLAMA, PYTHON, QWEN2, QWEN3, SHAPES, Served, make_model
 
 LENGTHS = [301, 20, 97, 250, 64, 32, 31, 1, 128, 5]  # around edges of chunks; the longest is read in parts
 MODELS = {
     "qwen3": (QWEN3, {}),
     "input_embed, clipped": (QWEN3, dict(ttt_target="input_embed", ttt_clip=0.1)),
     "llama, clip of each layer, no projection": (LLAMA, dict(ttt_clip=[0.05, 0.2], ttt_proj=False)),
+    "qwen2": (QWEN2, {}),
     "bounded": (QWEN3, dict(ttt_bound=0.5, ttt_trained_length=2 * CHUNK + 5)),
 }
 

@@ -6,6 +6,7 @@ folders that ``launch/export_hf.py`` has written.
 
 ARCHITECTURES = {
     "InPlaceTTTQwen3ForCausalLM": "inplace_ttt_vllm.model:InPlaceTTTQwen3ForCausalLM",
+    "InPlaceTTTQwen2ForCausalLM": "inplace_ttt_vllm.model:InPlaceTTTQwen2ForCausalLM",
     "InPlaceTTTLlamaForCausalLM": "inplace_ttt_vllm.model:InPlaceTTTLlamaForCausalLM",
 }
 

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -146,6 +147,10 @@ class FastWeights:
 
 class InPlaceTTTQwen3ForCausalLM(FastWeights, Qwen3ForCausalLM):
     """Run Qwen3 with fast weights."""
+
+
+class InPlaceTTTQwen2ForCausalLM(FastWeights, Qwen2ForCausalLM):
+    """Run Qwen2.5 with fast weights."""
 
 
 class InPlaceTTTLlamaForCausalLM(FastWeights, LlamaForCausalLM):
