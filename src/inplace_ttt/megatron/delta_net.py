@@ -6,15 +6,21 @@ of fla-core. On a CPU, Megatron's torch code for deterministic runs is used.
 
 import copy
 import itertools
+import warnings
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Triton is not supported")  # fla-core, on a CPU
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from inplace_ttt.megatron.batch_context import BatchContext
+
+__all__ = ["DocumentDeltaNet", "GatedDeltaNetSubmodules", "initial_decay"]
 
 
 def _torch_rule(q: Tensor, k: Tensor, *args, **keys) -> tuple[Tensor, Tensor | None]:

@@ -95,9 +95,7 @@ def _attention_spec(parts: BackendModules, qk_layernorm: bool) -> ModuleSpec:
 
 
 def _linear_attention_spec(parts: BackendModules) -> ModuleSpec:
-    from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
-
-    from inplace_ttt.megatron.delta_net import DocumentDeltaNet
+    from inplace_ttt.megatron.delta_net import DocumentDeltaNet, GatedDeltaNetSubmodules
 
     linears = GatedDeltaNetSubmodules(
         in_proj=parts.norm_column_linear or parts.column_linear, out_norm=parts.norm, out_proj=parts.row_linear
