@@ -28,6 +28,7 @@ def validate(config: Config, world_size: int) -> None:
     check_model(config.model)
     _choices(config)
     _linear_attention(config)
+    _fp8(config)
     ttt_layers(config.ttt, config.model.num_layers)
     _parallel(config, world_size)
     _sequence(config)
@@ -130,6 +131,42 @@ def _rope(model: Model) -> None:
             f"{key}.high_freq_factor={scaling.high_freq_factor} is not above {key}.low_freq_factor="
             f"{scaling.low_freq_factor}: use numbers such as 4 and 1"
         )
+
+
+def _fp8(config: Config) -> None:
+    train = config.train
+    if train.fp8 is None:
+        return
+    said = f"train.fp8={train.fp8}"
+    if transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16:
+        raise UserError(
+            f"{said} needs CUDA, Transformer Engine's layers (model.transformer_impl) and train.precision=bf16: set "
+            f"train.fp8=null"
+        )
+    needed = (9, 0) if train.fp8_recipe == "blockwise" else (8, 9)
+    if torch.cuda.get_device_capability() < needed:
+        raise UserError(
+            f"{said} with train.fp8_recipe={train.fp8_recipe} needs a GPU of compute capability "
+            f"{'.'.join(map(str, needed))}, and {torch.cuda.get_device_name()} has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}: set train.fp8=null"
+        )
+    check_fp8_sizes(config, 128 if train.fp8_recipe == "blockwise" else 16)
+
+
+def check_fp8_sizes(config: Config, unit: int) -> None:
+    """Raise UserError if a matrix of a linear layer has a side that is not a multiple of ``unit``."""
+    model, parallel = config.model, config.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    sides = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size / TP": model.ffn_hidden_size // tp,
+        "model.num_attention_heads * model.kv_channels / TP": model.num_attention_heads * model.kv_channels // tp,
+        "model.num_query_groups * model.kv_channels / TP": model.num_query_groups * model.kv_channels // tp,
+        "data.seq_length / CP": config.data.seq_length // (cp * (tp if parallel.sequence_parallel else 1)),
+    }
+    for name, size in sides.items():
+        if size % unit:
+            raise UserError(f"train.fp8={config.train.fp8} needs multiples of {unit}, but {name} is {size}")
 
 
 def _linear_attention(config: Config) -> None:

@@ -76,6 +76,8 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.recompute=some", "none, selective, full"),
         ("train.recompute_core_attn=false", "train.recompute=none: set it to full"),
         ("train.precision=fp8", "auto, bf16, fp32"),
+        ("train.fp8=e5m2", "hybrid, e4m3"),
+        ("train.fp8=hybrid", "train.fp8=hybrid needs CUDA, Transformer Engine's layers"),
         ("checkpoint.load=/nowhere", "is not a folder"),
         ("checkpoint.keep=0", "use 1 or more"),
         ("log.wandb=on", "online, offline"),
@@ -259,3 +261,24 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
 def test_errors_are_one_line_and_exit_2():
     code, text = run_main("recipe=tiny_ttt", "train.stepz=3")
     assert code == 2 and text == "error: train.stepz=3: unknown key 'train.stepz'; did you mean train.steps?\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "unit", "message"),
+    [
+        ({}, 16, None),
+        ({"model": {"ffn_hidden_size": 130}}, 16, "model.ffn_hidden_size / TP is 130"),
+        ({"data": {"seq_length": 72}}, 16, "data.seq_length / CP is 72"),
+        ({}, 128, "train.fp8=hybrid needs multiples of 128, but model.hidden_size is 64"),
+    ],
+)
+def test_sizes_for_fp8(change, unit, message):
+    from inplace_ttt.validation import check_fp8_sizes
+    from models import tiny_config
+
+    config = tiny_config({"train": {"fp8": "hybrid"}}, change)
+    if message is None:
+        check_fp8_sizes(config, unit)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_fp8_sizes(config, unit)

@@ -211,6 +211,11 @@ class Train:
     micro_batch_size: Annotated[int, Ge(1), Le(10**7), LAYOUT] = 1  # samples per micro batch on a data-parallel rank
     seed: Annotated[int, Ge(0), Le(2**31 - 1), IDENTITY] = 1234  # seed of initial weights and sample order
     precision: Annotated[str, OneOf("auto", "bf16", "fp32")] = "auto"  # bf16 or fp32; auto: bf16 with CUDA, else fp32
+    # FP8 format of linear layers (Transformer Engine): hybrid (forward e4m3, backward e5m2) or e4m3; null: bf16.
+    # Fast weights, their targets, attention and logits stay in bf16 and fp32
+    fp8: Annotated[str, OneOf("hybrid", "e4m3")] | None = None
+    # scaling factors in FP8: tensorwise (of a tensor's current values) or blockwise (of 128 x 128, or 128 values)
+    fp8_recipe: Annotated[str, OneOf("tensorwise", "blockwise")] = "tensorwise"
     # activation recomputation: none, selective (train.recompute_modules) or full (whole layers)
     recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"
     # for train.recompute=full: true: also recompute core attention; false: keep its inputs and output instead

@@ -54,6 +54,8 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp8=train.fp8,
+        fp8_recipe=train.fp8_recipe,
         calculate_per_token_loss=True,  # exact mean over the tokens of all data- and context-parallel ranks
         hetereogenous_dist_checkpoint=True,  # (sic) layers differ: checkpoint keys are per layer
         perform_initialization=False,  # initialize.py does it
