@@ -34,7 +34,7 @@ class Served(NamedTuple):
 def make_model(place: Path, kind: type, keys: dict, lengths: list[int]) -> Served:
     """Write a model with random weights, and generate the tokens after random prompts of these lengths."""
     torch.manual_seed(0)
-    model = kind(kind.config_class(**SHAPES, **keys)).eval()
+    model = kind(kind.config_class(**SHAPES | keys)).eval()
     for parameter, value in model.named_parameters():
         if value.dim() > 1:
             value.data.normal_(0, 0.3 if "ttt" in parameter else 0.1)

@@ -19,6 +19,7 @@ from inplace_ttt.ttt.target import chunk_target
 from ranks import run_ranks
 
 OPTIONS = dict(eta=0.5, chunk_size=5)
+HUGE = {"0": [10**400, 1]}  # a number that JSON may have, and no float
 
 
 def by_definition(z, v, weight, bound, trained_chunks, clip=None):
@@ -181,14 +182,23 @@ def test_the_bound_holds():
             assert limit == pytest.approx(0.5 * reached.item()) and 0 < norm <= limit * 1.0001
 
 
-@pytest.mark.parametrize("limits", [{"0": [1]}, {"0": ["x", 1]}, {"0": [-1, 1]}, {"7": [1, 1]}, [1], {"0": 3}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"0": [1]}, {"0": ["x", 1]}, {"0": [-1, 1]}, {"0": [1e300, 1]}, HUGE, {"7": [1, 1]}, [1], {"0": 3}],
+)
 def test_damaged_limits(tmp_path, limits):
     from safetensors.torch import load_file, save_file
 
     model = build("bounded")
     model.read(texts(2, 50)).save(tmp_path / "book")
     about = dict(format=exported.BOOK, texts=[], chunks=[3, 3])
-    for change in (dict(limits=limits), dict(chunks=[1]), dict(chunks=[-1, 2]), dict(chunks={})):
+    for change in (
+        dict(limits=limits),
+        dict(chunks=[1]),
+        dict(chunks=[-1, 2]),
+        dict(chunks=[2**60, 2]),
+        dict(chunks={}),
+    ):
         save_file(load_file(tmp_path / "book"), tmp_path / "bad", metadata={"about": json.dumps(about | change)})
         with pytest.raises(ValueError, match="is not a valid file of fast weights"):
             model.load_fast_weights(tmp_path / "bad")

@@ -787,3 +787,20 @@ def test_the_folder_needs_torch_and_transformers_alone(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path("/"))
     assert done.returncode == 0 and done.stdout.strip().endswith("45"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(ttt_layers=[0, 9]), "ttt_layers=.* must be a list of numbers below num_hidden_layers"),
+        (dict(ttt_layers=[0, 0]), "names a layer twice"),
+        (dict(ttt_chunk=0), "ttt_chunk=0 must be 1 or more tokens"),
+        (dict(ttt_conv_kernel=4), "ttt_conv_kernel=4 must be an odd number"),
+        (dict(ttt_target="tokens"), "ttt_target=tokens is not known"),
+        (dict(ttt_clip=[0.1, 0.1, 0.1]), "ttt_clip=.* must be one number, or one for each of ttt_layers"),
+    ],
+)
+def test_keys_that_fast_weights_cannot_use(keys, message):
+    config = exported.InPlaceTTTQwen3Config(num_hidden_layers=2, hidden_size=32, **dict(ttt_layers=[0]) | keys)
+    with pytest.raises(ValueError, match=message):
+        exported.InPlaceTTTQwen3ForCausalLM(config)

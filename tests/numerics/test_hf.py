@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from hf_models import SMALL, our_logits, weights
 from inplace_ttt import models
-from inplace_ttt.config import TTT, UserError
+from inplace_ttt.config import TTT, Config, UserError
 from inplace_ttt.hf.config import check_exportable, read_model, write_config
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.resilience.checksums import write_manifest
@@ -257,10 +257,10 @@ def test_checkpoints_that_cannot_be_exported_are_refused(tmp_path):
 
 
 def test_other_update_rules_are_not_exported():
-    check_exportable(TTT(), "'run'")
-    check_exportable(TTT(enabled=False, decay=0.5), "'run'")
+    check_exportable(Config(ttt=TTT()), "'run'")
+    check_exportable(Config(ttt=TTT(enabled=False, decay=0.5)), "'run'")
     with pytest.raises(UserError, match=r"'run' was trained with ttt.decay=0.5: exported models and books have only"):
-        check_exportable(TTT(decay=0.5), "'run'")
+        check_exportable(Config(ttt=TTT(decay=0.5)), "'run'")
 
 
 def test_commands(tmp_path):

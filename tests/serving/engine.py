@@ -34,7 +34,7 @@ def interpret_kernels() -> None:
 
 def put_fault(fault: str) -> None:
     """Change the plugin so that it is wrong, to show that tests see it."""
-    from inplace_ttt_vllm import mlp
+    from inplace_ttt_vllm import books, mlp
 
     if fault == "slots are not cleared":
         mlp.FastWeightMLP.clear = lambda self, slot: None
@@ -43,6 +43,21 @@ def put_fault(fault: str) -> None:
         mlp.FastWeightMLP.store = lambda self, slot, total: store(self, (slot + 1) % self.slots.number, total)
     elif fault == "decoded chunks are forgotten":
         mlp.FastWeightMLP.fold = lambda self, slot, chunks: None
+    elif fault == "books are gone":
+        begin = books.Books.begin
+
+        def gone(self, request, prompt, extra_args):
+            if (extra_args or {}).get("ttt_load"):
+                raise FileNotFoundError("no such file")
+            return begin(self, request, prompt, extra_args)
+
+        books.Books.begin = gone
+    elif fault == "the disk is full":
+
+        def full(self, path):
+            raise books.SafetensorError("no space left on device")
+
+        books.FastWeights.save = full
     else:
         raise SystemExit(fault)
 

@@ -5,6 +5,7 @@ On a machine with a GPU and vLLM, all tests run on it, and those of CUDA graphs,
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,7 @@ MODELS = {
     "qwen3": (QWEN3, {}),
     "input_embed, clipped": (QWEN3, dict(ttt_target="input_embed", ttt_clip=0.1)),
     "llama, clip of each layer, no projection": (LLAMA, dict(ttt_clip=[0.05, 0.2], ttt_proj=False)),
-    "qwen2": (QWEN2, {}),
+    "qwen2": (QWEN2, dict(num_attention_heads=2)),
     "bounded": (QWEN3, dict(ttt_bound=0.5, ttt_trained_length=2 * CHUNK + 5)),
 }
 
@@ -216,6 +217,26 @@ def test_books_that_cannot_be_used(models, tmp_path):
     assert all("this server has no folder of books" in one for one in result(done, "REFUSED")[1:])
 
 
+def test_a_book_that_disappears_and_a_full_disk(models, tmp_path):
+    """The request gets an empty answer, or its answer without a file; the others are as ever."""
+    folder, requests, expected = models["qwen3"]
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | dict(eos_token_id=7)))
+    (tmp_path / "books").mkdir()
+    model = QWEN3.from_pretrained(folder, dtype=torch.float32).eval()
+    model.read(torch.randint(1, 198, (1, 70))).save(str(tmp_path / "books/good"))
+    settings = dict(additional_config=dict(ttt_books=str(tmp_path / "books")), max_num_seqs=2)
+    for fault, key, answer in (
+        ("books are gone", dict(ttt_load="good"), [7] * requests[2]["tokens"]),
+        ("the disk is full", dict(ttt_save="new"), expected[2]),
+    ):
+        asked = [*requests[:2], requests[2] | dict(extra=key), *requests[3:6]]
+        found = tokens(serve((tmp_path / "model", asked), tmp_path, broken=fault, **settings))
+        assert found == [*expected[:2], answer, *expected[3:6]]
+    assert [path.name for path in (tmp_path / "books").iterdir()] == ["good"]
+
+
 @pytest.mark.parametrize("broken", ["slots are not cleared", "slots are exchanged", "decoded chunks are forgotten"])
 def test_faults_are_seen(broken, models, tmp_path):
     found = tokens(serve(models["qwen3"], tmp_path, max_num_batched_tokens=128, broken=broken))
@@ -232,6 +253,13 @@ def test_faults_are_seen(broken, models, tmp_path):
         ),
         (dict(additional_config=dict(ttt_books="missing/folder")), "ttt_books='missing/folder', which is not a folder"),
         (dict(max_num_seqs=10**8, max_num_batched_tokens=10**8), "max_num_seqs=100000000 needs"),
+        (dict(runner="pooling"), "runner=pooling is not supported with fast weights"),
+        (
+            dict(logits_processors=["a:b"]),
+            "second model runner, which these settings rule out: custom logits processors",
+        ),
+        (dict(kv_offloading_size=1.0), "offloading of keys and values: not supported with fast weights"),
+        (dict(additional_config=dict(ttt_book="x")), "additional_config has ttt_book, which is not known"),
         (dict(enable_lora=True), "LoRA adapters: not supported with fast weights; leave enable_lora out"),
         (
             dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)),

@@ -391,7 +391,7 @@ class FastWeights:
                 if "count" not in names:
                     raise ValueError("no tensor 'count'")
                 count = file.get_tensor("count")
-                if count.dim() != 1 or count.is_floating_point() or not len(count):
+                if count.dim() != 1 or count.dtype not in (torch.int64, torch.int32) or not len(count):
                     raise ValueError("'count' is not a list of integers")
                 found.counts = [int(one) for one in count.tolist()]
                 if found.texts and len(found.texts) != found.rows:
@@ -465,7 +465,7 @@ class FastWeights:
         rows = self.texts if isinstance(self.texts, list) else [None]
         lists = all(isinstance(row, list) and all(isinstance(text, dict) for text in row) for row in rows)
         self.chunks = about.get("chunks", [])  # missing in older files
-        counts = isinstance(self.chunks, list) and all(type(one) is int and one >= 0 for one in self.chunks)
+        counts = isinstance(self.chunks, list) and all(type(one) is int and 0 <= one < 2**48 for one in self.chunks)
         if not named or not lists or not counts:
             raise ValueError("damaged metadata")
         return about.get("limits", {})
@@ -477,7 +477,9 @@ class FastWeights:
             raise ValueError("'limits' names unknown layers")
         for name, row in limits.items():
             numbers = [math.inf if one is None else one for one in row] if isinstance(row, list) else []
-            if len(numbers) != self.rows or not all(type(one) in (int, float) and one >= 0 for one in numbers):
+            # those above are no norms of fp32 numbers
+            valid = all(type(one) in (int, float) and (0 <= one < 3e38 or one == math.inf) for one in numbers)
+            if len(numbers) != self.rows or not valid:
                 raise ValueError("damaged 'limits'")
             states[name].limits = numbers
 
@@ -1045,17 +1047,33 @@ def _to_sum_dtype(tensor: Tensor) -> Tensor:
     return tensor.to(_sum_dtype(tensor))
 
 
+def check_keys(config) -> None:
+    """Raise ValueError for the first key of a configuration that fast weights cannot use."""
+    clip, layers, chunk, kernel = config.ttt_clip, config.ttt_layers, config.ttt_chunk, config.ttt_conv_kernel
+    number = config.num_hidden_layers
+    if not isinstance(layers, list | tuple) or any(type(one) is not int or not 0 <= one < number for one in layers):
+        raise ValueError(f"ttt_layers={layers} must be a list of numbers below num_hidden_layers={number}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"ttt_layers={layers} names a layer twice")
+    if type(chunk) is not int or chunk < 1:
+        raise ValueError(f"ttt_chunk={chunk} must be 1 or more tokens")
+    if type(kernel) is not int or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"ttt_conv_kernel={kernel} must be an odd number")
+    if config.ttt_target not in ("hidden_states", "input_embed"):
+        raise ValueError(f"ttt_target={config.ttt_target} is not known: use hidden_states or input_embed")
+    if isinstance(clip, list | tuple) and len(clip) != len(layers):
+        raise ValueError(f"ttt_clip={clip} must be one number, or one for each of ttt_layers={layers}")
+    if config.ttt_bound is not None and not config.ttt_trained_length:
+        raise ValueError(f"ttt_bound={config.ttt_bound} needs ttt_trained_length, in tokens: set both or none")
+
+
 class FastWeightsMixin:
     """Replace the MLPs in ``ttt_layers`` of a transformers causal language model by ``FastWeightMLP``."""
 
     def __init__(self, config):
         super().__init__(config)
         self.fast_mlps = []
-        clip, layers = self.config.ttt_clip, self.config.ttt_layers
-        if isinstance(clip, list | tuple) and len(clip) != len(layers):
-            raise ValueError(f"ttt_clip={clip} must be one number, or one for each of ttt_layers={layers}")
-        if self.config.ttt_bound is not None and not self.config.ttt_trained_length:
-            raise ValueError(f"ttt_bound={self.config.ttt_bound} needs ttt_trained_length, in tokens: set both or none")
+        check_keys(self.config)
         for layer in self.config.ttt_layers if self.config.ttt_mode else ():
             mlp = FastWeightMLP(self.model.layers[layer].mlp, self.config, layer)
             self.model.layers[layer].mlp = mlp

@@ -5,14 +5,18 @@ names a file in ``extra_args`` of its sampling parameters (``vllm_xargs`` over H
 files are those of the exported model (``FastWeights.save``).
 """
 
+import contextlib
 import json
 import os
 import re
+import stat
+import time
+import uuid
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from vllm.logger import init_logger
 
 from inplace_ttt_vllm.hf.modeling_inplace_ttt import (
@@ -27,7 +31,8 @@ from inplace_ttt_vllm.hf.modeling_inplace_ttt import (
 logger = init_logger(f"vllm.{__name__}")
 SETTING, LOAD, SAVE = "ttt_books", "ttt_load", "ttt_save"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-KNOWN_REQUESTS = 4096  # of which loaded files are kept, so that a preempted request loads the same one again
+LARGEST = 1e4  # of the numbers of a book; those of real ones are below 100. Others could overflow in products
+OLD_RESERVATION = 3600.0  # seconds
 
 
 class Books:
@@ -36,20 +41,34 @@ class Books:
     def __init__(self, vllm_config):
         self.config = vllm_config.model_config
         self.keys = self.config.hf_config
-        folder = (vllm_config.additional_config or {}).get(SETTING)
+        settings = vllm_config.additional_config
+        settings = settings if isinstance(settings, dict) else {}
+        unknown = [key for key in settings if key.startswith("ttt_") and key != SETTING]
+        if unknown:
+            raise ValueError(f"additional_config has {unknown[0]}, which is not known: use {SETTING}")
+        folder = settings.get(SETTING)
         if folder is not None and not (isinstance(folder, str) and Path(folder).is_dir()):
             raise ValueError(f"additional_config has {SETTING}={folder!r}, which is not a folder: create it first")
         if folder is not None and vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise ValueError(f"{SETTING} is not supported with pipeline_parallel_size > 1: use 1, or leave it out")
         self.folder = None if folder is None else Path(folder).resolve()
         self.checked: dict[Path, tuple] = {}  # files that were checked: time, size and inode then
+        # running requests, and as many that have ended or were preempted
         self.requests: OrderedDict[str, Request] = OrderedDict()
+        self.idle_requests = vllm_config.scheduler_config.max_num_seqs
         self._fingerprint: str | None = None
+        if folder is not None and Path(self.config.model).is_dir():
+            self.fingerprint()  # of the weights that are loaded now
 
-    def check(self, extra_args: dict | None) -> None:
-        """Check the arguments of a request, before it is queued. Raise ValueError if it cannot be served."""
+    def check(self, extra_args: dict | None, samples: int = 1) -> None:
+        """Check the arguments of a request, before it is queued. Raise ValueError if it cannot be served.
+
+        A name to save is reserved by an empty file.
+        """
         asked = {key: value for key, value in (extra_args or {}).items() if key.startswith("ttt_")}
         for key, name in asked.items():
+            if not self.keys.ttt_mode or not self.keys.ttt_layers:
+                raise ValueError(f"{key}={name}: this model has no fast weights (ttt_mode, ttt_layers)")
             if key not in (LOAD, SAVE):
                 raise ValueError(f"{key} is not an argument of fast weights: use {LOAD} or {SAVE}")
             if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -60,36 +79,70 @@ class Books:
                 setting = json.dumps({SETTING: "FOLDER"})
                 raise ValueError(f"{key}={name}: this server has no folder of books (--additional-config '{setting}')")
         if LOAD in asked:
-            path = self.folder / asked[LOAD]
-            if not path.is_file() or path.resolve().parent != self.folder:
-                raise ValueError(f"{LOAD}={asked[LOAD]}: there is no such file in the server's folder of books")
-            self._check_file(path)
+            try:
+                self._check_file(self.folder / asked[LOAD])
+            except OSError as error:
+                raise ValueError(f"{LOAD}={asked[LOAD]}: the server cannot read it ({error.strerror})") from None
         if SAVE in asked:
-            if os.path.lexists(self.folder / asked[SAVE]):
+            if samples > 1:
+                raise ValueError(f"{SAVE}={asked[SAVE]} with n={samples}: a state is saved for one sample; use n=1")
+            if not self.reserve(asked[SAVE]):
                 raise ValueError(f"{SAVE}={asked[SAVE]}: a file of this name exists; choose another name")
-            if not os.access(self.folder, os.W_OK):
-                raise ValueError(f"{SAVE}={asked[SAVE]}: the server may not write to its folder of books")
+
+    def reserve(self, name: str) -> bool:
+        """Create an empty file, and return False if there is one already. Raise ValueError if it cannot be created."""
+        path = self.folder / name
+        try:
+            status = path.lstat()
+            if status.st_size == 0 and stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > OLD_RESERVATION:
+                path.unlink()  # of a request that never ran
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ValueError(f"{SAVE}={name}: the server cannot write it ({error.strerror})") from None
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise ValueError(f"{SAVE}={name}: the server cannot write it ({error.strerror})") from None
+        return True
+
+    def release(self, name: str) -> None:
+        """Remove the empty file of a name whose state was not saved."""
+        path = self.folder / name
+        with contextlib.suppress(OSError):
+            if path.lstat().st_size == 0:
+                path.unlink()
 
     def _check_file(self, path: Path) -> None:
+        if not path.is_file() or path.resolve().parent != self.folder:
+            raise ValueError(f"{LOAD}={path.name}: there is no such file in the server's folder of books")
         status = path.stat()
         seen = status.st_mtime_ns, status.st_size, status.st_ino
         if self.checked.get(path) != seen:
             found = self.read(path)
-            tensors = (one for state in found.states() for one in (*state.sums, *state.tails) if one is not None)
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                raise ValueError(f"'{path.name}' holds fast weights that are not finite")
+            for state in found.states():
+                for tensor in (one for one in (*state.sums, *state.tails) if one is not None):
+                    if not bool((tensor.abs() <= LARGEST).all()):  # also false for NaN
+                        raise ValueError(f"'{path.name}' holds fast weights that are not finite, or above {LARGEST:g}")
             self.checked[path] = seen
 
     def read(self, path: Path) -> FastWeights:
         """Open a book. Raise ValueError if it is damaged, or does not fit the model."""
+        keys = self.keys
         try:
+            with safe_open(path, framework="pt") as file:
+                if len(file.keys()) > 3 * (len(keys.ttt_layers) + 1) + 1:
+                    raise ValueError(f"'{path}' holds more tensors than a book of this model with one text")
             found = FastWeights.load(str(path))
-            keys = self.keys
             shapes = {layer: (keys.hidden_size, keys.intermediate_size) for layer in keys.ttt_layers}
             found.check_fits(str(path), shapes, keys.ttt_chunk, keys.ttt_target == "input_embed")
             found.check_made_with(str(path), self.fingerprint, self.tokenizer)
+        except SafetensorError as error:
+            raise ValueError(f"'{path.name}' is not a valid file of fast weights ({error})") from None
         except ValueError as error:  # a client does not see the folder
-            raise ValueError(str(error).replace(str(path), path.name)) from error
+            raise ValueError(str(error).replace(str(path), path.name)) from None
         if found.rows != 1:
             raise ValueError(f"'{path.name}' holds {found.rows} texts: a request takes a file with one")
         return found
@@ -125,29 +178,43 @@ class Books:
     def begin(self, request: str, prompt: list[int], extra_args: dict | None) -> "Request":
         """Return what a request loads and saves. A request that starts again, after it was preempted, is known.
 
-        Raises ValueError if its book has gone, or was replaced by a damaged one, since it was checked.
+        Raises ValueError or OSError if its book has gone, or was replaced by a damaged one, since it was checked.
         """
+        asked = {key: value for key, value in (extra_args or {}).items() if key in (LOAD, SAVE)}
+        found = self.requests.get(request)
+        if found is None or (found.prompt, found.asked) != (prompt, asked):
+            found = Request(prompt, asked)
+            if LOAD in asked:
+                found.book = self.read(self.folder / asked[LOAD])
+        elif found.save is not None:
+            self.reserve(found.save)  # it was released as the request was preempted
+        if asked:
+            self.requests[request] = found
+            found.runs = True
+        return found
+
+    def end(self, request: str) -> None:
+        """Note that a request has ended, or was preempted and will begin again."""
         found = self.requests.get(request)
         if found is None:
-            found = Request()
-            asked = extra_args or {}
-            found.save, found.prompt = asked.get(SAVE), prompt
-            if asked.get(LOAD) is not None:
-                found.book = self.read(self.folder / asked[LOAD])
-            if found.book is not None or found.save is not None:
-                self.requests[request] = found
-                if len(self.requests) > KNOWN_REQUESTS:
-                    self.requests.popitem(last=False)
-        return found
+            return
+        found.runs = False
+        if found.save is not None:
+            self.release(found.save)
+        self.requests.move_to_end(request)
+        idle = [name for name, one in self.requests.items() if not one.runs]
+        for name in idle[: -self.idle_requests]:
+            del self.requests[name]
 
 
 class Request:
     """Hold the loaded book of a request, and the name under which to save its state."""
 
-    def __init__(self):
+    def __init__(self, prompt: list[int], asked: dict[str, str]):
+        self.prompt, self.asked = prompt, asked
         self.book: FastWeights | None = None
-        self.save: str | None = None  # None: nothing is left to save
-        self.prompt: list[int] = []
+        self.save: str | None = asked.get(SAVE)  # None: nothing is left to save
+        self.runs = False
 
 
 def load_slot(layers: list, slot: int, book: FastWeights, rank: int) -> None:
@@ -197,16 +264,20 @@ def state_of_slot(layers: list, slot: int, tokens: int) -> FastWeights:
 
 def save_state(books: Books, found: FastWeights, request: Request) -> None:
     """Write a state to the folder of books. An error is logged: the answers of all requests go on."""
-    before, tokenizer = request.book, books.tokenizer
-    found.model = books.fingerprint()
-    found.tokenizer = None if tokenizer is None else fingerprint_of_tokenizer(tokenizer)
-    found.texts = [
-        (before.texts[0] if before is not None and before.texts else []) + [text_record(request.prompt, None)]
-    ]
-    path = books.folder / request.save
+    path, beside = books.folder / request.save, books.folder / f".{request.save}.{uuid.uuid4().hex}"
     try:
-        if os.path.lexists(path):
-            raise OSError("a file of this name exists")
-        found.save(str(path))
-    except (OSError, RuntimeError, ValueError) as error:
+        before, tokenizer = request.book, books.tokenizer
+        found.model = books.fingerprint()
+        found.tokenizer = None if tokenizer is None else fingerprint_of_tokenizer(tokenizer)
+        texts = before.texts[0] if before is not None and before.texts else []
+        found.texts = [[*texts, text_record(request.prompt, None)]]
+        found.save(str(beside))
+        if path.exists() and path.stat().st_size:  # only the empty file that reserves the name is replaced
+            raise FileExistsError("a file of this name exists")
+        os.replace(beside, path)
+    except Exception as error:  # safetensors raises a class of its own; no other request must fail
         logger.error("fast weights were not saved as %s: %s", path, error)
+        books.release(request.save)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.distributed import get_tp_group, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from inplace_ttt_vllm.hf.modeling_inplace_ttt import join_sum, split_sum
@@ -65,6 +66,7 @@ class Slots:
         self.chunks = [0] * number  # complete chunks in the sum of updates, by slot
         self.earlier = [0] * number  # tokens that the state of a slot had before its request, from a book
         self.loaded = [False] * number  # True: the sum of a slot is not zero, whatever ``chunks`` says
+        self.failed: set[int] = set()  # slots of requests whose book could not be loaded
         self.embeds: Tensor | None = None  # (tokens, d) embeddings of a forward; None: targets use the MLP's inputs
         self.embed_tails: Tensor | None = None  # (slots + 1, chunk, d), embeddings of the unfinished chunks
 
@@ -101,18 +103,15 @@ class _Parameter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(*shape), requires_grad=False)
 
 
-LAYERS: dict[str, "FastWeightMLP"] = {}  # by name, for the operations
-
-
 def keep_embeddings(embeds: Tensor, out: Tensor, name: str) -> None:
     """Copy the embeddings (t, d) of a forward to out and to the buffer from which the layers make targets."""
     out.copy_(embeds)
-    LAYERS[name].slots.embeds[: len(embeds)].copy_(embeds)
+    get_forward_context().no_compile_layers[name].slots.embeds[: len(embeds)].copy_(embeds)
 
 
 def fast_weight_mlp(x: Tensor, z: Tensor, out: Tensor, name: str) -> None:
     """Write this rank's part of the down-projection of z (t, f) to out (t, d); x (t, d) is the MLP's input."""
-    LAYERS[name].run(x, z, out)
+    get_forward_context().no_compile_layers[name].run(x, z, out)
 
 
 def _no_values(*args) -> None:
@@ -154,7 +153,6 @@ class FastWeightMLP(nn.Module):
         # True: this layer stores the embeddings of unfinished chunks, which the other layers read before it
         self.is_last = False
         self.loaded_weight: Tensor | None = None  # W_down as it was loaded: on a CPU, vLLM replaces it by a packed one
-        LAYERS[name] = self
 
     @property
     def weight(self) -> Tensor:
@@ -283,7 +281,11 @@ class FastWeightMLP(nn.Module):
         return self.updates[slot].float() if self.rests is None else join_sum(self.updates[slot], self.rests[slot])
 
     def store(self, slot: int, total: Tensor) -> None:
-        """Store an exact sum of updates (d, f): rounded for products, and the rest."""
+        """Store an exact sum of updates (d, f): rounded for products, and the rest.
+
+        One that is not finite is dropped, because it would reach the keys and values of other requests.
+        """
+        total = torch.where(total.isfinite().all(), total, 0)
         if self.rests is None:
             self.updates[slot] = total
         else:

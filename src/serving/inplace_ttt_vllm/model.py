@@ -1,6 +1,5 @@
 """Model classes for vLLM, and the state of their requests."""
 
-import math
 from functools import partial
 
 import torch
@@ -14,7 +13,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from inplace_ttt_vllm.books import Books, Request, load_slot, save_state, state_of_slot
 from inplace_ttt_vllm.mlp import FastWeightMLP, Slots, Step
-from inplace_ttt_vllm.settings import check_graphs
+from inplace_ttt_vllm.settings import check_graphs, check_runner
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -34,30 +33,41 @@ class FastWeightState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data) -> None:
         """Clear the slot of a request that starts, or starts again after it was preempted, and load its book."""
         super().add_request(req_index, new_req_data)
-        if new_req_data.num_computed_tokens:
-            raise RuntimeError("a request with fast weights starts after cached tokens: this is a bug of the plugin")
-        slots = self.slots
-        slots.chunks[req_index] = slots.earlier[req_index] = 0
-        slots.loaded[req_index] = False
-        self.saves.pop(req_index, None)
-        for layer in self.layers:
-            layer.clear(req_index)
+        if not self.layers:
+            return
+        self._clear(req_index)
         params, prompt = new_req_data.sampling_params, new_req_data.prompt_token_ids
         try:
+            if new_req_data.num_computed_tokens:
+                raise ValueError("it starts after cached tokens, of which there are no fast weights")
             request = self.books.begin(new_req_data.req_id, prompt, params.extra_args if params else None)
-        except ValueError as error:  # no other request must fail
-            logger.error("request %s: %s; its answer is not usable", new_req_data.req_id, error)
-            for layer in self.layers:
-                layer.store(req_index, layer.sum_of(req_index).fill_(math.nan))
-            slots.loaded[req_index] = True
-            return
-        if request.book is not None:
-            load_slot(self.layers, req_index, request.book, get_tp_group().rank_in_group)
-        if request.save is not None:
-            self.saves[req_index] = request
+            if request.book is not None:
+                load_slot(self.layers, req_index, request.book, get_tp_group().rank_in_group)
+            if request.save is not None:
+                self.saves[req_index] = request
+        except Exception as error:  # no other request must fail
+            logger.error("request %s gets an empty answer: %s", new_req_data.req_id, error)
+            self._clear(req_index)
+            self.slots.failed.add(req_index)
+
+    def _clear(self, slot: int) -> None:
+        slots = self.slots
+        slots.chunks[slot] = slots.earlier[slot] = 0
+        slots.loaded[slot] = False
+        slots.failed.discard(slot)
+        self.saves.pop(slot, None)
+        for layer in self.layers:
+            layer.clear(slot)
+
+    def remove_request(self, req_id: str) -> None:
+        """Forget what a request that ended loads and saves."""
+        super().remove_request(req_id)
+        self.books.end(req_id)
 
     def prepare_inputs(self, input_batch, req_states) -> dict:
         """Apply the updates of complete chunks, and tell the layers which rows belong to which request."""
+        if not self.layers:
+            return super().prepare_inputs(input_batch, req_states)
         number = input_batch.num_reqs
         slots = input_batch.idx_mapping_np[:number].tolist()
         computed = input_batch.num_computed_tokens_np[:number].tolist()
@@ -98,7 +108,8 @@ class FastWeightState(DefaultModelState):
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict:
         """Prepare a forward without requests."""
-        self.slots.place(None)
+        if self.layers:
+            self.slots.place(None)
         return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
 
@@ -113,8 +124,13 @@ class FastWeights:
     """Mix into a model class of vLLM: replace the MLPs of the layers with fast weights."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        check_runner(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
+        self.has_fast_weights, self.slots = config.ttt_mode and bool(config.ttt_layers), None
+        self.end_of_text = config.eos_token_id
+        if not self.has_fast_weights:
+            return
         device = next(self.parameters()).device
         number = vllm_config.scheduler_config.max_num_seqs
         rows = max(number, vllm_config.compilation_config.max_cudagraph_capture_size or 0)  # graphs pad batches
@@ -124,7 +140,9 @@ class FastWeights:
         ]  # not of other stages
         for number in here:
             layer = self.model.layers[number]
-            layer.mlp = FastWeightMLP(layer.mlp, config, number, self.slots, f"{prefix}.{number}")
+            name = f"{prefix}.{number}.fast_weights"
+            layer.mlp = FastWeightMLP(layer.mlp, config, number, self.slots, name)
+            vllm_config.compilation_config.static_forward_context[name] = layer.mlp  # where the operations find it
         if config.ttt_target == "input_embed" and here:
             layer.mlp.is_last = True
             tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -133,11 +151,25 @@ class FastWeights:
 
     def load_weights(self, weights):
         """Load the weights of an exported folder."""
+        if not self.has_fast_weights:  # ttt_mode: false
+            weights = ((name, tensor) for name, tensor in weights if ".ttt_" not in name)
         loaded = super().load_weights(weights)
         for module in self.modules():
             if isinstance(module, FastWeightMLP):
                 module.loaded_weight = module.down_proj.weight.detach()
         return loaded
+
+    def compute_logits(self, hidden_states):
+        """Return the logits (rows, vocabulary); those of requests that failed end the text at once."""
+        logits = super().compute_logits(hidden_states)
+        step = None if self.slots is None else self.slots.step
+        if logits is not None and step is not None and self.slots.failed and len(logits) == len(step.slots):
+            rows = [row for row, slot in enumerate(step.slots) if slot in self.slots.failed]
+            ends = self.end_of_text if isinstance(self.end_of_text, list) else [self.end_of_text]
+            if rows and ends[0] is not None:
+                logits[rows] = -1e30
+                logits[rows, ends[0]] = 0.0
+        return logits
 
     @staticmethod
     def get_model_state_cls() -> type[FastWeightState]:

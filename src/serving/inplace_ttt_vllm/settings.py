@@ -9,8 +9,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
 
 from inplace_ttt_vllm.books import Books
+from inplace_ttt_vllm.hf.modeling_inplace_ttt import check_keys
 
 OPERATION = "inplace_ttt::fast_weight_mlp"  # graphs are split at it, so that prompts run outside of graphs
 CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")  # vLLM splits there by default
@@ -27,12 +29,16 @@ class FastWeightSettings(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Split graphs at the fast-weight operation. Raise ValueError for a setting that does not fit fast weights."""
         keys = vllm_config.model_config.hf_config
+        check_keys(keys)
+        if getattr(keys, "mlp_bias", False):
+            raise ValueError("mlp_bias=true is not supported with fast weights")
         if vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(PREFIX_CACHING)
         unsupported = {
             "speculative decoding": ("speculative_config", vllm_config.speculative_config),
             "LoRA adapters": ("enable_lora", vllm_config.lora_config),
             "transfer of keys and values": ("kv_transfer_config", vllm_config.kv_transfer_config),
+            "offloading of keys and values": ("kv_offloading_size", vllm_config.cache_config.kv_offloading_size),
             "quantization": ("quantization", vllm_config.model_config.quantization),
         }
         for what, (setting, value) in unsupported.items():
@@ -40,6 +46,7 @@ class FastWeightSettings(VerifyAndUpdateConfig):
                 raise ValueError(f"{what}: not supported with fast weights; leave {setting} out")
         if vllm_config.parallel_config.pipeline_parallel_size > 1 and keys.ttt_target == "input_embed":
             raise ValueError("pipeline_parallel_size > 1 is not supported with ttt_target=input_embed: use 1")
+        check_runner(vllm_config)
         check_graphs(vllm_config.compilation_config)
         check_memory(vllm_config)
         check_requests(Books(vllm_config))
@@ -50,24 +57,40 @@ class FastWeightSettings(VerifyAndUpdateConfig):
             compilation.splitting_ops.append(OPERATION)
 
 
+def check_runner(vllm_config: VllmConfig) -> None:
+    """Raise ValueError if vLLM would use its first model runner, which has no hooks for the state of requests."""
+    runner = vllm_config.model_config.runner_type
+    if runner != "generate":
+        raise ValueError(f"runner={runner} is not supported with fast weights: use generate")
+    if not vllm_config.use_v2_model_runner:
+        causes = getattr(vllm_config, "_get_v2_model_runner_unsupported_features", list)()
+        said = f", which these settings rule out: {', '.join(causes)}" if causes else ""
+        raise ValueError(
+            f"fast weights need vLLM's second model runner{said}; leave such settings out, and do not set "
+            f"VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
 BOOKS: list[Books] = []  # of the engines of this process
 
 
 def check_requests(books: Books) -> None:
-    """Make the sampling parameters of this process's requests check the books that they name."""
+    """Make vLLM check the requests of this process: the books that they name, and that they are complete."""
     BOOKS.append(books)
-    verify = SamplingParams.verify
-    if hasattr(verify, "before_fast_weights"):
-        return
 
-    def wrapped(self, model_config, *args, **options):
+    def books_of(verify, self, model_config, *args, **options):
         for one in BOOKS:
             if one.config is model_config:
-                one.check(self.extra_args)
+                one.check(self.extra_args, self.n)
         return verify(self, model_config, *args, **options)
 
-    wrapped.before_fast_weights = verify
-    SamplingParams.verify = wrapped
+    def no_parts(process, self, *args, resumable=False, **options):
+        if resumable and any(one.config is self.vllm_config.model_config for one in BOOKS):
+            raise ValueError("streaming input is not supported with fast weights: send the whole prompt")
+        return process(self, *args, resumable=resumable, **options)
+
+    _wrap(SamplingParams, "verify", books_of)
+    _wrap(InputProcessor, "process_inputs", no_parts)
 
 
 def check_graphs(compilation: CompilationConfig) -> None:
@@ -87,6 +110,8 @@ def rest_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def bytes_of_request(model_config, ranks: int) -> int:
     """Return the device memory of the state of one request on each of this many tensor-parallel ranks, in bytes."""
     keys, dtype = model_config.hf_config, model_config.dtype
+    if not keys.ttt_mode or not keys.ttt_layers:
+        return 1
     rest = rest_dtype(dtype)
     d, f = keys.hidden_size, keys.intermediate_size // ranks
     tails = len(keys.ttt_layers) + (keys.ttt_target == "input_embed")
@@ -135,17 +160,17 @@ def set_defaults(architectures: tuple[str, ...]) -> None:
             each = bytes_of_request(model_config, self.tensor_parallel_size)
             self.max_num_seqs = min(self.max_num_seqs, requests_that_fit(each, usable))
 
-    _wrap("_set_default_chunked_prefill_and_prefix_caching_args", prefix_caching)
-    _wrap("_set_default_max_num_seqs_and_batched_tokens_args", requests)
+    _wrap(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", prefix_caching)
+    _wrap(EngineArgs, "_set_default_max_num_seqs_and_batched_tokens_args", requests)
 
 
-def _wrap(name: str, action: Callable) -> None:
-    """Replace a method of EngineArgs by ``action(method, self, *args)``, once. Do nothing where vLLM lacks it."""
-    apply = getattr(EngineArgs, name, None)
-    if apply is not None and not hasattr(apply, "before_fast_weights"):
+def _wrap(kind: type, name: str, action: Callable) -> None:
+    """Replace a method of a class by ``action(method, self, *args)``, once. Do nothing where vLLM lacks it."""
+    method = getattr(kind, name, None)
+    if method is not None and not hasattr(method, "before_fast_weights"):
 
-        def wrapped(self, *args):
-            return action(apply, self, *args)
+        def wrapped(self, *args, **options):
+            return action(method, self, *args, **options)
 
-        wrapped.before_fast_weights = apply
-        setattr(EngineArgs, name, wrapped)
+        wrapped.before_fast_weights = method
+        setattr(kind, name, wrapped)
