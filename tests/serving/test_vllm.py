@@ -254,10 +254,6 @@ def test_faults_are_seen(broken, models, tmp_path):
         (dict(additional_config=dict(ttt_books="missing/folder")), "ttt_books='missing/folder', which is not a folder"),
         (dict(max_num_seqs=10**8, max_num_batched_tokens=10**8), "max_num_seqs=100000000 needs"),
         (dict(runner="pooling"), "runner=pooling is not supported with fast weights"),
-        (
-            dict(logits_processors=["a:b"]),
-            "second model runner, which these settings rule out: custom logits processors",
-        ),
         (dict(kv_offloading_size=1.0), "offloading of keys and values: not supported with fast weights"),
         (dict(additional_config=dict(ttt_book="x")), "additional_config has ttt_book, which is not known"),
         (dict(enable_lora=True), "LoRA adapters: not supported with fast weights; leave enable_lora out"),
