@@ -382,7 +382,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
     for number, name in enumerate(names):
         values = {record[groups]: record[key] for record in records if record[series] == name}
         x = [places.index(place) + (number - (len(names) - 1) / 2) * width for place in values]
-        is_base = str(name).split(",")[0] in ("plain", "off", "torch") or name == "vLLM, off"
+        is_base = not {"plain", "off", "torch"}.isdisjoint(str(name).split(", "))
         color = "#9aa4af" if is_base else COLORS[number % len(COLORS)]
         bars = ax.bar(x, list(values.values()), width * 0.92, color=color, label=f"{name} ranks" if ranks else name)
         ax.bar_label(bars, fmt="%.3f" if ranks else "%.2f", fontsize=8)

@@ -175,14 +175,14 @@ class TTTMLP(MLP):
             tokens: number of tokens of the sequence, in complete chunks.
         """
         weight, cp = self.linear_fc2.weight, self.cp_group
-        nothing = torch.zeros(1, *weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
-        limits = nothing.new_full((1,), torch.inf if cp.rank() == 0 else 0.0)
         z = self._activate(self.linear_fc1(hidden_states)[0])
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
         if self.bound is not None and tokens:
             return self._bounded(z, self._chunk_targets(u), sum_at=tokens)[1]
         places = take_local(torch.arange(len(z) * cp.size()), cp.size(), cp.rank(), dim=0)
         inside = (places < tokens).nonzero().squeeze(1).to(z.device)
+        nothing = torch.zeros(1, *weight.shape, dtype=state_dtype(weight.dtype), device=weight.device)
+        limits = nothing.new_full((1,), torch.inf if cp.rank() == 0 else 0.0)
         if not len(inside):
             return BoundedSum(nothing, limits)
         _, state = fast_weight_linear(

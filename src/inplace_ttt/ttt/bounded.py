@@ -117,21 +117,25 @@ def _run(
         parts.append(out)
         carry = carry._replace(updates=state.updates)
         if stop % chunk == 0:
-            carry = _bounded(carry, before + stop // chunk, bound, trained_chunks, options["tp_group"])
+            carry = apply_bound(carry, before + stop // chunk, bound, trained_chunks, options["tp_group"])
         if stop == cut:
             at_cut = carry
         start = stop
     return torch.cat(parts), carry, at_cut
 
 
-def _bounded(
+def apply_bound(
     carry: BoundedSum, chunks: int, bound: float, trained_chunks: int, tp_group: dist.ProcessGroup | None
 ) -> BoundedSum:
-    """Scale the sum after this many chunks down to its limit, which it gets at the training length."""
+    """Scale the sum after this many chunks down to its limit, which it gets at the training length.
+
+    A sum without a limit beyond the training length, of a text that had no bound before, is limited to its norm.
+    """
     if chunks < trained_chunks:
         return carry
     norms = _norms(carry.updates, tp_group)
-    limits = bound * norms if chunks == trained_chunks else carry.limits
+    own = norms * (bound if chunks == trained_chunks else 1.0)
+    limits = torch.where(carry.limits.isfinite(), carry.limits, own)
     scales = (limits / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
     return BoundedSum(carry.updates * scales[:, None, None], limits)
 

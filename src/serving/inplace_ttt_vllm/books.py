@@ -56,9 +56,8 @@ class Books:
         # running requests, and as many that have ended or were preempted
         self.requests: OrderedDict[str, Request] = OrderedDict()
         self.idle_requests = vllm_config.scheduler_config.max_num_seqs
-        self._fingerprint: str | None = None
         if folder is not None and Path(self.config.model).is_dir():
-            self.fingerprint()  # of the weights that are loaded now
+            _ = self.fingerprint  # of the weights that are loaded now
 
     def check(self, extra_args: dict | None, samples: int = 1) -> None:
         """Check the arguments of a request, before it is queued. Raise ValueError if it cannot be served.
@@ -93,14 +92,11 @@ class Books:
         """Create an empty file, and return False if there is one already. Raise ValueError if it cannot be created."""
         path = self.folder / name
         try:
-            status = path.lstat()
-            if status.st_size == 0 and stat.S_ISREG(status.st_mode) and time.time() - status.st_mtime > OLD_RESERVATION:
-                path.unlink()  # of a request that never ran
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ValueError(f"{SAVE}={name}: the server cannot write it ({error.strerror})") from None
-        try:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                old = time.time() - status.st_mtime > OLD_RESERVATION
+                if old and status.st_size == 0 and stat.S_ISREG(status.st_mode):
+                    path.unlink()  # of a request that never ran
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
             return False
@@ -138,7 +134,7 @@ class Books:
             found = FastWeights.load(str(path))
             shapes = {layer: (keys.hidden_size, keys.intermediate_size) for layer in keys.ttt_layers}
             found.check_fits(str(path), shapes, keys.ttt_chunk, keys.ttt_target == "input_embed")
-            found.check_made_with(str(path), self.fingerprint, self.tokenizer)
+            found.check_made_with(str(path), lambda: self.fingerprint, self.tokenizer)
         except SafetensorError as error:
             raise ValueError(f"'{path.name}' is not a valid file of fast weights ({error})") from None
         except ValueError as error:  # a client does not see the folder
@@ -156,12 +152,10 @@ class Books:
 
         return AutoTokenizer.from_pretrained(self.config.tokenizer, revision=self.config.tokenizer_revision)
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return the fingerprint of the model, as the exported model computes it, from the files of its weights."""
-        if self._fingerprint is None:
-            settings = {key: getattr(self.keys, key) for key in FINGERPRINT_KEYS}
-            self._fingerprint = fingerprint_of_weights(self._weights(), settings)
-        return self._fingerprint
+        """The fingerprint of the model, as the exported model computes it, from the files of its weights."""
+        return fingerprint_of_weights(self._weights(), {key: getattr(self.keys, key) for key in FINGERPRINT_KEYS})
 
     def _weights(self):
         folder = Path(self.config.model)
@@ -267,7 +261,7 @@ def save_state(books: Books, found: FastWeights, request: Request) -> None:
     path, beside = books.folder / request.save, books.folder / f".{request.save}.{uuid.uuid4().hex}"
     try:
         before, tokenizer = request.book, books.tokenizer
-        found.model = books.fingerprint()
+        found.model = books.fingerprint
         found.tokenizer = None if tokenizer is None else fingerprint_of_tokenizer(tokenizer)
         texts = before.texts[0] if before is not None and before.texts else []
         found.texts = [[*texts, text_record(request.prompt, None)]]

@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from inplace_ttt_vllm.hf.modeling_inplace_ttt import join_sum, split_sum
 from inplace_ttt_vllm.products import add_updates
 from inplace_ttt_vllm.settings import rest_dtype
+from inplace_ttt_vllm.ttt.bounded import BoundedSum, apply_bound
 from inplace_ttt_vllm.ttt.layer import LayerState, continue_layer
 
 
@@ -243,17 +244,12 @@ class FastWeightMLP(nn.Module):
 
     def _bounded(self, slot: int, chunks: int, total: Tensor) -> Tensor:
         """Scale a sum of updates (1, d, f) after this many chunks down to its limit (``ttt_bound``)."""
-        if self.bound is None or chunks < self.trained:
+        if self.bound is None:
             return total
-        square = total.square().sum()
-        if self.ranks > 1:
-            torch.distributed.all_reduce(square, group=self.tp_group)
-        norm, limit = square.sqrt(), self.limits[slot]
-        # at the training length, or the text had no bound before
-        own = norm * (self.bound if chunks == self.trained else 1.0)
-        limit = torch.where(limit.isfinite(), limit, own)
-        self.limits[slot] = limit
-        return total * (limit / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+        carry = BoundedSum(total, self.limits[slot : slot + 1])
+        carry = apply_bound(carry, chunks, self.bound, self.trained, self.tp_group)
+        self.limits[slot] = carry.limits[0]
+        return carry.updates
 
     def fold(self, slot: int, chunks: int) -> None:
         """Apply the update of the chunk that decoding has completed, after this many complete chunks."""

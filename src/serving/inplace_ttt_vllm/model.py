@@ -135,9 +135,8 @@ class FastWeights:
         number = vllm_config.scheduler_config.max_num_seqs
         rows = max(number, vllm_config.compilation_config.max_cudagraph_capture_size or 0)  # graphs pad batches
         self.slots = Slots(number, rows, config.ttt_chunk, device)
-        here = [
-            number for number in config.ttt_layers if hasattr(self.model.layers[number], "mlp")
-        ]  # not of other stages
+        # not those of other pipeline stages
+        here = [number for number in config.ttt_layers if hasattr(self.model.layers[number], "mlp")]
         for number in here:
             layer = self.model.layers[number]
             name = f"{prefix}.{number}.fast_weights"
