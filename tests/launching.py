@@ -64,8 +64,12 @@ def torchrun(ranks: int, *arguments: str, log: Path, script: str = "train.py") -
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     """The ranks under a torchrun; not the processes that write their checkpoints."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if any("launch/" in word for word in child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            if any("launch/" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def kill_all(process: subprocess.Popen) -> None:
