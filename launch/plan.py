@@ -95,14 +95,18 @@ def assume(config) -> list[str]:
 
 def report(console: Console, config, gpus: int, gpu) -> int:
     from inplace_ttt import estimate
+    from inplace_ttt.fit import choose_recompute, describe_recompute, find_fitting_layout
     from inplace_ttt.flops import forward_flops
 
+    asked, config = config, choose_recompute(config, gpus, gpu)
     memory, share = estimate.memory(config, gpus, gpu), estimate.RankShard(config, gpus)
     console.print(
         f"{config.run.name}: {gpus} x {gpu.name}, TP {share.tp} PP {share.pp} CP {share.cp} DP {share.dp}, "
         f"{share.tokens:,} tokens per GPU and micro batch, micro batches per step: {share.micro_batches}",
         highlight=False,
     )
+    chosen = "chosen by train.recompute=auto: " if asked.train.recompute == "auto" else ""
+    console.print(f"{chosen}{describe_recompute(config)}", highlight=False, markup=False, soft_wrap=True)
     table = Table(title="memory of the fullest GPU", title_justify="left")
     table.add_column("part")
     table.add_column("GiB", justify="right")
@@ -137,7 +141,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     if memory.needed <= gpu.memory:
         console.print("it fits")
         return 0
-    settings = estimate.find_fitting_layout(config, gpus, gpu)
+    settings = find_fitting_layout(asked, gpus, gpu)
     helps = (
         f"it fits with {' '.join(settings)}" if settings else "no parallel layout of this many GPUs fits: use more GPUs"
     )

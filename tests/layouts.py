@@ -19,6 +19,8 @@ CP4_TP2_SP = parallel(context=4, tensor_model=2, sequence_parallel=True)
 CP2_PP2_TP2_SP = parallel(context=2, pipeline_model=2, tensor_model=2, sequence_parallel=True)
 FULL = {"train": {"recompute": "full"}}
 SELECTIVE = {"train": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"]}}
+CHEAP = {"train": {"recompute": "selective", "recompute_modules": ["layernorm", "mlp_act", "rope"]}}
+PRODUCTS = {"train": {"recompute": "selective", "recompute_modules": ["layernorm", "mlp", "qkv"]}}
 OVERLAP = {"parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
 ONE_DOCUMENT = {"data": {"reset_at_documents": False}}
 INPUT_EMBED = {"ttt": {"target": "input_embed"}}

@@ -4,16 +4,15 @@ Memory is counted tensor by tensor, as the training code allocates it. Time is F
 of matrix products and attention (figures.json). The estimate assumes Transformer Engine layers in bf16.
 """
 
-import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from inplace_ttt.config import Config, UserError, padded_vocab_size, ttt_layers
+from inplace_ttt.config import Config, padded_vocab_size, recomputed_modules, ttt_layers
 from inplace_ttt.figures import figures
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.parameters import layer_parameters
+from inplace_ttt.models import family_of
 from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
-from inplace_ttt.validation import validate
 
 GIB = 2**30
 # Bytes per parameter: weights in bf16, gradients in fp32, three fp32 values of the optimizer
@@ -125,7 +124,10 @@ class Memory:
 
 
 def memory(config: Config, world: int, gpu: Gpu) -> Memory:
-    """Return the memory of one GPU of the fullest pipeline stage, on ``world`` GPUs."""
+    """Return the memory of one GPU of the fullest pipeline stage, on ``world`` GPUs.
+
+    train.recompute must not be ``auto``: see ``fit.choose_recompute``.
+    """
     shard = RankShard(config, world)
     return max((_stage_memory(shard, stage, gpu) for stage in range(shard.pp)), key=lambda stage: stage.needed)
 
@@ -134,8 +136,7 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     config, parameters = shard.config, shard.parameters(stage)
     shards = shard.dp * shard.cp if config.parallel.use_distributed_optimizer else 1
     in_flight = min(shard.pp - stage, shard.micro_batches)
-    layers, fast = len(shard.layers(stage)), shard.fast_layers(stage)
-    sizes = _Activations(shard)
+    fast, sizes = shard.fast_layers(stage), _Activations(shard)
     persistent = {
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
@@ -143,11 +144,14 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
-    activations = (sizes.kept_plain * (layers - fast) + sizes.kept_fast * fast) * in_flight
+    chosen = set(ttt_layers(config.ttt, config.model.num_layers))
+    activations = in_flight * sum(
+        sizes.kept(number, layer in chosen) for number, layer in enumerate(shard.layers(stage))
+    )
     at_work = sizes.at_work
     if fast:
         held = sizes.window
-        if sizes.fast_recomputed:
+        if sizes.full:
             if sizes.keeps(1, free - activations - at_work):
                 held = sizes.chunk_weights
         elif sizes.keeps(fast * shard.pp, free):  # free memory as seen by the first layer, before activations
@@ -166,26 +170,42 @@ class _Activations:
         config, t, tp = shard.config, shard.tokens, shard.tp
         model, train = config.model, config.train
         queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+        queries, keys = 2 * t * queries / tp, 2 * t * keys / tp
         hidden = 2 * model.hidden_size * t / (tp if config.parallel.sequence_parallel else 1)
         self.whole_hidden = 2 * model.hidden_size * t
         self.z = 2 * model.ffn_hidden_size * t / tp
-        attention = 2 * t * (2 * queries + 2 * keys) / tp + 4 * t * model.num_attention_heads / tp  # q, k, v, out, lse
-        before_attention = 2 * hidden + 2 * t * (queries + keys) / tp  # input, its norm, q and k before theirs
-        mlp = 2 * hidden + 3 * self.z  # input, its norm, gate and up, their product
-        fast = self.whole_hidden  # targets
-        self.shard = shard
-        saved = before_attention + attention + mlp
-        if train.recompute == "full":
-            self.kept_plain = hidden + (0 if train.recompute_core_attn else attention)
-            self.kept_fast = self.kept_plain
-            self.fast_recomputed = True
-            self.at_work = saved + 3 * self.z + 2 * hidden  # gradients of gate, up and their product
+        self.shard, self.full, self.recomputed = shard, train.recompute == "full", recomputed_modules(train)
+        self.always = 2 * hidden + queries  # inputs of attention and of the MLP, output of attention
+        log_sums = 4 * t * model.num_attention_heads / tp
+        norms = queries + keys if family_of(model).megatron.get("qk_layernorm") else 0.0  # their inputs
+        # by the module of train.recompute_modules that recomputes them
+        self.parts = {
+            "layernorm": 2 * hidden,
+            "qkv": queries + 2 * keys,
+            "rope": norms + queries + keys,
+            "core_attn": log_sums,
+            "mlp": 2 * self.z,  # gate and up
+            "mlp_act": self.z,
+        }
+        products = 3 * self.z + 2 * hidden  # gradients of gate, up and their product, and of hidden states
+        if self.full:
+            self.always = hidden + (0 if train.recompute_core_attn else 2 * (queries + keys) + log_sums)
+            self.at_work = 2 * hidden + queries + sum(self.parts.values()) + products
         else:
-            recomputed = set(train.recompute_modules) if train.recompute == "selective" else set()
-            self.kept_plain = saved - ("mlp" in recomputed) * 3 * self.z - ("layernorm" in recomputed) * 2 * hidden
-            self.kept_fast = self.kept_plain + ("mlp" not in recomputed) * fast
-            self.fast_recomputed = "mlp" in recomputed
-            self.at_work = 3 * self.z + 2 * hidden + ("mlp" in recomputed) * 3 * self.z
+            again = self.recomputed.of_layer(0)
+            self.at_work = products + ("mlp" in again) * 2 * self.z + ("layernorm" in again) * hidden
+
+    def kept(self, number: int, is_fast: bool) -> float:
+        """Return the bytes that a layer keeps from its forward to its backward, without chunk weights.
+
+        Args:
+            number: index of the layer in its pipeline stage.
+        """
+        if self.full:
+            return self.always
+        again = self.recomputed.of_layer(number)
+        parts = sum(size for name, size in self.parts.items() if name not in again)
+        return self.always + parts + is_fast * self.whole_hidden  # targets
 
     @property
     def chunk_weights(self) -> float:
@@ -239,46 +259,28 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     GPU's peak. ``rest``: time of all other operations / time of products. ``fast_weights``: time of fast weights / time
     of their FLOPs at the rate of products.
     """
-    shard, flops = RankShard(config, world), forward_flops(config)
-    full = config.train.recompute == "full"
-    rates = figures()["rates"]
+    shard, flops, rates = RankShard(config, world), forward_flops(config), figures()["rates"]
     products = 3 * (flops.layers + flops.logits) + flops.logits + rates["fast_weights"] * 3 * flops.fast
-    products += full * (flops.layers + flops.fast)
-    again = flops.attention * (full and config.train.recompute_core_attn)
+    products += _recomputed_products(config)
+    train = config.train
+    again = flops.attention * (
+        (train.recompute == "full" and train.recompute_core_attn) or "core_attn" in recomputed_modules(train).modules
+    )
     seconds = products / rates["products"] * (1 + rates["rest"])
     seconds += 3 * flops.attention / rates["attention"] + again / rates["attention_forward"]
     bubble = (shard.micro_batches + shard.pp - 1) / shard.micro_batches
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 
 
-def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | None:
-    """Return the cheapest overrides with which the configuration fits on ``world`` GPUs, or None if none fits."""
-    sizes = [2**power for power in range(world.bit_length()) if world % 2**power == 0]
-    layouts = sorted(itertools.product(sizes, sizes, sizes), key=lambda sizes: (math.prod(sizes), *sizes[::-1]))
-    for cp, tp, pp in layouts:
-        parallel = replace(
-            config.parallel,
-            context_parallel_size=cp,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            sequence_parallel=tp > 1,
-        )
-        for again in (False, True):
-            train = replace(config.train, recompute="full", recompute_core_attn=again)
-            candidate = replace(config, train=train, parallel=parallel)
-            try:
-                validate(candidate, world)
-            except UserError:
-                continue
-            if memory(candidate, world, gpu).needed <= gpu.memory:
-                return _differences(config, candidate)
-    return None
-
-
-def _differences(before: Config, after: Config) -> list[str]:
-    return [
-        f"{section}.{key}={str(value).lower()}"
-        for section in ("parallel", "train")
-        for key, value in vars(getattr(after, section)).items()
-        if value != getattr(getattr(before, section), key)
-    ]
+def _recomputed_products(config: Config) -> float:
+    """Return the FLOPs of the matrix products of one sequence that run again in the backward."""
+    model, s, flops = config.model, config.data.seq_length, forward_flops(config)
+    if config.train.recompute == "full":
+        return flops.layers + flops.fast
+    again, stages = recomputed_modules(config.train), config.parallel.pipeline_model_parallel_size
+    each = {
+        "mlp": 2 * s * model.hidden_size * 2 * model.ffn_hidden_size,
+        "qkv": 2 * s * model.hidden_size * (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels,
+    }
+    stage = model.num_layers // stages
+    return stages * sum(each[name] for number in range(stage) for name in each.keys() & again.of_layer(number))

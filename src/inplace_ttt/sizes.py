@@ -1,14 +1,16 @@
-"""Count a model's parameters, and reject models that cannot fit before memory is allocated."""
+"""Count a model's parameters, reject models that cannot fit before memory is allocated, and choose the recompute."""
 
 import os
 from dataclasses import replace
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from inplace_ttt.config import Config, Parallel, UserError
 from inplace_ttt.environment import World
-from inplace_ttt.estimate import RankShard
+from inplace_ttt.estimate import Gpu, RankShard
+from inplace_ttt.fit import choose_recompute
 
 # Lower bound of bytes per parameter: weight and gradient. Optimizer states are left out: ranks may share them.
 MIN_BYTES_PER_PARAM = {"cuda": 2 + 4, "cpu": 4 + 4}
@@ -50,3 +52,17 @@ def check_memory(config: Config, world: World) -> None:
             f"{activations * here / 2**30:,.0f} GiB for one layer's activations, but {where} has "
             f"{memory / 2**30:,.0f}: use shorter samples, smaller micro batches or more context-parallel ranks"
         )
+
+
+def choose_recompute_here(config: Config) -> Config:
+    """Return the configuration with train.recompute=auto replaced by a choice for the GPUs of this job (collective).
+
+    It is made for the smallest GPU, so that all ranks make the same. On a CPU it is none.
+    """
+    if config.train.recompute != "auto":
+        return config
+    if not torch.cuda.is_available():
+        return replace(config, train=replace(config.train, recompute="none"))
+    total = torch.tensor(float(torch.cuda.mem_get_info()[1]), device="cuda")
+    dist.all_reduce(total, op=dist.ReduceOp.MIN)
+    return choose_recompute(config, dist.get_world_size(), Gpu(torch.cuda.get_device_name(), float(total)))

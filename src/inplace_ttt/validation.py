@@ -10,7 +10,17 @@ import os
 import torch
 
 from inplace_ttt import te
-from inplace_ttt.config import VOCAB_MULTIPLE, Config, Model, UserError, check_ranges, ttt_layers, warmup_steps
+from inplace_ttt.config import (
+    ATTENTION_MODULES,
+    PRODUCTS,
+    VOCAB_MULTIPLE,
+    Config,
+    Model,
+    UserError,
+    check_ranges,
+    ttt_layers,
+    warmup_steps,
+)
 from inplace_ttt.models import FAMILIES
 
 # Parameters of each type of RoPE scaling: required, optional
@@ -178,6 +188,12 @@ def _linear_attention(config: Config) -> None:
             f"model.attention={model.attention} needs the package fla-core, which is not installed: pip install "
             f"'inplace-ttt[linear]'"
         )
+    chosen = [name for name in config.train.recompute_modules if name in ATTENTION_MODULES]
+    if config.train.recompute == "selective" and chosen:
+        raise UserError(
+            f"train.recompute_modules={config.train.recompute_modules} names {chosen[0]}, which model.attention="
+            f"{model.attention} does not have: use modules of layernorm, mlp_act and mlp"
+        )
     for key in ("tensor_model_parallel_size", "context_parallel_size"):
         if getattr(parallel, key) > 1:
             raise UserError(
@@ -197,17 +213,22 @@ def _choices(config: Config) -> None:
             f"train.recompute_core_attn=false needs train.recompute=full, but train.recompute="
             f"{config.train.recompute}: set it to full, or set train.recompute_core_attn=true"
         )
-    if config.train.recompute == "selective":
-        if not config.train.recompute_modules:
+    if config.train.recompute == "selective" and not config.train.recompute_modules:
+        raise UserError(
+            "train.recompute=selective needs train.recompute_modules, which is empty: use modules such as "
+            "[layernorm,mlp_act], or set train.recompute=none"
+        )
+    layers = config.train.recompute_num_layers
+    if layers is not None:
+        if config.train.recompute != "selective" or not set(config.train.recompute_modules) & set(PRODUCTS):
             raise UserError(
-                "train.recompute=selective needs train.recompute_modules, which is empty: use core_attn, mlp or both, "
-                "or set train.recompute=none"
+                f"train.recompute_num_layers={layers} needs train.recompute=selective with mlp or qkv in "
+                f"train.recompute_modules, but they are {config.train.recompute} and {config.train.recompute_modules}: "
+                f"set it to null"
             )
-        if "layernorm" in config.train.recompute_modules and transformer_impl(config) == "local":
-            raise UserError(
-                "train.recompute_modules=[layernorm] needs Transformer Engine, which is not available: "
-                "use core_attn, mlp or both"
-            )
+        stage = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+        if layers > stage:
+            raise UserError(f"train.recompute_num_layers={layers} is more than the {stage} layers of a pipeline stage")
     edges = config.train.eval_positions
     if edges is not None and (len(edges) < 2 or sorted(set(edges)) != edges):
         raise UserError(

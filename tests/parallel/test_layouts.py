@@ -5,6 +5,7 @@ import functools
 import pytest
 
 from layouts import (
+    CHEAP,
     CP2,
     CP2_PP2,
     CP2_PP2_TP2_SP,
@@ -17,6 +18,7 @@ from layouts import (
     ONE_DOCUMENT,
     OVERLAP,
     PP2,
+    PRODUCTS,
     SELECTIVE,
     TP2,
     TP2_SP,
@@ -54,10 +56,10 @@ VARIANTS = {
     ("variant", "size", "layout"),
     [
         ("packed", 1, [FULL]),
-        ("packed", 1, [SELECTIVE]),
+        ("packed", 1, [CHEAP]),
         ("packed", 1, [{"train": {"micro_batch_size": 2}}]),
         ("packed", 2, [TP2]),
-        ("packed", 2, [TP2_SP, SELECTIVE]),
+        ("packed", 2, [TP2_SP, PRODUCTS]),
         ("packed", 2, [PP2]),
         ("packed", 2, [{}]),
         ("packed", 2, [{"parallel": {"use_distributed_optimizer": False}}]),

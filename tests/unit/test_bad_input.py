@@ -73,7 +73,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.global_batch_size=3", None),
         ("train.micro_batch_size=4", "train.global_batch_size=2 is not a multiple"),
         ("ttt.prefix=tree", "ring, ring_messages"),
-        ("train.recompute=some", "none, selective, full"),
+        ("train.recompute=some", "auto, none, selective, full"),
         ("train.recompute_core_attn=false", "train.recompute=none: set it to full"),
         ("train.precision=fp8", "auto, bf16, fp32"),
         ("train.fp8=e5m2", "hybrid, e4m3"),
@@ -122,7 +122,7 @@ def refusal(*overrides, world_size=2) -> str:
         ("run.name=", "run.name='' is empty"),
         ("run.name=a/b", "no '/'"),
         ("run.dir=", "run.dir='' is empty"),
-        ("train.recompute_modules=[attention]", "core_attn, mlp, layernorm"),
+        ("train.recompute_modules=[attention]", "layernorm, mlp_act, rope, mlp, qkv, core_attn"),
     ],
 )
 def test_refused_by_name(override, expected):
@@ -196,8 +196,10 @@ def test_layouts_that_do_not_divide_the_model():
     base = ["recipe=tiny_ttt", "parallel.context_parallel_size=1"]
     assert "model.num_query_groups=2" in refusal(*base, "parallel.tensor_model_parallel_size=4", world_size=4)
     assert "model.num_layers=4" in refusal(*base, "parallel.pipeline_model_parallel_size=3", world_size=3)
-    selective = ["train.recompute=selective", "train.recompute_modules=[layernorm]"]
-    assert "needs Transformer Engine" in refusal(*base, *selective)
+    selective = ["train.recompute=selective", "train.recompute_modules=[mlp]"]
+    assert "more than the 4 layers" in refusal(*base, *selective, "train.recompute_num_layers=5")
+    assert "needs train.recompute=selective" in refusal(*base, "train.recompute_num_layers=2")
+    assert "set it to null" in refusal(*base, *selective[:1], "train.recompute_num_layers=2")
 
 
 def test_without_a_recipe_the_first_missing_key_is_named():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from inplace_ttt import estimate
+from inplace_ttt import estimate, fit
 from inplace_ttt.training.compose import compose_config, to_config
 from launching import ROOT
 
@@ -161,3 +161,50 @@ def test_what_does_not_fit_gets_a_layout_that_does():
 def test_bad_input_gets_one_sentence(arguments, said):
     done = plan(*arguments)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def chosen(memory: float, *overrides: str):
+    """The choice of train.recompute=auto for one GPU of so many GiB, and what it needs of them."""
+    auto = [*STEP_24, "train.recompute=auto", "train.recompute_core_attn=true", *overrides]
+    config, gpu = to_config(compose_config(auto, ROOT / "recipes")), estimate.Gpu("H100", memory * estimate.GIB)
+    found = fit.choose_recompute(config, 1, gpu)
+    return found, estimate.memory(found, 1, gpu).needed <= gpu.memory
+
+
+def test_auto_recomputes_as_little_as_fits():
+    """The less memory, the more: nothing, what is cheap, chunk weights, products in ever more layers, whole layers."""
+    seen = [chosen(gib) for gib in (400, 120, 115, 90, 75, 65, 5)]
+    assert [fits for _, fits in seen] == [True] * 6 + [False]
+    none, cheap, chunks, *products, full, impossible = [found.train for found, _ in seen]
+    assert (none.recompute, full.recompute, impossible.recompute) == ("none", "full", "full")
+    assert cheap.recompute_modules == chunks.recompute_modules == ["layernorm", "mlp_act", "rope"]
+    assert all(train.recompute_modules == ["layernorm", "mlp_act", "rope", "mlp", "qkv"] for train in products)
+    layers = [train.recompute_num_layers for train in products]
+    assert layers == sorted(set(layers))
+    keeps = [found.ttt.keep_chunk_weights for found, _ in seen]
+    assert keeps == [None, None, False, False, False, None, None]
+    assert chosen(115, "ttt.keep_chunk_weights=true")[0].ttt.keep_chunk_weights is True
+
+
+@pytest.mark.parametrize("modules", [["layernorm"], ["mlp_act"], ["rope"], ["mlp"], ["qkv"], ["core_attn"]])
+def test_each_module_frees_memory_and_costs_time(modules):
+    def needs(*overrides: str) -> tuple[float, float]:
+        plain = [*STEP_24, "train.recompute_core_attn=true", *overrides]
+        config = to_config(compose_config(plain, ROOT / "recipes"))
+        return (
+            estimate.memory(config, 1, estimate.GPUS["H200"]).allocated,
+            estimate.step_seconds(config, 1, estimate.GPUS["H200"]),
+        )
+
+    gib, seconds = needs("train.recompute=none")
+    less, longer = needs("train.recompute=selective", f"train.recompute_modules=[{modules[0]}]")
+    assert less < gib
+    assert (longer > seconds) is (modules[0] in ("mlp", "qkv", "core_attn"))
+
+
+def test_plan_says_what_auto_chooses():
+    overrides = ["recipe=qwen3_4b_ttt", "parallel=h200", "train.recompute=auto", "train.recompute_core_attn=true"]
+    done = plan(*overrides, "--gpus", "8")
+    assert "chosen by train.recompute=auto: train.recompute=selective" in done.stdout
+    done = plan(*overrides, "--gpus", "1")
+    assert done.returncode == 0 or "it fits with" in done.stderr

@@ -27,7 +27,9 @@ def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
         raise UserError("attention needs Transformer Engine, which is not available: use pip install -e '.[gpu]'")
     groups = runtime.start(config.parallel, config.train.seed)
     model = replace(config.model, num_layers=1, vocab_size=128)
-    single = replace(config, model=model, ttt=replace(config.ttt, enabled=False))
+    single = replace(
+        config, model=model, ttt=replace(config.ttt, enabled=False), train=replace(config.train, recompute="none")
+    )
     layer = build_model(single, torch.bfloat16, "transformer_engine", 128, groups).decoder.layers[0]
     module, s = layer.self_attention.core_attention, config.data.seq_length
     local, channels = s // groups.cp.size(), model.kv_channels

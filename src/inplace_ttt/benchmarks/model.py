@@ -10,11 +10,13 @@ import torch
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.estimate import GIB, GPUS, memory, step_seconds
+from inplace_ttt.fit import describe_recompute
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.model import build_model
 from inplace_ttt.megatron.optimizer import build_optimizer, wrap_data_parallel
 from inplace_ttt.megatron.step import Stepper
+from inplace_ttt.sizes import choose_recompute_here
 from inplace_ttt.validation import precision, transformer_impl
 
 
@@ -58,6 +60,7 @@ def measure(config: Config, rounds: int, steps: int) -> list[dict]:
     """Return one record with fast weights and one without. Models are built in turns: two do not fit in memory."""
     groups = runtime.start(config.parallel, config.train.seed)
     configs = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
+    configs = {name: choose_recompute_here(variant) for name, variant in configs.items()}
     times, peaks = {name: [] for name in configs}, {}
     for _ in range(rounds):
         for name, variant in configs.items():
@@ -81,6 +84,7 @@ def measure(config: Config, rounds: int, steps: int) -> list[dict]:
             dict(
                 ttt=name,
                 layers=config.model.num_layers,
+                recompute=describe_recompute(variant),
                 seconds=seconds,
                 tokens_per_second=config.train.global_batch_size * config.data.seq_length / seconds,
                 tflops_per_gpu=flops / seconds / ranks / 1e12,

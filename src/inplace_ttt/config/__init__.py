@@ -4,6 +4,7 @@ from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.linear_attention import LinearAttention, linear_attention_sizes
 from inplace_ttt.config.merge import REMOVED, config_from_values
 from inplace_ttt.config.ranges import check_key, check_ranges
+from inplace_ttt.config.recompute import ATTENTION_MODULES, PRODUCTS, RecomputedModules, recomputed_modules
 from inplace_ttt.config.schema import (
     SOURCE_LISTS,
     TARGETS,
@@ -29,6 +30,8 @@ from inplace_ttt.config.schema import (
 )
 
 __all__ = [
+    "ATTENTION_MODULES",
+    "PRODUCTS",
     "REMOVED",
     "SOURCE_LISTS",
     "TARGETS",
@@ -44,6 +47,7 @@ __all__ = [
     "OnResume",
     "Optim",
     "Parallel",
+    "RecomputedModules",
     "RopeScaling",
     "Run",
     "Source",
@@ -56,6 +60,7 @@ __all__ = [
     "linear_attention_sizes",
     "one_line",
     "padded_vocab_size",
+    "recomputed_modules",
     "schema_keys",
     "ttt_layers",
     "warmup_steps",

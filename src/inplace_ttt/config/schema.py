@@ -216,14 +216,19 @@ class Train:
     fp8: Annotated[str, OneOf("hybrid", "e4m3")] | None = None
     # scaling factors in FP8: tensorwise (of a tensor's current values) or blockwise (of 128 x 128, or 128 values)
     fp8_recipe: Annotated[str, OneOf("tensorwise", "blockwise")] = "tensorwise"
-    # activation recomputation: none, selective (train.recompute_modules) or full (whole layers)
-    recompute: Annotated[str, OneOf("none", "selective", "full"), LAYOUT] = "none"
+    # activation recomputation: none, selective (train.recompute_modules), full (whole layers), or auto: on a GPU the
+    # cheapest that fits its memory by the estimate of launch/plan.py, on a CPU none
+    recompute: Annotated[str, OneOf("auto", "none", "selective", "full"), LAYOUT] = "none"
     # for train.recompute=full: true: also recompute core attention; false: keep its inputs and output instead
     recompute_core_attn: Annotated[bool, LAYOUT] = True
-    # for train.recompute=selective: modules to recompute, of core_attn, mlp and layernorm
-    recompute_modules: Annotated[list[Annotated[str, OneOf("core_attn", "mlp", "layernorm")]], LAYOUT] = field(
-        default_factory=lambda: ["core_attn"]
-    )
+    # for train.recompute=selective: what to recompute, of layernorm, mlp_act (the gated product), rope (queries, keys
+    # and values after QK-norm and RoPE), mlp (linear_fc1 and what mlp_act names), qkv (linear_qkv and what rope names)
+    # and core_attn
+    recompute_modules: Annotated[
+        list[Annotated[str, OneOf("layernorm", "mlp_act", "rope", "mlp", "qkv", "core_attn")]], LAYOUT
+    ] = field(default_factory=lambda: ["core_attn"])
+    # for train.recompute=selective: layers per pipeline stage in which mlp and qkv are recomputed; null: all
+    recompute_num_layers: Annotated[Size, LAYOUT] | None = None
     eval_interval: Count = 0  # steps between evaluations; 0: only at the end
     eval_samples: Annotated[int, Ge(0), Le(10**7)] = 8  # held-out samples per evaluation; 0: no evaluation
     # edges of ranges of document positions, in tokens, for which held-out loss is recorded; null: eight equal ranges

@@ -44,7 +44,12 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = False
-    train.micro_batch_size, train.recompute, train.recompute_core_attn = 1, "none", True
+    train.micro_batch_size, train.recompute, train.recompute_core_attn, train.recompute_num_layers = (
+        1,
+        "none",
+        True,
+        None,
+    )
     train.fp8 = None  # an evaluation reads texts of any length, in the precision of the weights
     train.global_batch_size = max(1, world_size)  # only for validate(): an evaluation has no steps
     data.reset_at_documents = True

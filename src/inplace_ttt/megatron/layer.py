@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -21,8 +20,10 @@ from megatron.core.transformer.transformer_layer import (
 
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.attention import DocumentAttention
-from inplace_ttt.megatron.mlp import TTTMLP
+from inplace_ttt.megatron.mlp import TTTMLP, GatedMLP
 from inplace_ttt.megatron.norm import RMSNorm
+from inplace_ttt.megatron.recompute import recompute_outputs, recomputing
+from inplace_ttt.megatron.self_attention import DocumentSelfAttention
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,11 @@ class BackendModules:
     core_attention: Any
 
 
-def backend_modules(transformer_impl: str) -> BackendModules:
-    """Return the layer modules of a backend: ``local`` (plain torch, on any device) or ``transformer_engine``."""
+def backend_modules(transformer_impl: str, separate_norms: bool = False) -> BackendModules:
+    """Return the layer modules of a backend: ``local`` (plain torch, on any device) or ``transformer_engine``.
+
+    ``separate_norms``: the output of a norm can be recomputed only if it is not fused with the next linear.
+    """
     if transformer_impl == "local":
         return BackendModules(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
     from megatron.core.extensions.transformer_engine import (
@@ -50,26 +54,52 @@ def backend_modules(transformer_impl: str) -> BackendModules:
     from inplace_ttt.megatron.te_attention import TEDocumentAttention
 
     return BackendModules(
-        TEColumnParallelLinear, TERowParallelLinear, TENorm, TELayerNormColumnParallelLinear, TEDocumentAttention
+        TEColumnParallelLinear,
+        TERowParallelLinear,
+        TENorm,
+        None if separate_norms else TELayerNormColumnParallelLinear,
+        TEDocumentAttention,
     )
 
 
-class TTTTransformerLayer(TransformerLayer):
+class RecomputingLayer(TransformerLayer):
+    """Extend Megatron's layer: its backward computes the chosen activations again (train.recompute_modules)."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        number = self.layer_number - 1 - get_transformer_layer_offset(config, pp_rank=self.pg_collection.pp.rank())
+        self.recomputes = config.recomputed.of_layer(number)
+        if "layernorm" in self.recomputes:
+            for norm in (self.input_layernorm, self.pre_mlp_layernorm):
+                recompute_outputs(norm)
+        if "mlp" in self.recomputes:
+            recompute_outputs(self.mlp.linear_fc1)
+        self.mlp.recomputes_activation = "mlp_act" in self.recomputes
+        if isinstance(self.self_attention, DocumentSelfAttention):
+            if "qkv" in self.recomputes:
+                recompute_outputs(self.self_attention.linear_qkv)
+            self.self_attention.recomputes_heads = "rope" in self.recomputes
+
+    def forward(self, *args, **kwargs):
+        """Return (hidden states, context), like Megatron's layer."""
+        with recomputing(self.training and bool(self.recomputes)):
+            return self._layer(*args, **kwargs)
+
+    def _layer(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class TTTTransformerLayer(RecomputingLayer):
     """Pass the embedding output and the context of the micro batch to the MLP.
 
     The embedding output arrives as ``context``. A decoder without cross-attention does not use this argument, and
     Megatron passes it through every layer and, as a tracked argument, through full recompute.
     """
 
-    def forward(self, *args, **kwargs):
-        """Return (hidden states, embedding output), as Megatron's layer returns (hidden states, context)."""
+    def _layer(self, *args, **kwargs):
         hidden_states, context = self._forward_attention(*args, **kwargs)
         normed = self._forward_pre_mlp_layernorm(hidden_states)
-        mlp = partial(self.mlp, batch_context=kwargs["packed_seq_params"])
-        if self.recompute_mlp:
-            out = tensor_parallel.checkpoint(mlp, False, normed, kwargs["context"])
-        else:
-            out = mlp(normed, kwargs["context"])
+        out = self.mlp(normed, kwargs["context"], batch_context=kwargs["packed_seq_params"])
         return self._forward_post_mlp(out, hidden_states), context
 
 
@@ -82,7 +112,7 @@ NORM_NAMES = {
 
 def _attention_spec(parts: BackendModules, qk_layernorm: bool) -> ModuleSpec:
     return ModuleSpec(
-        module=SelfAttention,
+        module=DocumentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=parts.norm_column_linear or parts.column_linear,
@@ -123,7 +153,7 @@ def layer_spec(
         linear_fc1=parts.norm_column_linear if fc1_has_norm else parts.column_linear, linear_fc2=parts.row_linear
     )
     return ModuleSpec(
-        module=TransformerLayer if ttt is None else TTTTransformerLayer,
+        module=RecomputingLayer if ttt is None else TTTTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else parts.norm,
             self_attention=attention,
@@ -138,7 +168,7 @@ def layer_spec(
 
 def _mlp_builder(linears: MLPSubmodules, ttt: TTT | None):
     if ttt is None:
-        return partial(MLP.as_mlp_submodule, submodules=linears)
+        return partial(GatedMLP.as_mlp_submodule, submodules=linears)
 
     def build(*, config, pg_collection, is_mtp_layer=False, name=None):
         return TTTMLP(config, linears, ttt, pg_collection=pg_collection)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.batch_context import BatchContext
+from inplace_ttt.megatron.recompute import recomputed
 from inplace_ttt.ttt import (
     PAPER_RULE,
     CarryCache,
@@ -70,8 +71,32 @@ class _Weight(nn.Module):
         )
 
 
-class TTTMLP(MLP):
-    """Extend Megatron's MLP: the weight of ``linear_fc2`` is a fast weight."""
+class GatedMLP(MLP):
+    """Provide Megatron's gated MLP, whose product can be recomputed in the backward."""
+
+    recomputes_activation = False  # True: the backward computes the gated product again, from the output of linear_fc1
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+        """Return the output, with the shape of hidden_states (s, b, d), and linear_fc2's bias or None."""
+        return self.linear_fc2(self._activated(hidden_states))
+
+    def _activated(self, hidden_states: Tensor) -> Tensor:
+        """Return the gated product (s, b, f / TP), the input of the down-projection."""
+        gate_and_up = self.linear_fc1(hidden_states)[0]
+        if self.recomputes_activation:
+            return recomputed(self._activate, gate_and_up)
+        return self._activate(gate_and_up)
+
+    def _activate(self, gate_and_up: Tensor) -> Tensor:
+        """Apply the gated activation like Megatron's MLP: (..., 2 f) -> (..., f), in one fused kernel if configured."""
+        if self.config.bias_activation_fusion:
+            return bias_swiglu_impl(gate_and_up, None)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return self.config.activation_func(gate) * up
+
+
+class TTTMLP(GatedMLP):
+    """Extend the gated MLP: the weight of ``linear_fc2`` is a fast weight."""
 
     def __init__(self, config, submodules: MLPSubmodules, ttt: TTT, *, pg_collection):
         super().__init__(
@@ -105,7 +130,7 @@ class TTTMLP(MLP):
         if self.is_plain:
             return super().forward(hidden_states)
         layout = batch_context.layout
-        z = self._activate(self.linear_fc1(hidden_states)[0])
+        z = self._activated(hidden_states)
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
         if self.bound is not None:
             return self._reduce(self._bounded(z, self._targets(u, layout))), None
@@ -175,7 +200,7 @@ class TTTMLP(MLP):
             tokens: number of tokens of the sequence, in complete chunks.
         """
         weight, cp = self.linear_fc2.weight, self.cp_group
-        z = self._activate(self.linear_fc1(hidden_states)[0])
+        z = self._activated(hidden_states)
         u = input_embed if self.ttt.target == "input_embed" else hidden_states
         if self.bound is not None and tokens:
             return self._bounded(z, self._chunk_targets(u), sum_at=tokens)[1]
@@ -202,13 +227,6 @@ class TTTMLP(MLP):
         """Return the targets of complete chunks, (s, 1, d)."""
         ids = torch.arange(len(u), dtype=torch.int32, device=u.device) // self.ttt.chunk_size
         return ChunkTargets(u, self.ttt_conv.weight, None if self.ttt_proj is None else self.ttt_proj.weight, ids)
-
-    def _activate(self, gate_and_up: Tensor) -> Tensor:
-        """Apply the gated activation like Megatron's MLP: (..., 2 f) -> (..., f), in one fused kernel if configured."""
-        if self.config.bias_activation_fusion:
-            return bias_swiglu_impl(gate_and_up, None)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return self.config.activation_func(gate) * up
 
     def _carry_cache(self, batch_context: BatchContext) -> tuple[CarryCache | None, bool]:
         """Return (cache of incoming carries, whether this forward is a recompute).

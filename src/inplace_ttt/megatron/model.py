@@ -5,7 +5,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from inplace_ttt.config import Config, Model, linear_attention_sizes, padded_vocab_size, ttt_layers
+from inplace_ttt.config import Config, Model, linear_attention_sizes, padded_vocab_size, recomputed_modules, ttt_layers
 from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.layer import backend_modules, block_spec
 from inplace_ttt.megatron.loss import linear_cross_entropy
@@ -23,11 +23,14 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         transformer_impl: ``local`` or ``transformer_engine``.
     """
     model, parallel, train = config.model, config.parallel, config.train
+    if train.recompute == "auto":
+        raise ValueError("train.recompute=auto is replaced by a choice first: see sizes.py")
     recompute = {}
     if train.recompute == "full":
         recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif train.recompute == "selective":
-        recompute = dict(recompute_granularity="selective", recompute_modules=list(train.recompute_modules))
+    again = recomputed_modules(train)
+    if "core_attn" in again.modules:
+        recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     on_gpu = torch.cuda.is_available()
     fused = transformer_impl == "transformer_engine"
     megatron_config = TransformerConfig(
@@ -70,6 +73,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         **family_of(model).megatron,
         **recompute,
     )
+    megatron_config.recomputed = again  # see layer.py
     megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # see attention.py
     return megatron_config
 
@@ -219,7 +223,7 @@ def build_model(
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(
         megatron_config,
-        backend_modules(transformer_impl),
+        backend_modules(transformer_impl, separate_norms="layernorm" in recomputed_modules(config.train).modules),
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,

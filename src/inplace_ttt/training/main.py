@@ -9,7 +9,7 @@ from inplace_ttt.config import Config, UserError, ttt_layers
 from inplace_ttt.environment import World, check_environment
 from inplace_ttt.files import user_path
 from inplace_ttt.resilience.exits import fail
-from inplace_ttt.sizes import check_memory, total_parameters
+from inplace_ttt.sizes import check_memory, choose_recompute_here, total_parameters
 
 HELP = """\
 torchrun [--nnodes N ...] --nproc-per-node N launch/train.py recipe=NAME [key=value ...]
@@ -86,6 +86,7 @@ def _train(config: Config, job) -> int:
 
 def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     from inplace_ttt.data.build import build_splits
+    from inplace_ttt.fit import describe_recompute
     from inplace_ttt.job import SLOW_PHASE_FACTOR
     from inplace_ttt.megatron.checkpoint import Checkpointer
     from inplace_ttt.megatron.initialize import initialize
@@ -101,7 +102,8 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     on_first_rank(corpora.check_tokens)
     sets = build_splits(config, corpora, folder.packing)
     watchdog.set_phase("building the model", SLOW_PHASE_FACTOR)
-    model = build_model(config, precision(config), transformer_impl(config), sets.vocab_size, groups)
+    built = choose_recompute_here(config)
+    model = build_model(built, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
     megatron_config = model.config
     wrapped = wrap_data_parallel(model, megatron_config, config)
@@ -134,6 +136,8 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     recorder = Recorder(config, asdict(config), folder, step)
     folder.record(config)
     recorder.say(_describe(config, model, groups))
+    if built is not config:
+        recorder.say(f"train.recompute=auto: {describe_recompute(built)}")
     for note in notes:
         recorder.say(note)
     stepper = Stepper(config, wrapped, megatron_config, groups)

@@ -1,0 +1,90 @@
+"""Settings with which a run fits in the memory of its GPUs, by the estimate."""
+
+import itertools
+import math
+from dataclasses import replace
+
+from inplace_ttt.config import ATTENTION_MODULES, Config, Train, UserError
+from inplace_ttt.estimate import Gpu, memory
+from inplace_ttt.validation import validate
+
+# Modules whose recompute reads and writes memory once, and those with matrix products, which cost the most per byte
+CHEAP, PRODUCTS = ("layernorm", "mlp_act", "rope"), ("mlp", "qkv")
+
+
+def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
+    """Return the configuration with the cheapest recompute that fits if train.recompute=auto, else unchanged.
+
+    In order of cost per byte: none; the outputs of norms, SwiGLU and RoPE; chunk weights (unless
+    ttt.keep_chunk_weights is set); fc1 and the QKV projection, in as many layers as needed; whole layers with their
+    attention, which is returned if nothing fits.
+    """
+    if config.train.recompute != "auto":
+        return config
+    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    known = {*CHEAP, *PRODUCTS} - (set() if config.model.attention == "softmax" else ATTENTION_MODULES)
+    cheap = dict(recompute="selective", recompute_modules=[name for name in CHEAP if name in known])
+    products = cheap | dict(recompute_modules=[name for name in (*CHEAP, *PRODUCTS) if name in known])
+    asked = config.ttt.keep_chunk_weights
+    recomputed = False if asked is None else asked
+    choices = [(dict(recompute="none"), asked), (cheap, asked), (cheap, recomputed)]
+    choices += [(products | dict(recompute_num_layers=count), recomputed) for count in range(1, layers + 1)]
+    for choice, keep in [*choices, (dict(recompute="full"), asked)]:
+        train = replace(config.train, **{**_default_recompute(), **choice})
+        found = replace(config, train=train, ttt=replace(config.ttt, keep_chunk_weights=keep))
+        if memory(found, world, gpu).needed <= gpu.memory:
+            break
+    return found
+
+
+def describe_recompute(config: Config) -> str:
+    """Return the settings of recompute that are in use, as overrides."""
+    used = {"full": ["recompute_core_attn"], "selective": ["recompute_modules", "recompute_num_layers"]}
+    keys = ["recompute", *used.get(config.train.recompute, [])]
+    words = [_override("train", key, getattr(config.train, key)) for key in keys]
+    if config.ttt.enabled:
+        words.append(_override("ttt", "keep_chunk_weights", config.ttt.keep_chunk_weights))
+    return " ".join(words)
+
+
+def _default_recompute() -> dict:
+    default = Train()
+    return {key: value for key, value in vars(default).items() if key.startswith("recompute")}
+
+
+def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | None:
+    """Return the cheapest overrides with which the configuration fits on ``world`` GPUs, or None if none fits."""
+    sizes = [2**power for power in range(world.bit_length()) if world % 2**power == 0]
+    layouts = sorted(itertools.product(sizes, sizes, sizes), key=lambda sizes: (math.prod(sizes), *sizes[::-1]))
+    for cp, tp, pp in layouts:
+        parallel = replace(
+            config.parallel,
+            context_parallel_size=cp,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=tp > 1,
+        )
+        train = replace(config.train, **{**_default_recompute(), "recompute": "auto"})
+        candidate = replace(config, train=train, parallel=parallel)
+        try:
+            validate(candidate, world)
+        except UserError:
+            continue
+        if memory(choose_recompute(candidate, world, gpu), world, gpu).needed <= gpu.memory:
+            return _differences(config, candidate)
+    return None
+
+
+def _differences(before: Config, after: Config) -> list[str]:
+    return [
+        _override(section, key, value)
+        for section in ("parallel", "train")
+        for key, value in vars(getattr(after, section)).items()
+        if value != getattr(getattr(before, section), key)
+    ]
+
+
+def _override(section: str, key: str, value) -> str:
+    if isinstance(value, list):
+        value = f"[{','.join(value)}]"
+    return f"{section}.{key}={'null' if value is None else str(value).lower()}"

@@ -1,0 +1,134 @@
+"""Activations that the backward computes again instead of the forward keeping them.
+
+Inside ``recomputing()``, a tensor that a node of the graph saves for its backward is not kept if it is an output of
+``recomputed(function, *inputs)``. The node keeps the call instead. When its backward asks for the tensor, the function
+runs again on the same inputs, without gradients. These can be outputs of such calls themselves. The graph is built once
+and its nodes are the same, so nothing that follows the function runs a second time: with the SwiGLU product recomputed
+from the output of fc1, fc2 is not recomputed, as it would be by a checkpoint around the MLP (Chen et al.,
+arXiv 1604.06174). The functions must be deterministic and return new tensors, or views of their inputs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import random as fp8_state
+from torch import Tensor, nn
+
+
+class _Call:
+    """A function with its inputs, whose outputs are computed when first asked for, and then kept.
+
+    The nodes that saved an output refer to the call. The autograd engine drops these references once a node's backward
+    has run, which frees the outputs.
+    """
+
+    def __init__(self, function: Callable, inputs: tuple):
+        self.function, self.inputs = function, inputs
+        self.precision = _precision()
+        self.computed: tuple | None = None
+
+    def output(self, number: int) -> Tensor:
+        if self.computed is None:
+            with torch.no_grad(), self.precision():
+                outputs = self.function(*(_unpack(one) for one in self.inputs))
+            self.computed = outputs if isinstance(outputs, tuple) else (outputs,)
+        return self.computed[number]
+
+
+class _View:
+    """A view of an output of a call."""
+
+    def __init__(self, call: _Call, number: int, view: Tensor):
+        self.call, self.number, self.place = call, number, (view.shape, view.stride(), view.storage_offset())
+
+    def tensor(self) -> Tensor:
+        return self.call.output(self.number).as_strided(*self.place)
+
+
+class _Scope:
+    """The outputs of the calls inside one ``recomputing()``, by their memory, which they hold until its end."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[_Call, int, Tensor]] = {}
+
+    def add(self, call: _Call, outputs: tuple, inputs: tuple) -> None:
+        given = {_address(one) for one in inputs if isinstance(one, Tensor)}
+        for number, output in enumerate(outputs):
+            if isinstance(output, Tensor) and output.nbytes and _address(output) not in given:
+                self.outputs.setdefault(_address(output), (call, number, output.detach()))
+
+    def pack(self, value: Any) -> Any:
+        """Return what stands for a tensor: a view of an output, or the tensor itself if it is not such an output."""
+        if type(value) is not Tensor or not value.nbytes:
+            return value
+        call, number, output = self.outputs.get(_address(value), (None, 0, value))
+        return value if call is None or value.dtype != output.dtype else _View(call, number, value)
+
+
+_scopes: list[_Scope] = []
+
+
+@contextlib.contextmanager
+def recomputing(enabled: bool = True) -> Iterator[None]:
+    """Make ``recomputed`` effective inside. No effect without gradients, or if not ``enabled``."""
+    if not (enabled and torch.is_grad_enabled()):
+        yield
+        return
+    scope = _Scope()
+    _scopes.append(scope)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(scope.pack, _unpack):
+            yield
+    finally:
+        _scopes.pop().outputs.clear()  # the graph refers to the scope by its hooks
+
+
+def recomputed(function: Callable, *inputs: Any) -> Any:
+    """Return ``function(*inputs)``; its outputs are not kept for the backward of later functions.
+
+    Args:
+        function: returns a tensor or a tuple. Must be deterministic and depend on nothing else that changes until the
+            backward has run.
+    """
+    outputs = function(*inputs)
+    if _scopes and torch.is_grad_enabled():
+        scope = _scopes[-1]
+        call = _Call(function, tuple(scope.pack(_detached(one)) for one in inputs))
+        scope.add(call, outputs if isinstance(outputs, tuple) else (outputs,), inputs)
+    return outputs
+
+
+def recompute_outputs(module: nn.Module) -> None:
+    """Make all later calls of a module ``recomputed``."""
+    module.forward = _Recomputed(module.forward)
+
+
+class _Recomputed:
+    def __init__(self, forward: Callable):
+        self.forward = forward
+
+    def __call__(self, *inputs: Any) -> Any:
+        return recomputed(self.forward, *inputs)
+
+
+def _unpack(value: Any) -> Any:
+    return value.tensor() if isinstance(value, _View) else value
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _precision() -> Callable[[], contextlib.AbstractContextManager]:
+    """Return what enters Transformer Engine's present FP8 context again."""
+    manager = getattr(fp8_state, "FP8GlobalStateManager", None)
+    if manager is None or not manager.is_fp8_enabled():
+        return contextlib.nullcontext
+    recipe = manager.get_fp8_recipe()
+    return lambda: fp8_state.fp8_autocast(enabled=True, fp8_recipe=recipe)
