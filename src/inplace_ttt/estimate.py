@@ -260,7 +260,7 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     of their FLOPs at the rate of products.
     """
     shard, flops, rates = RankShard(config, world), forward_flops(config), figures()["rates"]
-    products = 3 * (flops.layers + flops.logits) + flops.logits + rates["fast_weights"] * 3 * flops.fast
+    products = 3 * (flops.layers + flops.logits) + rates["fast_weights"] * 3 * flops.fast
     products += _recomputed_products(config)
     train = config.train
     again = flops.attention * (

@@ -21,7 +21,7 @@ from inplace_ttt.evaluation import generation, steps
 from inplace_ttt.ttt import fast_weight_linear, naive, scan
 from inplace_ttt.ttt.backends.hopper.scan import HopperBackend
 from inplace_ttt.validation import transformer_engine_available
-from layouts import parallel
+from layouts import CHEAP, PRODUCTS, parallel
 from models import VOCAB, train_losses
 from numerics.cases import largest, operands, random_documents, relative_error, with_gradients
 from numerics.slices import error_of_slices, random_case, zigzag
@@ -113,6 +113,7 @@ VARIANTS = {
     "input_embed": [{"ttt": {"target": "input_embed"}}],
     "recompute": [{"train": {"recompute": "full"}}],
     "recompute without attention": [{"train": {"recompute": "full", "recompute_core_attn": False}}],
+    "recompute of modules": [PRODUCTS],
     "clipped": [{"ttt": {"clip": 0.2}}],
     "windows": [{"model": {"sliding_window": 100, "window_attn_skip_freq": 2}}],
 }
@@ -172,6 +173,52 @@ def test_layouts_equal_one_gpu(name, variant):
     assert_close(on_several_gpus(name)[variant, *EXACT], on_one_gpu()[variant, *EXACT], 1e-4)
     for kind in BF16:
         assert_close(on_several_gpus(name)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
+
+
+RECOMPUTED = {name: VARIANTS["packed"] + [change] for name, change in (("cheap", CHEAP), ("products", PRODUCTS))}
+
+
+def losses_and_peaks(impl: str) -> dict:
+    """Losses of a few steps in bf16 and the peak of allocated bytes, without recompute and with it."""
+    from inplace_ttt.megatron import runtime
+
+    found, longer = {}, {"data": {"seq_length": 8192}, "ttt": {"keep_chunk_weights": False}}
+    for name, changes in {"none": [], **RECOMPUTED}.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        losses = train_losses(3, WIDE, longer, *changes, impl=impl, dtype=torch.bfloat16)
+        found[name] = losses, torch.cuda.max_memory_allocated()
+        runtime.leave_groups()
+    return found
+
+
+@pytest.mark.parametrize("impl", [impl for impl, _ in BF16])
+def test_recompute_of_modules_saves_memory_and_changes_nothing(impl):
+    found = run_ranks(1, losses_and_peaks, impl, backend="nccl")[0]
+    losses, peaks = zip(*found.values(), strict=True)
+    if impl == "local":
+        assert losses[0] == losses[1] == losses[2]
+    else:  # its separate norms may round otherwise than those in its linears
+        assert losses[1] == losses[2]
+        assert_close(losses[1], losses[0], 1e-3)
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+@pytest.mark.parametrize(("columns", "here"), [(128, 128), (151936, 151669), (20000, 0)])
+def test_kernels_of_the_cross_entropy(columns, here):
+    from inplace_ttt.megatron import loss, loss_kernels
+
+    torch.manual_seed(0)
+    logits = torch.randn(37, columns, device="cuda") * 10
+    label = torch.randint(-1, max(here, 1), (37,), device="cuda") if here else torch.full((37,), -1, device="cuda")
+    best, sums = loss_kernels.best_and_sums(logits, here)
+    expected = loss.best_and_sums(logits, here)
+    assert best.equal(expected[0])
+    torch.testing.assert_close(sums, expected[1], rtol=1e-5, atol=0)
+    log_sum, counts = torch.logsumexp(logits, dim=1), torch.rand(37, device="cuda") > 0.3
+    arguments = log_sum, label, counts, here, torch.float32
+    found, expected = (part.logit_gradients(logits.clone(), *arguments) for part in (loss_kernels, loss))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip", [None, 0.1])

@@ -55,6 +55,7 @@ def main():
     driver.set_active(HopperByName())
     compiler.CompiledKernel._init_handles = stop
     triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: HOOKED.append(kwargs["repr"])
+    from inplace_ttt.megatron import loss_kernels
     from inplace_ttt.ttt.backends import triton_conv
     from inplace_ttt.ttt.backends.hopper import scan
     from inplace_ttt.ttt.backends.hopper.schedule import make_schedule
@@ -64,6 +65,8 @@ def main():
     state, ids = torch.empty(192, 320), torch.empty(256, dtype=torch.int32)
     norms = torch.empty(2, scan.programs(192, 320))
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
+
+    logits, row = torch.empty(2, 9216), torch.empty(2)
 
     def documents(chunk_size):
         """Two of two chunks, of which the second is cut short: in the order of the forward, and of the backward."""
@@ -96,6 +99,8 @@ def main():
         *scans(512),  # and in pieces
         lambda: triton_conv.conv(u, weight, ids),
         lambda: triton_conv.conv_backward(u, u, weight, ids),
+        lambda: loss_kernels.best_and_sums(logits, 9000),
+        lambda: loss_kernels.logit_gradients(logits, row, ids[:2], row > 0, 9000, torch.bfloat16),
     ]
     for launch in launches[:: int(os.environ.get("EVERY", 1))]:
         try:

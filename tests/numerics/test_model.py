@@ -147,24 +147,28 @@ def cross_entropy_errors(vocab_size: int, part_numel: int):
     groups = runtime.start(tiny_config({"parallel": {"tensor_model_parallel_size": size}}).parallel, 0)
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 2, 16), torch.randn(32 * 4, 16)
-    labels, scale = torch.randint(0, vocab_size, (2, 6)), torch.rand(2, 6)
+    labels, counts = torch.randint(0, vocab_size, (2, 6)), torch.rand(2, 6) > 0.3
     reference = [t.clone().double().requires_grad_() for t in (hidden, weight)]
     scores = (reference[0] @ reference[1][:vocab_size].T).permute(1, 0, 2)
     expected = F.cross_entropy(scores.reshape(12, -1), labels.reshape(12), reduction="none").view(2, 6)
-    (expected * scale).sum().backward()
+    (3 * expected[counts].sum()).backward()
 
     rows = 128 // size
     shard = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
     hidden.requires_grad_()
     mine = weight[shard].clone().requires_grad_()
-    loss, correct = linear_cross_entropy(
-        hidden, mine, labels, vocab_size=vocab_size, tp_group=groups.tp, sequence_parallel=False, part_numel=part_numel
-    )
-    (loss * scale).sum().backward()
+    options = dict(vocab_size=vocab_size, tp_group=groups.tp, sequence_parallel=False, part_numel=part_numel)
+    total, loss, correct = linear_cross_entropy(hidden, mine, labels, counts, **options)
+    (3 * total).backward()
+    with torch.no_grad():
+        again = linear_cross_entropy(hidden, mine, labels, counts, **options)
     runtime.stop()
+    assert all(one.equal(other) for one, other in zip(again, (total, loss, correct), strict=True))
+    assert not loss.requires_grad and not correct.requires_grad
     assert torch.equal(correct.bool(), scores.argmax(dim=-1) == labels)
     return [
         (loss - expected).abs().max().item(),
+        (total - expected[counts].sum()).abs().item() / 12,
         (hidden.grad - reference[0].grad).abs().max().item(),
         (mine.grad - reference[1].grad[shard]).abs().max().item(),
     ]

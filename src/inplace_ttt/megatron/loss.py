@@ -1,8 +1,11 @@
 """Vocabulary-parallel cross-entropy that never holds the logits of all tokens.
 
-Logits are computed for a block of tokens at a time: in the forward for the log-sum-exp, and again in the backward for
-the softmax. Memory is that of one block; the cost is one additional matrix product.
+Logits are computed for a block of tokens at a time. In training their gradients are computed from them at once, while
+they are in memory: the gradient of a sum of losses needs nothing of what follows but one factor, by which the backward
+multiplies. The logits are computed once, where a backward of its own would compute them again.
 """
+
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -23,104 +26,142 @@ def linear_cross_entropy(
     hidden: Tensor,  # (s, b, h); with sequence parallelism (s / TP, b, h), this rank's tokens
     weight: Tensor,  # (padded vocabulary / TP, h)
     labels: Tensor,  # (b, s)
+    counts: Tensor | None = None,  # (b, s) bool: whether a token counts in the sum; None: all do
     *,
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool,
     part_numel: int | None = None,  # logits in one block; None: default_part_numel
-) -> Tensor:  # (2, b, s) fp32
-    """Return for each token -log softmax(hidden W^T)[label], and 1 if the label has the highest logit, else 0.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of losses, and the loss and the correctness of each token.
 
-    Vocabulary entries from ``vocab_size`` on are padding and are ignored.
+    The loss of a token is -log softmax(hidden W^T)[label]. It is correct (1, else 0) if the label has the highest
+    logit. Vocabulary entries from ``vocab_size`` on are padding and are ignored.
+
+    Returns:
+        (), (b, s), (b, s), all fp32. Only the sum, of the losses of the tokens that count, has a gradient.
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     s, b, h = hidden.shape
-    loss, correct = _LinearCrossEntropy.apply(
+    counts = torch.ones_like(labels, dtype=torch.bool) if counts is None else counts
+    total, losses, correct = _LinearCrossEntropy.apply(
         hidden.reshape(s * b, h),
         weight,
         labels.t().reshape(s * b),
+        counts.t().reshape(s * b),
         vocab_size,
         tp_group,
         part_numel or default_part_numel(hidden.device),
+        torch.is_grad_enabled(),
     )
-    return torch.stack([loss.view(s, b).t(), correct.view(s, b).t()])
+    return total, losses.view(s, b).t(), correct.view(s, b).t()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, vocab_size, group, part_numel):
-        """Return the loss and whether the label has the highest logit (1 or 0), both (tokens,) fp32.
+    def forward(ctx, hidden, weight, labels, counts, vocab_size, group, part_numel, trains):
+        """Return the sum of losses, the losses and the correctness; computes the gradients of the sum if ``trains``.
 
         Args:
             hidden: (tokens, h).
             weight: (padded vocabulary / TP, h).
             labels: (tokens,) token IDs.
+            counts: (tokens,) bool.
             vocab_size: vocabulary entries without padding.
             group: tensor-parallel group.
             part_numel: logits in one block.
         """
         first = group.rank() * weight.shape[0]
-        here = min(weight.shape[0], vocab_size - first)  # vocabulary entries of this rank without padding
+        here = max(0, min(weight.shape[0], vocab_size - first))  # vocabulary entries of this rank without padding
         mine = (labels >= first) & (labels < first + here)
         column = torch.where(mine, labels - first, 0)
         rows = max(1, part_numel // weight.shape[0])
+        parts = _kernels(hidden)
 
-        log_sum, picked, best = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        losses, correct = (torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        dhidden = torch.empty_like(hidden) if trains else None
+        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trains else None
         for start in range(0, labels.shape[0], rows):
             tokens = slice(start, start + rows)
-            logits = _logits(hidden[tokens], weight, here)
-            picked[tokens] = logits.gather(1, column[tokens, None]).squeeze(1) if here > 0 else 0.0
-            best[tokens] = logits.amax(dim=-1)
-            # exp in place: torch.logsumexp would hold a second copy of the logits
-            shift = best[tokens, None].clamp(min=-torch.finfo(torch.float32).max)  # all padding: -inf - -inf is NaN
-            log_sum[tokens] = logits.sub_(shift).exp_().sum(dim=-1).log_().add_(shift.squeeze(1))
-        picked = torch.where(mine, picked, 0.0)
-        if group.size() > 1:
-            top = log_sum.clone()
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-            total = torch.exp(log_sum - top)
-            dist.all_reduce(total, group=group)
-            dist.all_reduce(picked, group=group)
-            dist.all_reduce(best, op=dist.ReduceOp.MAX, group=group)
-            log_sum = total.log_().add_(top)
-        ctx.save_for_backward(hidden, weight, column, mine, log_sum)
-        ctx.here, ctx.rows = here, rows
-        correct = (picked >= best).float()
-        ctx.mark_non_differentiable(correct)
-        return log_sum - picked, correct
+            logits = _product(hidden[tokens], weight.t())
+            picked = torch.where(mine[tokens], logits.gather(1, column[tokens, None]).squeeze(1), 0.0)
+            best, sums = parts.best_and_sums(logits, here)
+            if group.size() > 1:
+                top = best.clone()
+                dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+                both = torch.stack([sums * torch.exp(best - top), picked])
+                dist.all_reduce(both, group=group)
+                best, (sums, picked) = top, both
+            log_sum = sums.log() + best
+            losses[tokens], correct[tokens] = log_sum - picked, (picked >= best).float()
+            if not trains:
+                continue
+            # -1: no entry of this rank
+            own = torch.where(mine[tokens], column[tokens], -1)
+            dlogits = parts.logit_gradients(logits, log_sum, own, counts[tokens], here, hidden.dtype)
+            del logits
+            torch.mm(dlogits, weight, out=dhidden[tokens])
+            dweight += _product(dlogits.t(), hidden[tokens])
+        ctx.gradients = dhidden, dweight
+        ctx.mark_non_differentiable(losses, correct)
+        return torch.where(counts, losses, 0.0).sum(), losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
-        """Return the gradients of hidden (tokens, h) and weight, given the gradient of the loss, (tokens,).
+    def backward(ctx, grad, _losses, _correct):
+        """Return the gradients of hidden (tokens, h) and weight, given that of the sum, ().
 
         The gradient of hidden is that of this rank's shard of the vocabulary. The backward of the copy or gather in
-        ``linear_cross_entropy`` sums it over the group.
+        ``linear_cross_entropy`` sums it over the group. Raises RuntimeError if it has run before.
         """
-        hidden, weight, column, mine, log_sum = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for start in range(0, grad.shape[0], ctx.rows):
-            tokens = slice(start, start + ctx.rows)
-            softmax = _logits(hidden[tokens], weight, ctx.here).sub_(log_sum[tokens, None]).exp_()
-            if ctx.here > 0:
-                softmax.scatter_add_(1, column[tokens, None], -mine[tokens, None].float())
-            dlogits = softmax.mul_(grad[tokens, None]).to(hidden.dtype)
-            del softmax
-            dhidden[tokens] = dlogits @ weight
-            dweight += _product(dlogits.t(), hidden[tokens])
-        return dhidden, dweight.to(weight.dtype), None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the backward of linear_cross_entropy has run, which freed its gradients")
+        (dhidden, dweight), ctx.gradients = ctx.gradients, None
+        return dhidden.mul_(grad), dweight.mul_(grad).to(dhidden.dtype), *6 * [None]
 
 
-def _logits(hidden: Tensor, weight: Tensor, here: int) -> Tensor:
-    """Return fp32 logits (tokens, vocabulary / TP), -inf for padding entries."""
-    logits = _product(hidden, weight.t())
-    if here < weight.shape[0]:
-        logits[:, max(here, 0) :] = -torch.inf
-    return logits
+def best_and_sums(logits: Tensor, here: int) -> tuple[Tensor, Tensor]:
+    """Return the largest logit of each row, and the sum of exp(logit - largest), both (rows,) fp32.
+
+    Args:
+        logits: (rows, vocabulary / TP) fp32.
+        here: number of columns that are not padding; 0: the results are -inf and 0.
+    """
+    logits = logits[:, :here]
+    if not here:
+        return logits.new_full(logits.shape[:1], -torch.inf), logits.new_zeros(logits.shape[:1])
+    best = logits.amax(dim=-1)
+    return best, (logits - best[:, None]).exp_().sum(dim=-1)
+
+
+def logit_gradients(
+    logits: Tensor, log_sum: Tensor, label: Tensor, counts: Tensor, here: int, dtype: torch.dtype
+) -> Tensor:
+    """Return softmax - one-hot of the rows that count, else 0: (rows, vocabulary / TP). May overwrite ``logits``.
+
+    Args:
+        logits: (rows, vocabulary / TP) fp32.
+        log_sum: (rows,) fp32, log of the sum of exp over the whole vocabulary.
+        label: (rows,) column of the label, or -1 if another rank has it.
+        counts: (rows,) bool.
+        here: number of columns that are not padding. The gradient of padding is 0.
+    """
+    gradients = logits.sub_(log_sum[:, None]).exp_()
+    gradients[:, here:] = 0.0
+    gradients.scatter_add_(1, label.clamp(min=0)[:, None], -(label >= 0).float()[:, None])
+    return torch.where(counts[:, None], gradients, 0.0).to(dtype)
+
+
+def _kernels(hidden: Tensor):
+    """Return what has ``best_and_sums`` and ``logit_gradients`` for the device: Triton's on a GPU, else torch's."""
+    if hidden.is_cuda:
+        from inplace_ttt.megatron import loss_kernels
+
+        return loss_kernels
+    return SimpleNamespace(best_and_sums=best_and_sums, logit_gradients=logit_gradients)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The model: Megatron's GPTModel with TTT layers, positions per document, and a loss that never holds all logits."""
 
+from functools import partial
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -156,13 +158,14 @@ class TTTGPTModel(GPTModel):
         position_ids: Tensor,  # (b, s)
         layout: SequenceLayout,
         labels: Tensor | None = None,  # (b, s)
-    ) -> Tensor:
+        counts: Tensor | None = None,  # (b, s) bool: tokens whose losses are summed; None: all
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Run this pipeline stage.
 
         Returns:
-            The last stage with labels: (2, b, s) fp32, the loss of each token and 1 if its label has the highest
-            logit, else 0. The last stage without labels: logits (b, s, vocabulary / TP). Other stages: hidden states
-            (s, b, h), or (s, b, 2 h) with the embedding output.
+            The last stage with labels: the sum of losses (), the loss of each token (b, s), and 1 if its label has the
+            highest logit, else 0, (b, s), all fp32; only the sum has a gradient. The last stage without labels: logits
+            (b, s, vocabulary / TP). Other stages: hidden states (s, b, h), or (s, b, 2 h) with the embedding output.
         """
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         context = None
@@ -180,17 +183,18 @@ class TTTGPTModel(GPTModel):
             labels=labels,
             packed_seq_params=BatchContext(layout=layout.to(input_ids.device)),
             extra_block_kwargs={"context": context},
-            output_processor=None if labels is None else self._loss,
+            output_processor=None if labels is None else partial(self._loss, counts),
         )
         if self.carries_input_embed and not self.post_process:
             return torch.cat([out, context], dim=-1)
         return out
 
-    def _loss(self, *, hidden_states, output_layer, output_weight, labels, config, **_) -> Tensor:
+    def _loss(self, counts, *, hidden_states, output_layer, output_weight, labels, config, **_):
         return linear_cross_entropy(
             hidden_states,
             output_layer.weight if output_weight is None else output_weight,
             labels,
+            counts,
             vocab_size=self.true_vocab_size,
             tp_group=self.pg_collection.tp,
             sequence_parallel=config.sequence_parallel,

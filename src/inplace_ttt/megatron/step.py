@@ -189,28 +189,28 @@ def unwrap(model) -> TTTGPTModel:
 
 def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[PositionRanges | None], sources: int):
     batch = next(batches)
-    out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels)
+    counts = batch.loss_mask > 0
+    out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels, counts=counts)
     return out, partial(_sums, batch, next(ranges), sources)
 
 
 def _sums(
-    batch: MicroBatch, ranges: PositionRanges | None, sources: int, out: Tensor
+    batch: MicroBatch, ranges: PositionRanges | None, sources: int, out: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return what Megatron expects of a loss function: sum over tokens, number of tokens, and values to report.
 
     Tokens that do not count are masked by selection, not by a product, because their loss may be NaN.
     """
-    losses, correct = out
+    total, losses, correct = out
     counts = batch.loss_mask > 0
-    total = torch.where(counts, losses, 0.0).sum()
     tokens = counts.sum()
     right = torch.where(counts, correct, 0.0).sum()
     sums = torch.stack([total.detach().double(), tokens.double(), right.double()])
     if ranges is not None:
-        sums = torch.cat([sums, ranges.sums(batch.position_ids, losses.detach(), counts).flatten()])
+        sums = torch.cat([sums, ranges.sums(batch.position_ids, losses, counts).flatten()])
     for number in range(sources):
         own = counts & (batch.sources == number)
-        sums = torch.cat([sums, torch.stack([losses.detach()[own].double().sum(), own.sum().double()])])
+        sums = torch.cat([sums, torch.stack([losses[own].double().sum(), own.sum().double()])])
     return total, tokens.int(), {"sums": sums}
 
 
