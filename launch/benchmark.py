@@ -3,6 +3,7 @@
 python launch/benchmark.py layer                                   # one MLP layer: plain, materialised, loop, kernels
 torchrun --nproc-per-node 2 launch/benchmark.py prefix             # exchange of carries between context-parallel ranks
 python launch/benchmark.py model model.num_layers=12 ...           # a training step at Qwen3-4B's shapes
+python launch/benchmark.py model --profile                         # where its time goes, beside the least needed
 torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # packed documents
 python launch/benchmark.py decode --after 512 4096 32768 131072     # decode with the exported model
 python launch/benchmark.py decode --after 2048 --rows 8 32 --tokens 2048
@@ -83,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("overrides", nargs="*", help=overrides_help)
     model.add_argument("--rounds", type=_positive, default=2)
     model.add_argument("--steps", type=_positive, default=3, help="timed steps per round (3)")
+    model.add_argument(
+        "--profile",
+        action="store_true",
+        help="a step's time by part, beside the least that each part needs",
+    )
     attention = commands.add_parser("attention")
     attention.add_argument("overrides", nargs="*", help=overrides_help)
     attention.add_argument(
@@ -214,12 +220,17 @@ def run_prefix(arguments):
 
 def run_model(arguments):
     from inplace_ttt.benchmarks import model
+    from inplace_ttt.config import UserError
     from inplace_ttt.validation import validate
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
     asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
-    with fits(asked, "fewer layers, or train.recompute=full"):
+    with fits(asked, "fewer layers, or train.recompute=auto"):
+        if arguments.profile:
+            if config.parallel.pipeline_model_parallel_size > 1:
+                raise UserError("--profile supports one pipeline stage: set parallel.pipeline_model_parallel_size=1")
+            return model.measure_parts(config, arguments.steps), {}
         return model.measure(config, arguments.rounds, arguments.steps), {}
 
 
@@ -349,13 +360,16 @@ def report(arguments, records: list[dict], errors: dict) -> None:
         records=records,
         errors=errors,
     )
-    (arguments.output / f"{arguments.command}.json").write_text(json.dumps(result, indent=1))
-    picture = arguments.output / f"{arguments.command}.png"
-    draw(arguments.command, machine, records, picture)
+    name = "profile" if getattr(arguments, "profile", False) else arguments.command
+    (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1))
+    picture = arguments.output / f"{name}.png"
+    draw(name, machine, records, picture)
     console.print(f"written: {picture.with_suffix('.json')}, {picture}", highlight=False)
 
 
 def _shown(value) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
 
@@ -367,6 +381,7 @@ def draw(command: str, machine: str, records: list[dict], picture: Path) -> None
         "layer": ("chunk_size", "variant", "ratio", "One MLP layer, forward and backward", "time / plain MLP"),
         "prefix": ("chunk_size", "ranks", "exposed_share", "Exchange of carries between ranks", "share of layer time"),
         "model": ("layers", "ttt", "ratio", "A training step", "time / without fast weights"),
+        "profile": ("part", "ttt", "ms", "A training step, by part", "milliseconds"),
         "attention": ("documents", "implementation", "ratio", "Attention, forward and backward", "time / torch's"),
         "decode": ("texts", "variant", "ratio", "Decode", "time per step / faster cache without fast weights"),
         "prefill": ("tokens", "variant", "ratio", "Prefill", "time / without fast weights"),

@@ -261,7 +261,7 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     """
     shard, flops, rates = RankShard(config, world), forward_flops(config), figures()["rates"]
     products = 3 * (flops.layers + flops.logits) + rates["fast_weights"] * 3 * flops.fast
-    products += _recomputed_products(config)
+    products += recomputed_products(config)
     train = config.train
     again = flops.attention * (
         (train.recompute == "full" and train.recompute_core_attn) or "core_attn" in recomputed_modules(train).modules
@@ -272,7 +272,7 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
 
 
-def _recomputed_products(config: Config) -> float:
+def recomputed_products(config: Config) -> float:
     """Return the FLOPs of the matrix products of one sequence that run again in the backward."""
     model, s, flops = config.model, config.data.seq_length, forward_flops(config)
     if config.train.recompute == "full":

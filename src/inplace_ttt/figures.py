@@ -33,6 +33,10 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _maybe(value: float | None) -> str:
+    return "" if value is None else _fixed(value, 1)
+
+
 _one, _two, _three = (partial(_fixed, digits=digits) for digits in (1, 2, 3))
 _count = partial(_fixed, digits=0)
 # Columns of each benchmark's table: title, field of a record, formatter
@@ -58,6 +62,10 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
         ("plan.py estimate, s", "planned_seconds", _one),
         ("peak GiB", "peak_gib", _one),
         ("plan.py estimate, GiB", "planned_gib", _one),
+        ("part", "part", str),  # of --profile
+        ("ms", "ms", _one),
+        ("share", "share", _share),
+        ("least, ms", "floor_ms", _maybe),
     ],
     "decode": [
         ("texts", "texts", str),

@@ -1,4 +1,4 @@
-"""Benchmark of a training step of a whole model, with and without fast weights."""
+"""Benchmark of a training step of a whole model, with and without fast weights, whole or by part."""
 
 import gc
 import statistics
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from inplace_ttt.benchmarks import profile
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.estimate import GIB, GPUS, memory, step_seconds
@@ -49,18 +50,56 @@ class Step:
         torch.cuda.synchronize()
         started = time.perf_counter()
         totals = self.stepper.train(iter(self.batches), len(self.batches))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with torch.profiler.record_function(profile.OPTIMIZER):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         torch.cuda.synchronize()
         assert totals.loss == totals.loss, "the loss of the benchmark is nan"
         return time.perf_counter() - started
 
 
+def variants(config: Config) -> dict[str, Config]:
+    """Return the configuration with fast weights and without, each with its choice of recompute (collective)."""
+    both = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
+    return {name: choose_recompute_here(one) for name, one in both.items()}
+
+
+def measure_parts(config: Config, steps: int) -> list[dict]:
+    """Return the milliseconds of each part of a step and its floor, with fast weights and without: a record each."""
+    groups, records = runtime.start(config.parallel, config.train.seed), []
+    flops, speed = profile.ceilings()
+    for name, variant in variants(config).items():
+        step = Step(variant, groups)
+        step.run()
+        step.run()
+        seconds = statistics.median(step.run() for _ in range(steps))
+        parts = profile.milliseconds_by_part(profile.trace(step.run), seconds)
+        floors = profile.floors(variant, torch.distributed.get_world_size(), flops, speed)
+        for part, milliseconds in sorted(parts.items(), key=lambda one: -one[1]):
+            floor = floors.get(part)
+            records.append(
+                dict(
+                    ttt=name,
+                    part=part,
+                    ms=milliseconds,
+                    share=milliseconds / seconds / 1e3,
+                    floor_ms=floor,
+                    ratio=milliseconds / floor if floor else None,
+                )
+            )
+        records.append(dict(ttt=name, part="the step", ms=seconds * 1e3, share=1.0, floor_ms=sum(floors.values())))
+        records[-1]["ratio"] = records[-1]["ms"] / records[-1]["floor_ms"]
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    runtime.stop()
+    return records
+
+
 def measure(config: Config, rounds: int, steps: int) -> list[dict]:
     """Return one record with fast weights and one without. Models are built in turns: two do not fit in memory."""
     groups = runtime.start(config.parallel, config.train.seed)
-    configs = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
-    configs = {name: choose_recompute_here(variant) for name, variant in configs.items()}
+    configs = variants(config)
     times, peaks = {name: [] for name in configs}, {}
     for _ in range(rounds):
         for name, variant in configs.items():

@@ -31,7 +31,7 @@ class _Call:
 
     def output(self, number: int) -> Tensor:
         if self.computed is None:
-            with torch.no_grad(), self.precision():
+            with torch.no_grad(), self.precision(), torch.profiler.record_function("recompute"):
                 outputs = self.function(*(_unpack(one) for one in self.inputs))
             self.computed = outputs if isinstance(outputs, tuple) else (outputs,)
         return self.computed[number]

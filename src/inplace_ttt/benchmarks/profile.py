@@ -1,0 +1,151 @@
+"""Where the time of a training step goes on the GPU, by part, from a trace of torch.profiler.
+
+A kernel belongs to the innermost scope around its launch that PARTS knows: a node of the graph, forward or backward, or
+a range that the step marks.
+"""
+
+import json
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from inplace_ttt.config import Config
+from inplace_ttt.estimate import RankShard, recomputed_products
+from inplace_ttt.flops import forward_flops
+
+OPTIMIZER, RECOMPUTE = "optimizer", "recompute"  # ranges
+# Parts by the names of scopes. Others: norms, RoPE, SwiGLU, residuals, the embedding
+PARTS = {
+    RECOMPUTE: r"^recompute$",
+    OPTIMIZER: r"^optimizer$",
+    "fast weights": r"^(FastWeightLinear|_ChunkTarget)(Backward)?$",
+    "cross-entropy": r"^_LinearCrossEntropy(Backward)?$",
+    "attention": r"Attn|scaled_dot_product|^_(Kept|Inputs)(Backward)?$",
+    "linear layers": r"^(_Linear|_LayerNormLinear|LinearWithGradAccumulationAndAsyncCommunication)(Backward)?$",
+}
+OTHER, COMMUNICATION, IDLE = "norms, RoPE, SwiGLU, others", "communication", "GPU idle"
+PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE)  # kernels of matrix products
+ON_GPU, LAUNCHES, SCOPES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver"), (
+    "cpu_op",
+    "user_annotation",
+)  # fmt: skip
+
+
+def trace(run: Callable[[], None]) -> list[dict]:
+    """Return the events of one call in Chrome's trace format."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+def milliseconds_by_part(events: Iterable[dict], seconds: float) -> dict[str, float]:
+    """Return the milliseconds of each part's kernels, and those in which the GPU had none.
+
+    Args:
+        events: of one step, in Chrome's trace format; ``ts`` and ``dur`` in microseconds.
+        seconds: duration of the same step without a profiler, which slows the host down.
+    """
+    events = [event for event in events if event.get("ph") == "X"]
+    kernels = [event for event in events if event.get("cat") in ON_GPU]
+    scopes = dict(_scopes_of_launches(events))
+    found: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        found[_part(kernel["name"], scopes.get(kernel["args"].get("correlation"), ()))] += kernel["dur"] / 1e3
+    found[IDLE] = max(0.0, seconds * 1e3 - _busy(kernels) / 1e3)
+    return dict(found)
+
+
+def _part(kernel: str, scopes: tuple[str, ...]) -> str:
+    if "nccl" in kernel.lower():
+        return COMMUNICATION
+    for scope in reversed(scopes):
+        for part, pattern in PARTS.items():
+            if re.search(pattern, scope):
+                return OTHER if part == "linear layers" and not PRODUCT.search(kernel) else part
+    return OTHER
+
+
+def _scopes_of_launches(events: list[dict]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield the correlation number of each launch with the names of the scopes around it, outermost first."""
+    threads: dict[tuple, list[dict]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in (*SCOPES, *LAUNCHES):
+            threads[event["pid"], event["tid"]].append(event)
+    for calls in threads.values():
+        open_scopes: list[dict] = []
+        for event in sorted(calls, key=lambda one: (one["ts"], -one["dur"])):
+            while open_scopes and open_scopes[-1]["ts"] + open_scopes[-1]["dur"] <= event["ts"]:
+                open_scopes.pop()
+            if event["cat"] in SCOPES:
+                open_scopes.append(event)
+            elif "correlation" in event.get("args", {}):
+                yield event["args"]["correlation"], tuple(scope["name"] for scope in open_scopes)
+
+
+def _busy(kernels: list[dict]) -> float:
+    """Return the microseconds in which at least one kernel ran."""
+    total, end = 0.0, 0.0
+    for kernel in sorted(kernels, key=lambda one: one["ts"]):
+        stop = kernel["ts"] + kernel["dur"]
+        total += max(0.0, stop - max(end, kernel["ts"]))
+        end = max(end, stop)
+    return total
+
+
+def ceilings() -> tuple[float, float]:
+    """Return the FLOP/s of a large bf16 matrix product and the bytes per second of a copy, on this GPU now."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product, copy = torch.empty_like(a), torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    source = torch.empty_like(copy)
+
+    def seconds(call) -> float:
+        call()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(20):
+            call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 20e3
+
+    flops = 2 * 8192**3 / seconds(lambda: torch.mm(a, b, out=product))
+    return flops, 2 * copy.nbytes / seconds(lambda: copy.copy_(source))
+
+
+def floors(config: Config, world: int, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
+    """Return the least milliseconds of each part of a step on one GPU of ``world``, with one pipeline stage.
+
+    Products run at the given rate, with the least number of them: attention's backward needs five where its forward
+    needs two. What reads and writes memory does so once at the given rate. Both rates: see ``ceilings``.
+    """
+    shard, flops, model = RankShard(config, world), forward_flops(config), config.model
+    batch = config.train.global_batch_size / world
+    tokens = batch * config.data.seq_length
+    products = {
+        "linear layers": 3 * flops.layers,
+        "attention": 3.5 * flops.attention,
+        "fast weights": 3 * flops.fast,
+        "cross-entropy": 3 * flops.logits,
+        RECOMPUTE: recomputed_products(config),
+    }
+    heads = (model.num_attention_heads + model.num_query_groups) * model.kv_channels
+    # bf16 values read and written, forward and backward: norms and residuals, SwiGLU, QK-norm and RoPE
+    values = model.num_layers * tokens * (22 * model.hidden_size + 8 * model.ffn_hidden_size + 11 * heads)
+    shards = shard.dp * shard.cp if config.parallel.use_distributed_optimizer else 1
+    parameters = shard.parameters(0)
+    # gradients set to zero, their norm; gradients read, three fp32 values read and written, weights written
+    optimizer = 4 * parameters + (4 + 4 + 3 * 8) * parameters / shards + 2 * parameters
+    floor = {name: 1e3 * batch * count / flops_per_second for name, count in products.items()}
+    floor[OTHER] = 1e3 * 2 * values / bytes_per_second
+    floor[OPTIMIZER] = 1e3 * optimizer / bytes_per_second
+    return floor
