@@ -98,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[1, 8, 64],
         help="documents per sequence, of equal length (1 8 64)",
     )
+    attention.add_argument("--kernels", action="store_true", help="also each kernel of Transformer Engine and of torch")
     attention.add_argument("--rounds", type=_positive, default=7)
     decode = commands.add_parser("decode")
     decode.add_argument("overrides", nargs="*", help=overrides_help)
@@ -241,7 +242,7 @@ def run_attention(arguments):
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
     with fits(f"data.seq_length={config.data.seq_length}", "a shorter sequence"):
-        return attention.measure(config, arguments.documents, arguments.rounds), {}
+        return attention.measure(config, arguments.documents, arguments.rounds, arguments.kernels), {}
 
 
 def run_decode(arguments):

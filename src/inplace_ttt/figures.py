@@ -67,6 +67,13 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
         ("share", "share", _share),
         ("least, ms", "floor_ms", _maybe),
     ],
+    "attention": [
+        ("documents", "documents", _count),
+        ("implementation", "implementation", str),
+        ("GPUs", "ranks", _count),
+        ("ms", "ms", _one),
+        ("TFLOP/s per GPU", "tflops", _count),
+    ],
     "decode": [
         ("texts", "texts", str),
         ("fast weights, cache", "variant", str),

@@ -1,14 +1,19 @@
 """Benchmark of attention over packed documents: Transformer Engine's kernels and torch's, under context parallelism."""
 
+import contextlib
+import os
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inplace_ttt.benchmarks.timing import milliseconds, ratio
 from inplace_ttt.config import Config, UserError
+from inplace_ttt.flops import forward_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.attention import DocumentAttention
 from inplace_ttt.megatron.batch_context import BatchContext
@@ -17,19 +22,22 @@ from inplace_ttt.ttt.layout import SequenceLayout
 from inplace_ttt.validation import transformer_impl
 
 
-def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
+def measure(config: Config, documents: list[int], rounds: int, each_kernel: bool = False) -> list[dict]:
     """Return one record per number of documents and implementation, of forward and backward.
 
     All ranks must call it. Raises UserError if Transformer Engine is not available, or if a number of documents does
     not divide data.seq_length, because documents have equal length.
+
+    Args:
+        each_kernel: also measure each kernel that Transformer Engine and torch can be made to use. A kernel that
+            refuses the case is left out.
     """
     if transformer_impl(config) != "transformer_engine":
         raise UserError("attention needs Transformer Engine, which is not available: use pip install -e '.[gpu]'")
     groups = runtime.start(config.parallel, config.train.seed)
     model = replace(config.model, num_layers=1, vocab_size=128)
-    single = replace(
-        config, model=model, ttt=replace(config.ttt, enabled=False), train=replace(config.train, recompute="none")
-    )
+    train = replace(config.train, recompute="none")
+    single = replace(config, model=model, ttt=replace(config.ttt, enabled=False), train=train)
     layer = build_model(single, torch.bfloat16, "transformer_engine", 128, groups).decoder.layers[0]
     module, s = layer.self_attention.core_attention, config.data.seq_length
     local, channels = s // groups.cp.size(), model.kv_channels
@@ -41,19 +49,26 @@ def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
         if s % count:
             raise UserError(f"--documents {count} does not divide data.seq_length={s}: use a divisor of it")
         context = BatchContext(layout=SequenceLayout(tuple(range(0, s + 1, s // count))))
-        ways = {
-            "transformer engine": partial(module.attend, *inputs, context),
-            "torch": partial(DocumentAttention.attend, module, *inputs, context),
-        }
+        ours, torchs = (
+            partial(module.attend, *inputs, context),
+            partial(DocumentAttention.attend, module, *inputs, context),
+        )
+        ways: dict[str, Callable] = {"transformer engine": ours, "torch": torchs}
+        if each_kernel:
+            ways |= {name: way for name, way in _kernels(ours, torchs).items() if _runs(way, inputs, grad)}
         runs = {name: partial(_forward_backward, way, inputs, grad) for name, way in ways.items()}
         times = milliseconds(runs, rounds, dist.barrier)
+        one_document = replace(config, model=model, data=replace(config.data, seq_length=s // count))
+        flops = 3 * count * forward_flops(one_document).attention / groups.cp.size()
         for name, found in times.items():
+            ms = statistics.median(found)
             records.append(
                 dict(
                     documents=count,
                     implementation=name,
                     ranks=groups.cp.size(),
-                    ms=statistics.median(found),
+                    ms=ms,
+                    tflops=flops / ms / 1e9,
                     ratio=ratio(found, times["torch"]),
                 )
             )
@@ -63,3 +78,47 @@ def measure(config: Config, documents: list[int], rounds: int) -> list[dict]:
 
 def _forward_backward(attend, inputs, grad) -> None:
     torch.autograd.grad(attend(), inputs, grad)
+
+
+def _kernels(ours: Callable, torchs: Callable) -> dict[str, Callable]:
+    """Return attention by each kernel, by name."""
+    chosen = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention 2": SDPBackend.FLASH_ATTENTION}
+    ways = {f"torch, {name}": partial(_within, partial(sdpa_kernel, kernel), torchs) for name, kernel in chosen.items()}
+    for name, (flash, fused) in {"cuDNN": "01", "FlashAttention": "10"}.items():
+        scope = partial(_transformer_engine_kernel, NVTE_FLASH_ATTN=flash, NVTE_FUSED_ATTN=fused, NVTE_UNFUSED_ATTN="0")
+        ways[f"transformer engine, {name}"] = partial(_within, scope, ours)
+    return ways
+
+
+def _within(scope: Callable[[], contextlib.AbstractContextManager], attend: Callable) -> torch.Tensor:
+    with scope():
+        return attend()
+
+
+@contextlib.contextmanager
+def _transformer_engine_kernel(**variables: str) -> Iterator[None]:
+    """Make Transformer Engine choose its kernel anew under these environment variables, and again after it."""
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    backends, before = dot_product_attention._attention_backends, dict(os.environ)
+    os.environ.update(variables)
+    backends["backend_selection_requires_update"] = True
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        backends["backend_selection_requires_update"] = True
+
+
+def _runs(attend, inputs, grad) -> bool:
+    """Return True on all ranks if a kernel takes the case on all ranks."""
+    try:
+        _forward_backward(attend, inputs, grad)
+        torch.cuda.synchronize()
+        fails = 0.0
+    except (RuntimeError, ValueError, AssertionError):
+        fails = 1.0
+    failed = torch.tensor(fails, device="cuda")
+    dist.all_reduce(failed)
+    return not failed.item()
