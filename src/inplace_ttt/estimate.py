@@ -11,7 +11,7 @@ from inplace_ttt.config import Config, padded_vocab_size, recomputed_modules, tt
 from inplace_ttt.figures import figures
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.parameters import layer_parameters
-from inplace_ttt.models import family_of
+from inplace_ttt.models import has_qk_norm
 from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
 
 GIB = 2**30
@@ -177,12 +177,17 @@ class _Activations:
         self.shard, self.full, self.recomputed = shard, train.recompute == "full", recomputed_modules(train)
         self.always = 2 * hidden + queries  # inputs of attention and of the MLP, output of attention
         log_sums = 4 * t * model.num_attention_heads / tp
-        norms = queries + keys if family_of(model).megatron.get("qk_layernorm") else 0.0  # their inputs
+        # Inputs of QK-norms, queries, keys and values. The output of linear_qkv is kept only if these are recomputed
+        heads = queries + 2 * keys + (queries + keys if has_qk_norm(model) else 0.0)
+        if shard.cp > 1:  # attention keeps keys and values of its own: received, or gathered from all ranks
+            gathered = config.data.reset_at_documents or model.sliding_window is not None
+            heads -= 2 * keys
+            self.always += 2 * keys * (shard.cp if gathered else 1)
+        self.qkv = queries + 2 * keys
         # by the module of train.recompute_modules that recomputes them
         self.parts = {
             "layernorm": 2 * hidden,
-            "qkv": queries + 2 * keys,
-            "rope": norms + queries + keys,
+            "rope": heads,
             "core_attn": log_sums,
             "mlp": 2 * self.z,  # gate and up
             "mlp_act": self.z,
@@ -191,8 +196,10 @@ class _Activations:
         if self.full:
             self.always = hidden + (0 if train.recompute_core_attn else 2 * (queries + keys) + log_sums)
             self.at_work = 2 * hidden + queries + sum(self.parts.values()) + products
+            self.product_is_kept = True
         else:
             again = self.recomputed.of_layer(0)
+            self.product_is_kept = "mlp_act" not in again
             self.at_work = products + ("mlp" in again) * 2 * self.z + ("layernorm" in again) * hidden
 
     def kept(self, number: int, is_fast: bool) -> float:
@@ -205,6 +212,7 @@ class _Activations:
             return self.always
         again = self.recomputed.of_layer(number)
         parts = sum(size for name, size in self.parts.items() if name not in again)
+        parts += self.qkv * ("rope" in again and "qkv" not in again)
         return self.always + parts + is_fast * self.whole_hidden  # targets
 
     @property
@@ -231,8 +239,9 @@ class _Activations:
         """Return the extra bytes of a TTT layer's recompute and backward, given ``held`` bytes of chunk weights."""
         config = self.shard.config
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp
-        # Targets, their gradient, and one state. Chunk weights are freed before gradients of gate and up are allocated.
-        return max(0.0, 2 * self.whole_hidden + state + held - 2 * self.z)
+        # Targets, their gradient, and one state. Chunk weights, and the product if it was recomputed, are freed before
+        # gradients of gate and up are allocated.
+        return max(0.0, 2 * self.whole_hidden + state + held - (1 + self.product_is_kept) * self.z)
 
 
 def _carry_bytes(shard: RankShard, fast: int, in_flight: int) -> float:
@@ -249,7 +258,9 @@ def _logits(shard: RankShard) -> float:
     """Return the bytes of the logits of one block of tokens, of the output weight's gradient, and of hidden states."""
     model = shard.config.model
     vocabulary = padded_vocab_size(model.vocab_size or 0) / shard.tp
-    return 6 * 2**28 + 6 * vocabulary * model.hidden_size + 4 * 2 * model.hidden_size * shard.tokens
+    weight = vocabulary * model.hidden_size
+    # fp32 logits and their bf16 gradients; then these, and the product that is added to the gradient of the weight
+    return max(6 * 2**28 + 4 * weight, 2 * 2**28 + 8 * weight) + 4 * 2 * model.hidden_size * shard.tokens
 
 
 def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
@@ -262,14 +273,18 @@ def step_seconds(config: Config, world: int, gpu: Gpu) -> float:
     shard, flops, rates = RankShard(config, world), forward_flops(config), figures()["rates"]
     products = 3 * (flops.layers + flops.logits) + rates["fast_weights"] * 3 * flops.fast
     products += recomputed_products(config)
-    train = config.train
-    again = flops.attention * (
-        (train.recompute == "full" and train.recompute_core_attn) or "core_attn" in recomputed_modules(train).modules
-    )
+    again = flops.attention * recomputes_attention(config)
     seconds = products / rates["products"] * (1 + rates["rest"])
     seconds += 3 * flops.attention / rates["attention"] + again / rates["attention_forward"]
     bubble = (shard.micro_batches + shard.pp - 1) / shard.micro_batches
     return config.train.global_batch_size * seconds / (gpu.peak * world) * bubble
+
+
+def recomputes_attention(config: Config) -> bool:
+    """Return True if the core attention of all layers runs again in the backward."""
+    train = config.train
+    whole_layers = train.recompute == "full" and train.recompute_core_attn
+    return whole_layers or "core_attn" in recomputed_modules(train).modules
 
 
 def recomputed_products(config: Config) -> float:

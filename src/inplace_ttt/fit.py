@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from inplace_ttt.config import ATTENTION_MODULES, Config, Train, UserError
 from inplace_ttt.estimate import Gpu, memory
+from inplace_ttt.models import has_qk_norm
 from inplace_ttt.validation import validate
 
 # Modules whose recompute reads and writes memory once, and those with matrix products, which cost the most per byte
@@ -22,16 +23,19 @@ def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
     if config.train.recompute != "auto":
         return config
     layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-    known = {*CHEAP, *PRODUCTS} - (set() if config.model.attention == "softmax" else ATTENTION_MODULES)
-    cheap = dict(recompute="selective", recompute_modules=[name for name in CHEAP if name in known])
-    products = cheap | dict(recompute_modules=[name for name in (*CHEAP, *PRODUCTS) if name in known])
+    useless = set() if config.model.attention == "softmax" else ATTENTION_MODULES
+    cheap = dict(recompute="selective")
+    products = cheap | dict(recompute_modules=[name for name in (*CHEAP, *PRODUCTS) if name not in useless])
+    if not has_qk_norm(config.model):
+        useless = useless | {"rope"}  # the output of linear_qkv, from which they are recomputed, is as large
+    cheap |= dict(recompute_modules=[name for name in CHEAP if name not in useless])
+    choices = [(dict(recompute="none"), True), (cheap, True), (cheap, False)]
+    choices += [(products | dict(recompute_num_layers=count), False) for count in range(1, layers + 1)]
     asked = config.ttt.keep_chunk_weights
-    recomputed = False if asked is None else asked
-    choices = [(dict(recompute="none"), asked), (cheap, asked), (cheap, recomputed)]
-    choices += [(products | dict(recompute_num_layers=count), recomputed) for count in range(1, layers + 1)]
-    for choice, keep in [*choices, (dict(recompute="full"), asked)]:
+    for choice, keep in [*choices, (dict(recompute="full"), None)]:
         train = replace(config.train, **{**_default_recompute(), **choice})
-        found = replace(config, train=train, ttt=replace(config.ttt, keep_chunk_weights=keep))
+        ttt = replace(config.ttt, keep_chunk_weights=keep if asked is None else asked)
+        found = replace(config, train=train, ttt=ttt)
         if memory(found, world, gpu).needed <= gpu.memory:
             break
     return found

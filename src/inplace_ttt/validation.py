@@ -148,6 +148,11 @@ def _fp8(config: Config) -> None:
     if train.fp8 is None:
         return
     said = f"train.fp8={train.fp8}"
+    if train.recompute == "auto":
+        raise UserError(
+            f"train.recompute=auto is not supported with {said}, whose memory is not estimated: use none, selective or "
+            f"full"
+        )
     if transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16:
         raise UserError(
             f"{said} needs CUDA, Transformer Engine's layers (model.transformer_impl) and train.precision=bf16: set "
@@ -227,7 +232,7 @@ def _choices(config: Config) -> None:
                 f"set it to null"
             )
         stage = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-        if layers > stage:
+        if layers > stage > 0:
             raise UserError(f"train.recompute_num_layers={layers} is more than the {stage} layers of a pipeline stage")
     edges = config.train.eval_positions
     if edges is not None and (len(edges) < 2 or sorted(set(edges)) != edges):

@@ -182,8 +182,10 @@ def test_auto_recomputes_as_little_as_fits():
     layers = [train.recompute_num_layers for train in products]
     assert layers == sorted(set(layers))
     keeps = [found.ttt.keep_chunk_weights for found, _ in seen]
-    assert keeps == [None, None, False, False, False, None, None]
+    assert keeps == [True, True, False, False, False, None, None]
     assert chosen(115, "ttt.keep_chunk_weights=true")[0].ttt.keep_chunk_weights is True
+    without_qk_norm = chosen(115, "model.family=llama")[0].train
+    assert without_qk_norm.recompute_modules == ["layernorm", "mlp_act"]  # rope frees as much as it then keeps
 
 
 @pytest.mark.parametrize("modules", [["layernorm"], ["mlp_act"], ["rope"], ["mlp"], ["qkv"], ["core_attn"]])

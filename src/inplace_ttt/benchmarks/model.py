@@ -80,6 +80,7 @@ def measure_parts(config: Config, steps: int) -> list[dict]:
             records.append(
                 dict(
                     ttt=name,
+                    recompute=describe_recompute(variant),
                     part=part,
                     ms=milliseconds,
                     share=milliseconds / seconds / 1e3,
@@ -87,8 +88,9 @@ def measure_parts(config: Config, steps: int) -> list[dict]:
                     ratio=milliseconds / floor if floor else None,
                 )
             )
-        records.append(dict(ttt=name, part="the step", ms=seconds * 1e3, share=1.0, floor_ms=sum(floors.values())))
-        records[-1]["ratio"] = records[-1]["ms"] / records[-1]["floor_ms"]
+        least = sum(floors.values())
+        records.append({**records[-1], "part": "the step", "ms": 1e3 * seconds, "share": 1.0, "floor_ms": least})
+        records[-1]["ratio"] = 1e3 * seconds / least
         del step
         gc.collect()
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from inplace_ttt.config import Config
-from inplace_ttt.estimate import RankShard, recomputed_products
+from inplace_ttt.estimate import RankShard, recomputed_products, recomputes_attention
 from inplace_ttt.flops import forward_flops
 
 OPTIMIZER, RECOMPUTE = "optimizer", "recompute"  # ranges
@@ -28,6 +28,7 @@ PARTS = {
     "linear layers": r"^(_Linear|_LayerNormLinear|LinearWithGradAccumulationAndAsyncCommunication)(Backward)?$",
 }
 OTHER, COMMUNICATION, IDLE = "norms, RoPE, SwiGLU, others", "communication", "GPU idle"
+CHECKPOINT = "CheckpointFunctionBackward"  # of Megatron
 PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE)  # kernels of matrix products
 ON_GPU, LAUNCHES, SCOPES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver"), (
     "cpu_op",
@@ -68,6 +69,9 @@ def milliseconds_by_part(events: Iterable[dict], seconds: float) -> dict[str, fl
 def _part(kernel: str, scopes: tuple[str, ...]) -> str:
     if "nccl" in kernel.lower():
         return COMMUNICATION
+    inside = next((n for n, scope in enumerate(reversed(scopes)) if scope == CHECKPOINT), None)
+    if inside is not None and not any("Backward" in scope for scope in scopes[len(scopes) - inside :]):
+        return RECOMPUTE  # the checkpoint's backward runs a forward, and then the backward of it
     for scope in reversed(scopes):
         for part, pattern in PARTS.items():
             if re.search(pattern, scope):
@@ -136,7 +140,7 @@ def floors(config: Config, world: int, flops_per_second: float, bytes_per_second
         "attention": 3.5 * flops.attention,
         "fast weights": 3 * flops.fast,
         "cross-entropy": 3 * flops.logits,
-        RECOMPUTE: recomputed_products(config),
+        RECOMPUTE: recomputed_products(config) + recomputes_attention(config) * flops.attention,
     }
     heads = (model.num_attention_heads + model.num_query_groups) * model.kv_channels
     # bf16 values read and written, forward and backward: norms and residuals, SwiGLU, QK-norm and RoPE

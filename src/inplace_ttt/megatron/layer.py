@@ -78,7 +78,8 @@ class RecomputingLayer(TransformerLayer):
         if isinstance(self.self_attention, DocumentSelfAttention):
             if "qkv" in self.recomputes:
                 recompute_outputs(self.self_attention.linear_qkv)
-            self.self_attention.recomputes_heads = "rope" in self.recomputes
+            if "rope" in self.recomputes:
+                self.self_attention.recompute_heads()
 
     def forward(self, *args, **kwargs):
         """Return (hidden states, context), like Megatron's layer."""

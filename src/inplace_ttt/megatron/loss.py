@@ -105,6 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits
             torch.mm(dlogits, weight, out=dhidden[tokens])
             dweight += _product(dlogits.t(), hidden[tokens])
+            del dlogits
         ctx.gradients = dhidden, dweight
         ctx.mark_non_differentiable(losses, correct)
         return torch.where(counts, losses, 0.0).sum(), losses, correct

@@ -2,13 +2,14 @@
 
 Inside ``recomputing()``, a tensor that a node of the graph saves for its backward is not kept if it is an output of
 ``recomputed(function, *inputs)``. The node keeps the call instead. When its backward asks for the tensor, the function
-runs again on the same inputs, without gradients. These can be outputs of such calls themselves. The graph is built once
-and its nodes are the same, so nothing that follows the function runs a second time: with the SwiGLU product recomputed
-from the output of fc1, fc2 is not recomputed, as it would be by a checkpoint around the MLP (Chen et al.,
+runs again on the same inputs, without gradients. An input may itself be such an output: it is then computed first. The
+graph is built once, so nothing that follows the function runs a second time: with the SwiGLU product recomputed from
+the output of fc1, fc2 is not recomputed, as it would be by a checkpoint around the MLP (Chen et al.,
 arXiv 1604.06174). The functions must be deterministic and return new tensors, or views of their inputs.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 class _Call:
     """A function with its inputs, whose outputs are computed when first asked for, and then kept.
 
-    The nodes that saved an output refer to the call. The autograd engine drops these references once a node's backward
-    has run, which frees the outputs.
+    The nodes that saved an output, and calls that have one as an input, refer to the call. The autograd engine drops a
+    node's references once its backward has run; the last one frees the outputs.
     """
 
     def __init__(self, function: Callable, inputs: tuple):
@@ -48,7 +49,8 @@ class _View:
 
 
 class _Scope:
-    """The outputs of the calls inside one ``recomputing()``, by their memory, which they hold until its end."""
+    """The outputs of the calls inside one ``recomputing()``, by address. All are alive until its end, so no address is
+    used twice."""
 
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[_Call, int, Tensor]] = {}
@@ -101,16 +103,16 @@ def recomputed(function: Callable, *inputs: Any) -> Any:
 
 
 def recompute_outputs(module: nn.Module) -> None:
-    """Make all later calls of a module ``recomputed``."""
+    """Make all later calls of a module ``recomputed``. Its hooks do not run again."""
     module.forward = _Recomputed(module.forward)
 
 
 class _Recomputed:
     def __init__(self, forward: Callable):
-        self.forward = forward
+        self.forward = weakref.WeakMethod(forward)  # the module refers to this object
 
     def __call__(self, *inputs: Any) -> Any:
-        return recomputed(self.forward, *inputs)
+        return recomputed(self.forward(), *inputs)
 
 
 def _unpack(value: Any) -> Any:

@@ -6,13 +6,20 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from inplace_ttt.megatron.batch_context import BatchContext
-from inplace_ttt.megatron.recompute import recomputed
+from inplace_ttt.megatron.recompute import recompute_outputs, recomputed
 
 
 class DocumentSelfAttention(SelfAttention):
     """Provide Megatron's self-attention for training, whose heads can be recomputed in the backward."""
 
-    recomputes_heads = False  # True: the backward computes the heads again, from the output of linear_qkv
+    recomputes_heads = False
+
+    def recompute_heads(self) -> None:
+        """Make the backward compute the heads again, from the output of linear_qkv."""
+        self.recomputes_heads = True
+        for norm in (self.q_layernorm, self.k_layernorm):
+            if norm is not None:
+                recompute_outputs(norm)
 
     def forward(
         self,
@@ -39,9 +46,10 @@ class DocumentSelfAttention(SelfAttention):
         again = recomputed if self.recomputes_heads else _call
         query, key, value = again(self._split, qkv)
         if self.recomputes_heads:
-            # later functions would save copies of these views of qkv that are contiguous
-            key, value = again(Tensor.contiguous, key), again(Tensor.contiguous, value)
-        query, key = again(self.q_layernorm or _same, query), again(self.k_layernorm or _same, key)
+            # later functions would keep contiguous copies of these views of qkv
+            query, key, value = (again(Tensor.contiguous, view) for view in (query, key, value))
+        query = query if self.q_layernorm is None else self.q_layernorm(query)
+        key = key if self.k_layernorm is None else self.k_layernorm(key)
         if angles is not None:
             query, key = again(self._rotate, query, angles), again(self._rotate, key, angles)
         return query, key, value
@@ -51,7 +59,7 @@ class DocumentSelfAttention(SelfAttention):
         groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         queries = self.num_attention_heads_per_partition // groups * channels
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2 * channels)
-        split = attention.SplitAlongDim or _split  # Transformer Engine's backward joins without a copy
+        split = attention.SplitAlongDim or _split
         query, key, value = split(qkv, 3, [queries, channels, channels])
         return query.reshape(*query.shape[:2], -1, channels), key, value
 
@@ -63,10 +71,6 @@ class DocumentSelfAttention(SelfAttention):
 
 def _split(tensor: Tensor, dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
     return tensor.split(sizes, dim)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _call(function, *inputs):

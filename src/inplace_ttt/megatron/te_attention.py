@@ -18,6 +18,7 @@ from transformer_engine.pytorch import DotProductAttention
 from inplace_ttt.megatron.attention import DocumentAttention
 from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.query_spans import query_runs
+from inplace_ttt.megatron.recompute import recomputed
 
 
 class TEDocumentAttention(DocumentAttention):
@@ -86,7 +87,7 @@ class TEDocumentAttention(DocumentAttention):
             # Transformer Engine needs storage_offset() == 0
             outputs.append(
                 self.of_documents(
-                    query[local, 0].clone(),
+                    recomputed(torch.clone, query[local, 0]),
                     key[keys, 0].clone(),
                     value[keys, 0].clone(),
                     cu_seqlens_q=bounds["local"][0],

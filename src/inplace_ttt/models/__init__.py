@@ -12,3 +12,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN3, QWEN2, 
 def family_of(model: Model) -> Family:
     """Return the family of a model."""
     return FAMILIES[model.family]
+
+
+def has_qk_norm(model: Model) -> bool:
+    """Return True if queries and keys have a norm."""
+    return bool(family_of(model).megatron.get("qk_layernorm"))

@@ -103,6 +103,8 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     sets = build_splits(config, corpora, folder.packing)
     watchdog.set_phase("building the model", SLOW_PHASE_FACTOR)
     built = choose_recompute_here(config)
+    if built is not config and World.from_environment().rank == 0:
+        print(f"train.recompute=auto: {describe_recompute(built)}", flush=True)
     model = build_model(built, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
     megatron_config = model.config
@@ -136,8 +138,6 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     recorder = Recorder(config, asdict(config), folder, step)
     folder.record(config)
     recorder.say(_describe(config, model, groups))
-    if built is not config:
-        recorder.say(f"train.recompute=auto: {describe_recompute(built)}")
     for note in notes:
         recorder.say(note)
     stepper = Stepper(config, wrapped, megatron_config, groups)
