@@ -4,13 +4,12 @@ import itertools
 import math
 from dataclasses import replace
 
-from inplace_ttt.config import ATTENTION_MODULES, Config, Train, UserError
+from inplace_ttt.config import ATTENTION_MODULES, PRODUCTS, Config, Train, UserError
 from inplace_ttt.estimate import Gpu, memory
 from inplace_ttt.models import has_qk_norm
 from inplace_ttt.validation import validate
 
-# Modules whose recompute reads and writes memory once, and those with matrix products, which cost the most per byte
-CHEAP, PRODUCTS = ("layernorm", "mlp_act", "rope"), ("mlp", "qkv")
+CHEAP = ("layernorm", "mlp_act", "rope")  # modules whose recompute has no matrix product
 
 
 def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
@@ -68,7 +67,8 @@ def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | Non
             pipeline_model_parallel_size=pp,
             sequence_parallel=tp > 1,
         )
-        train = replace(config.train, **{**_default_recompute(), "recompute": "auto"})
+        recompute = "full" if config.train.fp8 else "auto"
+        train = replace(config.train, **{**_default_recompute(), "recompute": recompute})
         candidate = replace(config, train=train, parallel=parallel)
         try:
             validate(candidate, world)

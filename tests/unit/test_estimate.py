@@ -207,6 +207,4 @@ def test_each_module_frees_memory_and_costs_time(modules):
 def test_plan_says_what_auto_chooses():
     overrides = ["recipe=qwen3_4b_ttt", "parallel=h200", "train.recompute=auto", "train.recompute_core_attn=true"]
     done = plan(*overrides, "--gpus", "8")
-    assert "chosen by train.recompute=auto: train.recompute=selective" in done.stdout
-    done = plan(*overrides, "--gpus", "1")
-    assert done.returncode == 0 or "it fits with" in done.stderr
+    assert "chosen by train.recompute=auto: train.recompute=selective" in done.stdout and done.returncode == 0

@@ -6,7 +6,6 @@ from inplace_ttt.config.schema import Train
 
 # Modules whose matrix products run again, in train.recompute_num_layers layers: each includes what follows from it
 PRODUCTS = {"mlp": "mlp_act", "qkv": "rope"}
-
 ATTENTION_MODULES = {"rope", "qkv", "core_attn"}  # of softmax attention
 
 
