@@ -67,6 +67,11 @@ class RankShard:
         return self.world // (self.tp * self.pp * self.cp)
 
     @property
+    def optimizer_shards(self) -> int:
+        """Return the number of ranks that share the optimizer states."""
+        return self.dp * self.cp if self.config.parallel.use_distributed_optimizer else 1
+
+    @property
     def tokens(self) -> int:
         """Return the tokens per rank of a micro batch."""
         return self.config.data.seq_length * self.config.train.micro_batch_size // self.cp
@@ -134,13 +139,12 @@ def memory(config: Config, world: int, gpu: Gpu) -> Memory:
 
 def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     config, parameters = shard.config, shard.parameters(stage)
-    shards = shard.dp * shard.cp if config.parallel.use_distributed_optimizer else 1
     in_flight = min(shard.pp - stage, shard.micro_batches)
     fast, sizes = shard.fast_layers(stage), _Activations(shard)
     persistent = {
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
-        "optimizer": OPTIMIZER * parameters / shards,
+        "optimizer": OPTIMIZER * parameters / shard.optimizer_shards,
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
@@ -196,10 +200,8 @@ class _Activations:
         if self.full:
             self.always = hidden + (0 if train.recompute_core_attn else 2 * (queries + keys) + log_sums)
             self.at_work = 2 * hidden + queries + sum(self.parts.values()) + products
-            self.product_is_kept = True
         else:
             again = self.recomputed.of_layer(0)
-            self.product_is_kept = "mlp_act" not in again
             self.at_work = products + ("mlp" in again) * 2 * self.z + ("layernorm" in again) * hidden
 
     def kept(self, number: int, is_fast: bool) -> float:
@@ -241,7 +243,8 @@ class _Activations:
         state = 4 * config.model.hidden_size * config.model.ffn_hidden_size / self.shard.tp
         # Targets, their gradient, and one state. Chunk weights, and the product if it was recomputed, are freed before
         # gradients of gate and up are allocated.
-        return max(0.0, 2 * self.whole_hidden + state + held - (1 + self.product_is_kept) * self.z)
+        freed = 1 if "mlp_act" in self.recomputed.of_layer(0) else 2
+        return max(0.0, 2 * self.whole_hidden + state + held - freed * self.z)
 
 
 def _carry_bytes(shard: RankShard, fast: int, in_flight: int) -> float:

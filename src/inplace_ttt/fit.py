@@ -1,10 +1,10 @@
-"""Settings with which a run fits in the memory of its GPUs, by the estimate."""
+"""Find settings with which a run fits in the memory of its GPUs, by the estimate."""
 
 import itertools
 import math
 from dataclasses import replace
 
-from inplace_ttt.config import ATTENTION_MODULES, PRODUCTS, Config, Train, UserError
+from inplace_ttt.config import ATTENTION_MODULES, PRODUCTS, Config, Model, UserError, with_recompute
 from inplace_ttt.estimate import Gpu, memory
 from inplace_ttt.models import has_qk_norm
 from inplace_ttt.validation import validate
@@ -22,22 +22,29 @@ def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
     if config.train.recompute != "auto":
         return config
     layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-    useless = set() if config.model.attention == "softmax" else ATTENTION_MODULES
-    cheap = dict(recompute="selective")
-    products = cheap | dict(recompute_modules=[name for name in (*CHEAP, *PRODUCTS) if name not in useless])
-    if not has_qk_norm(config.model):
-        useless = useless | {"rope"}  # the output of linear_qkv, from which they are recomputed, is as large
-    cheap |= dict(recompute_modules=[name for name in CHEAP if name not in useless])
-    choices = [(dict(recompute="none"), True), (cheap, True), (cheap, False)]
-    choices += [(products | dict(recompute_num_layers=count), False) for count in range(1, layers + 1)]
+    modules = [name for name in (*CHEAP, *PRODUCTS) if _exists(name, config.model)]
+    # without QK-norm rope frees nothing: the output of linear_qkv, from which it is recomputed, is as large
+    cheap = [name for name in CHEAP if name in modules and (name != "rope" or has_qk_norm(config.model))]
+    choices: list[tuple[bool | None, dict]] = [
+        (True, dict(recompute="none")),
+        (True, dict(recompute="selective", recompute_modules=cheap)),
+        (False, dict(recompute="selective", recompute_modules=cheap)),
+    ]
+    for count in range(1, layers + 1):
+        again = dict(recompute="selective", recompute_modules=modules, recompute_num_layers=count)
+        choices.append((False, again))
+    choices.append((None, dict(recompute="full")))
     asked = config.ttt.keep_chunk_weights
-    for choice, keep in [*choices, (dict(recompute="full"), None)]:
-        train = replace(config.train, **{**_default_recompute(), **choice})
+    for keep, recompute in choices:
         ttt = replace(config.ttt, keep_chunk_weights=keep if asked is None else asked)
-        found = replace(config, train=train, ttt=ttt)
+        found = replace(config, train=with_recompute(config.train, **recompute), ttt=ttt)
         if memory(found, world, gpu).needed <= gpu.memory:
             break
     return found
+
+
+def _exists(module: str, model: Model) -> bool:
+    return model.attention == "softmax" or module not in ATTENTION_MODULES
 
 
 def describe_recompute(config: Config) -> str:
@@ -48,11 +55,6 @@ def describe_recompute(config: Config) -> str:
     if config.ttt.enabled:
         words.append(_override("ttt", "keep_chunk_weights", config.ttt.keep_chunk_weights))
     return " ".join(words)
-
-
-def _default_recompute() -> dict:
-    default = Train()
-    return {key: value for key, value in vars(default).items() if key.startswith("recompute")}
 
 
 def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | None:
@@ -67,8 +69,7 @@ def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | Non
             pipeline_model_parallel_size=pp,
             sequence_parallel=tp > 1,
         )
-        recompute = "full" if config.train.fp8 else "auto"
-        train = replace(config.train, **{**_default_recompute(), "recompute": recompute})
+        train = with_recompute(config.train, "full" if config.train.fp8 else "auto")
         candidate = replace(config, train=train, parallel=parallel)
         try:
             validate(candidate, world)

@@ -7,7 +7,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.config import Config, Parallel, UserError
+from inplace_ttt.config import Config, Parallel, UserError, with_recompute
 from inplace_ttt.environment import World
 from inplace_ttt.estimate import Gpu, RankShard
 from inplace_ttt.fit import choose_recompute
@@ -62,7 +62,7 @@ def choose_recompute_here(config: Config) -> Config:
     if config.train.recompute != "auto":
         return config
     if not torch.cuda.is_available():
-        return replace(config, train=replace(config.train, recompute="none"))
+        return replace(config, train=with_recompute(config.train, "none"))
     total = torch.tensor(float(torch.cuda.mem_get_info()[1]), device="cuda")
     dist.all_reduce(total, op=dist.ReduceOp.MIN)
     return choose_recompute(config, dist.get_world_size(), Gpu(torch.cuda.get_device_name(), float(total)))

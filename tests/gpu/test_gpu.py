@@ -175,15 +175,12 @@ def test_layouts_equal_one_gpu(name, variant):
         assert_close(on_several_gpus(name)[variant, *kind], on_one_gpu()[variant, *EXACT], 1e-2)
 
 
-RECOMPUTED = {name: VARIANTS["packed"] + [change] for name, change in (("cheap", CHEAP), ("products", PRODUCTS))}
-
-
 def losses_and_peaks(impl: str) -> dict:
-    """Losses of a few steps in bf16 and the peak of allocated bytes, without recompute and with it."""
+    """Return losses of a few steps in bf16 and the peak of allocated bytes, without recompute and with it."""
     from inplace_ttt.megatron import runtime
 
     found, longer = {}, {"data": {"seq_length": 8192}, "ttt": {"keep_chunk_weights": False}}
-    for name, changes in {"none": [], **RECOMPUTED}.items():
+    for name, changes in {"none": [], "cheap": [CHEAP], "products": [PRODUCTS]}.items():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         losses = train_losses(3, WIDE, longer, *changes, impl=impl, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The kernels of the cross-entropy against torch in Triton's interpreter; prints the largest error. Run by
+"""Compare the kernels of the cross-entropy with torch in Triton's interpreter; prints the largest error. Run by
 test_kernels.py."""
 
 import torch

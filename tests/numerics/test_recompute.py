@@ -1,4 +1,4 @@
-"""Activations that the backward computes again: the same numbers, less memory, and nothing after them a second time."""
+"""Check the recompute of single activations: the same numbers, less memory, and nothing after them a second time."""
 
 import weakref
 from collections import Counter
@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from inplace_ttt.config import Train, recomputed_modules
+from inplace_ttt.fit import CHEAP
 from inplace_ttt.megatron.recompute import recompute_outputs, recomputed, recomputing
 from layouts import parallel
 from models import train_losses
 from ranks import run_ranks
 
-CHEAP = ["layernorm", "mlp_act", "rope"]
-
 
 class Doubled(torch.autograd.Function):
-    """2 x, in memory whose end can be observed."""
+    """Return 2 x, in memory whose release can be observed."""
 
     alive: ClassVar[list] = []
     runs = 0
@@ -44,7 +43,7 @@ def forget():
 
 
 def graph(x: torch.Tensor, scope: bool = True) -> torch.Tensor:
-    """A chain: both outputs are saved by nodes that follow them, the first also as a transposed view."""
+    """Build a chain whose two outputs are saved by nodes that follow them, the first as a transposed view."""
     with recomputing(scope):
         y = recomputed(Doubled.apply, x)
         z = recomputed(Doubled.apply, y * 1.0)
@@ -65,7 +64,7 @@ def test_outputs_are_freed_and_computed_once_more():
 
 
 def test_a_chain_of_calls_is_not_kept():
-    """The input of the second call is an output of the first: neither is kept, and each runs once more."""
+    """Check two calls of which the second reads the first's output: neither is kept, and each runs once more."""
     x = torch.randn(5, requires_grad=True)
     with recomputing():
         loss = recomputed(Doubled.apply, recomputed(Doubled.apply, x)).square().sum()
@@ -119,7 +118,7 @@ CHOICES = [
 
 
 def counted(layout: dict) -> list:
-    """Losses of two steps, and how often each kind of module ran in them: without recompute, and for each choice."""
+    """Return losses of two steps and how often each kind of module ran: without recompute, and for each choice."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     from inplace_ttt.megatron.attention import DocumentAttention

@@ -164,7 +164,7 @@ def test_bad_input_gets_one_sentence(arguments, said):
 
 
 def chosen(memory: float, *overrides: str):
-    """The choice of train.recompute=auto for one GPU of so many GiB, and what it needs of them."""
+    """Return the choice of train.recompute=auto for one GPU of so many GiB, and whether it fits."""
     auto = [*STEP_24, "train.recompute=auto", "train.recompute_core_attn=true", *overrides]
     config, gpu = to_config(compose_config(auto, ROOT / "recipes")), estimate.Gpu("H100", memory * estimate.GIB)
     found = fit.choose_recompute(config, 1, gpu)
@@ -172,7 +172,7 @@ def chosen(memory: float, *overrides: str):
 
 
 def test_auto_recomputes_as_little_as_fits():
-    """The less memory, the more: nothing, what is cheap, chunk weights, products in ever more layers, whole layers."""
+    """Check that less memory means more recompute, from nothing over chunk weights and products to whole layers."""
     seen = [chosen(gib) for gib in (400, 120, 115, 90, 75, 65, 5)]
     assert [fits for _, fits in seen] == [True] * 6 + [False]
     none, cheap, chunks, *products, full, impossible = [found.train for found, _ in seen]

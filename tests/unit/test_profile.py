@@ -1,4 +1,4 @@
-"""Where a step's time goes: kernels belong to the scopes around their launches, in a trace and in a real step."""
+"""Check that kernels are attributed to the scopes around their launches, in a synthetic trace and in a real step."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def scope(name, ts, dur, tid=1, cat="cpu_op"):
 
 
 def kernel(number, name, ts, dur, launched, tid=1):
-    """A kernel and its launch."""
+    """Return the events of a kernel and of its launch."""
     args = dict(correlation=number)
     launch = dict(ph="X", cat="cuda_runtime", name="cudaLaunchKernel", ts=launched, dur=1, pid=1, tid=tid, args=args)
     return [launch, dict(ph="X", cat="kernel", name=name, ts=ts, dur=dur, pid=0, tid=7, args=args)]
@@ -68,7 +68,7 @@ def scopes_of_a_step() -> set[str]:
 
 
 def test_the_scopes_of_a_real_step_are_known():
-    """The names of the graph's nodes, which a change of the code would change."""
+    """Check the names of the graph's nodes, which a change of the code would change."""
     import re
 
     names = run_ranks(1, scopes_of_a_step)[0]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inplace_ttt.benchmarks.timing import milliseconds, ratio
-from inplace_ttt.config import Config, UserError
+from inplace_ttt.config import Config, UserError, with_recompute
 from inplace_ttt.flops import forward_flops
 from inplace_ttt.megatron import runtime
 from inplace_ttt.megatron.attention import DocumentAttention
@@ -36,7 +36,7 @@ def measure(config: Config, documents: list[int], rounds: int, each_kernel: bool
         raise UserError("attention needs Transformer Engine, which is not available: use pip install -e '.[gpu]'")
     groups = runtime.start(config.parallel, config.train.seed)
     model = replace(config.model, num_layers=1, vocab_size=128)
-    train = replace(config.train, recompute="none")
+    train = with_recompute(config.train, "none")
     single = replace(config, model=model, ttt=replace(config.ttt, enabled=False), train=train)
     layer = build_model(single, torch.bfloat16, "transformer_engine", 128, groups).decoder.layers[0]
     module, s = layer.self_attention.core_attention, config.data.seq_length
@@ -49,13 +49,12 @@ def measure(config: Config, documents: list[int], rounds: int, each_kernel: bool
         if s % count:
             raise UserError(f"--documents {count} does not divide data.seq_length={s}: use a divisor of it")
         context = BatchContext(layout=SequenceLayout(tuple(range(0, s + 1, s // count))))
-        ours, torchs = (
-            partial(module.attend, *inputs, context),
-            partial(DocumentAttention.attend, module, *inputs, context),
-        )
-        ways: dict[str, Callable] = {"transformer engine": ours, "torch": torchs}
+        ways: dict[str, Callable] = {
+            "transformer engine": partial(module.attend, *inputs, context),
+            "torch": partial(DocumentAttention.attend, module, *inputs, context),
+        }
         if each_kernel:
-            ways |= {name: way for name, way in _kernels(ours, torchs).items() if _runs(way, inputs, grad)}
+            ways |= {name: way for name, way in _kernels(*ways.values()).items() if _runs(way, inputs, grad)}
         runs = {name: partial(_forward_backward, way, inputs, grad) for name, way in ways.items()}
         times = milliseconds(runs, rounds, dist.barrier)
         one_document = replace(config, model=model, data=replace(config.data, seq_length=s // count))

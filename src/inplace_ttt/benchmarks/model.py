@@ -1,4 +1,4 @@
-"""Benchmark of a training step of a whole model, with and without fast weights, whole or by part."""
+"""Measure a training step of a whole model, with and without fast weights, whole or by part."""
 
 import gc
 import statistics
@@ -75,7 +75,9 @@ def measure_parts(config: Config, steps: int) -> list[dict]:
         seconds = statistics.median(step.run() for _ in range(steps))
         parts = profile.milliseconds_by_part(profile.trace(step.run), seconds)
         floors = profile.floors(variant, torch.distributed.get_world_size(), flops, speed)
-        for part, milliseconds in sorted(parts.items(), key=lambda one: -one[1]):
+        floors["the step"] = sum(floors.values())
+        slowest_first = sorted(parts.items(), key=lambda one: -one[1])
+        for part, milliseconds in [*slowest_first, ("the step", 1e3 * seconds)]:
             floor = floors.get(part)
             records.append(
                 dict(
@@ -88,9 +90,6 @@ def measure_parts(config: Config, steps: int) -> list[dict]:
                     ratio=milliseconds / floor if floor else None,
                 )
             )
-        least = sum(floors.values())
-        records.append({**records[-1], "part": "the step", "ms": 1e3 * seconds, "share": 1.0, "floor_ms": least})
-        records[-1]["ratio"] = 1e3 * seconds / least
         del step
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes on the GPU, by part, from a trace of torch.profiler.
+"""Attribute the GPU time of a training step to its parts, from a trace of torch.profiler.
 
 A kernel belongs to the innermost scope around its launch that PARTS knows: a node of the graph, forward or backward, or
 a range that the step marks.
@@ -6,6 +6,7 @@ a range that the step marks.
 
 import json
 import re
+import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,15 +14,17 @@ from pathlib import Path
 
 import torch
 
+from inplace_ttt.benchmarks.timing import milliseconds
 from inplace_ttt.config import Config
 from inplace_ttt.estimate import RankShard, recomputed_products, recomputes_attention
 from inplace_ttt.flops import forward_flops
+from inplace_ttt.megatron.recompute import RECOMPUTE
 
-OPTIMIZER, RECOMPUTE = "optimizer", "recompute"  # ranges
+OPTIMIZER = "optimizer"  # a range
 # Parts by the names of scopes. Others: norms, RoPE, SwiGLU, residuals, the embedding
 PARTS = {
-    RECOMPUTE: r"^recompute$",
-    OPTIMIZER: r"^optimizer$",
+    RECOMPUTE: rf"^{RECOMPUTE}$",
+    OPTIMIZER: rf"^{OPTIMIZER}$",
     "fast weights": r"^(FastWeightLinear|_ChunkTarget)(Backward)?$",
     "cross-entropy": r"^_LinearCrossEntropy(Backward)?$",
     "attention": r"Attn|scaled_dot_product|^_(Kept|Inputs)(Backward)?$",
@@ -30,10 +33,10 @@ PARTS = {
 OTHER, COMMUNICATION, IDLE = "norms, RoPE, SwiGLU, others", "communication", "GPU idle"
 CHECKPOINT = "CheckpointFunctionBackward"  # of Megatron
 PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE)  # kernels of matrix products
-ON_GPU, LAUNCHES, SCOPES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver"), (
-    "cpu_op",
-    "user_annotation",
-)  # fmt: skip
+# Categories of events
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+SCOPES = ("cpu_op", "user_annotation")
 
 
 def trace(run: Callable[[], None]) -> list[dict]:
@@ -69,9 +72,10 @@ def milliseconds_by_part(events: Iterable[dict], seconds: float) -> dict[str, fl
 def _part(kernel: str, scopes: tuple[str, ...]) -> str:
     if "nccl" in kernel.lower():
         return COMMUNICATION
-    inside = next((n for n, scope in enumerate(reversed(scopes)) if scope == CHECKPOINT), None)
-    if inside is not None and not any("Backward" in scope for scope in scopes[len(scopes) - inside :]):
-        return RECOMPUTE  # the checkpoint's backward runs a forward, and then the backward of it
+    if CHECKPOINT in scopes:  # its backward runs a forward, and then the backward of it
+        inner = scopes[len(scopes) - scopes[::-1].index(CHECKPOINT) :]
+        if not any("Backward" in scope for scope in inner):
+            return RECOMPUTE
     for scope in reversed(scopes):
         for part, pattern in PARTS.items():
             if re.search(pattern, scope):
@@ -112,18 +116,9 @@ def ceilings() -> tuple[float, float]:
     product, copy = torch.empty_like(a), torch.empty(2**30, device="cuda", dtype=torch.uint8)
     source = torch.empty_like(copy)
 
-    def seconds(call) -> float:
-        call()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(20):
-            call()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 20e3
-
-    flops = 2 * 8192**3 / seconds(lambda: torch.mm(a, b, out=product))
-    return flops, 2 * copy.nbytes / seconds(lambda: copy.copy_(source))
+    runs = {"product": lambda: torch.mm(a, b, out=product), "copy": lambda: copy.copy_(source)}
+    seconds = {name: statistics.median(found) / 1e3 for name, found in milliseconds(runs, rounds=20).items()}
+    return 2 * 8192**3 / seconds["product"], 2 * copy.nbytes / seconds["copy"]
 
 
 def floors(config: Config, world: int, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
@@ -145,10 +140,9 @@ def floors(config: Config, world: int, flops_per_second: float, bytes_per_second
     heads = (model.num_attention_heads + model.num_query_groups) * model.kv_channels
     # bf16 values read and written, forward and backward: norms and residuals, SwiGLU, QK-norm and RoPE
     values = model.num_layers * tokens * (22 * model.hidden_size + 8 * model.ffn_hidden_size + 11 * heads)
-    shards = shard.dp * shard.cp if config.parallel.use_distributed_optimizer else 1
     parameters = shard.parameters(0)
     # gradients set to zero, their norm; gradients read, three fp32 values read and written, weights written
-    optimizer = 4 * parameters + (4 + 4 + 3 * 8) * parameters / shards + 2 * parameters
+    optimizer = 4 * parameters + (4 + 4 + 3 * 8) * parameters / shard.optimizer_shards + 2 * parameters
     floor = {name: 1e3 * batch * count / flops_per_second for name, count in products.items()}
     floor[OTHER] = 1e3 * 2 * values / bytes_per_second
     floor[OPTIMIZER] = 1e3 * optimizer / bytes_per_second

@@ -4,7 +4,13 @@ from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.linear_attention import LinearAttention, linear_attention_sizes
 from inplace_ttt.config.merge import REMOVED, config_from_values
 from inplace_ttt.config.ranges import check_key, check_ranges
-from inplace_ttt.config.recompute import ATTENTION_MODULES, PRODUCTS, RecomputedModules, recomputed_modules
+from inplace_ttt.config.recompute import (
+    ATTENTION_MODULES,
+    PRODUCTS,
+    RecomputedModules,
+    recomputed_modules,
+    with_recompute,
+)
 from inplace_ttt.config.schema import (
     SOURCE_LISTS,
     TARGETS,
@@ -64,4 +70,5 @@ __all__ = [
     "schema_keys",
     "ttt_layers",
     "warmup_steps",
+    "with_recompute",
 ]

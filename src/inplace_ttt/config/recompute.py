@@ -1,6 +1,7 @@
-"""Which activations of which layers the backward computes again."""
+"""Choose the activations of each layer that the backward computes again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from inplace_ttt.config.schema import Train
 
@@ -21,6 +22,12 @@ class RecomputedModules:
         if self.product_layers is not None and number >= self.product_layers:
             return self.modules - set(PRODUCTS)
         return self.modules | {PRODUCTS[name] for name in self.modules if name in PRODUCTS}
+
+
+def with_recompute(train: Train, recompute: str, **settings: Any) -> Train:
+    """Return a copy with this train.recompute, and the other keys of recompute as given, or at their defaults."""
+    default = {key: value for key, value in vars(Train()).items() if key.startswith("recompute_")}
+    return replace(train, **{**default, "recompute": recompute, **settings})
 
 
 def recomputed_modules(train: Train) -> RecomputedModules:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.config import Config, UserError, ttt_layers, with_recompute
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.position import PositionRanges
 from inplace_ttt.evaluation.documents import Document
@@ -27,6 +27,7 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
     fits the number of ranks; otherwise each rank has the whole model. Raises UserError if the configuration is invalid.
     """
     config = copy.deepcopy(inspect_checkpoint(path).config)
+    config.train = with_recompute(config.train, "none")
     parallel, data, train = config.parallel, config.data, config.train
     if config.model.vocab_size is None:
         raise UserError(f"'{path}' has no model.vocab_size: add it to config.yaml of its run")
@@ -44,12 +45,7 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
         section, name = key.split(".")
         setattr(getattr(config, section), name, value)
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = False
-    train.micro_batch_size, train.recompute, train.recompute_core_attn, train.recompute_num_layers = (
-        1,
-        "none",
-        True,
-        None,
-    )
+    train.micro_batch_size = 1
     train.fp8 = None  # an evaluation reads texts of any length, in the precision of the weights
     train.global_batch_size = max(1, world_size)  # only for validate(): an evaluation has no steps
     data.reset_at_documents = True

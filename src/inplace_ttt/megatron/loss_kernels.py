@@ -1,4 +1,4 @@
-"""Triton kernels of the cross-entropy: each passes over the logits once, where torch needs three to four passes."""
+"""Compute the parts of the cross-entropy in one pass over the logits each; torch needs three to four passes."""
 
 import torch
 import triton

@@ -227,7 +227,7 @@ def build_model(
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(
         megatron_config,
-        backend_modules(transformer_impl, separate_norms="layernorm" in recomputed_modules(config.train).modules),
+        backend_modules(transformer_impl, separate_norms="layernorm" in megatron_config.recomputed.modules),
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,

@@ -1,4 +1,4 @@
-"""Activations that the backward computes again instead of the forward keeping them.
+"""Compute activations again in the backward, instead of keeping them from the forward.
 
 Inside ``recomputing()``, a tensor that a node of the graph saves for its backward is not kept if it is an output of
 ``recomputed(function, *inputs)``. The node keeps the call instead. When its backward asks for the tensor, the function
@@ -17,9 +17,11 @@ import torch
 from megatron.core.tensor_parallel import random as fp8_state
 from torch import Tensor, nn
 
+RECOMPUTE = "recompute"  # range in traces of torch.profiler
+
 
 class _Call:
-    """A function with its inputs, whose outputs are computed when first asked for, and then kept.
+    """Compute the outputs of a function when the first of them is asked for, and keep them.
 
     The nodes that saved an output, and calls that have one as an input, refer to the call. The autograd engine drops a
     node's references once its backward has run; the last one frees the outputs.
@@ -32,14 +34,14 @@ class _Call:
 
     def output(self, number: int) -> Tensor:
         if self.computed is None:
-            with torch.no_grad(), self.precision(), torch.profiler.record_function("recompute"):
+            with torch.no_grad(), self.precision(), torch.profiler.record_function(RECOMPUTE):
                 outputs = self.function(*(_unpack(one) for one in self.inputs))
             self.computed = outputs if isinstance(outputs, tuple) else (outputs,)
         return self.computed[number]
 
 
 class _View:
-    """A view of an output of a call."""
+    """Stand for a view of an output of a call."""
 
     def __init__(self, call: _Call, number: int, view: Tensor):
         self.call, self.number, self.place = call, number, (view.shape, view.stride(), view.storage_offset())
@@ -49,8 +51,10 @@ class _View:
 
 
 class _Scope:
-    """The outputs of the calls inside one ``recomputing()``, by address. All are alive until its end, so no address is
-    used twice."""
+    """Find the outputs of the calls inside one ``recomputing()`` by their address.
+
+    All are alive until its end, so no address is used twice.
+    """
 
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[_Call, int, Tensor]] = {}

@@ -1,7 +1,6 @@
-"""Self-attention: projections, heads with QK-norm and RoPE, and the core attention of ``attention.py``."""
+"""Compute self-attention: projections, heads with QK-norm and RoPE, and the core attention of ``attention.py``."""
 
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
-from megatron.core.transformer import attention
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
@@ -59,18 +58,13 @@ class DocumentSelfAttention(SelfAttention):
         groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         queries = self.num_attention_heads_per_partition // groups * channels
         qkv = qkv.view(*qkv.shape[:2], groups, queries + 2 * channels)
-        split = attention.SplitAlongDim or _split
-        query, key, value = split(qkv, 3, [queries, channels, channels])
+        query, key, value = qkv.split([queries, channels, channels], dim=3)
         return query.reshape(*query.shape[:2], -1, channels), key, value
 
     def _rotate(self, heads: Tensor, angles: Tensor) -> Tensor:
         return apply_rotary_pos_emb(
             heads, angles, config=self.config, mscale=self._yarn_concentration_factor, cp_group=self.pg_collection.cp
         )
-
-
-def _split(tensor: Tensor, dim: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    return tensor.split(sizes, dim)
 
 
 def _call(function, *inputs):

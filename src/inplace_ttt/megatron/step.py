@@ -191,18 +191,21 @@ def _forward_step(batches: Iterator[MicroBatch], model, *, ranges: Iterator[Posi
     batch = next(batches)
     counts = batch.loss_mask > 0
     out = model(batch.tokens, batch.position_ids, batch.layout, labels=batch.labels, counts=counts)
-    return out, partial(_sums, batch, next(ranges), sources)
+    return out, partial(_sums, batch, counts, next(ranges), sources)
 
 
 def _sums(
-    batch: MicroBatch, ranges: PositionRanges | None, sources: int, out: tuple[Tensor, Tensor, Tensor]
+    batch: MicroBatch,
+    counts: Tensor,
+    ranges: PositionRanges | None,
+    sources: int,
+    out: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return what Megatron expects of a loss function: sum over tokens, number of tokens, and values to report.
 
     Tokens that do not count are masked by selection, not by a product, because their loss may be NaN.
     """
     total, losses, correct = out
-    counts = batch.loss_mask > 0
     tokens = counts.sum()
     right = torch.where(counts, correct, 0.0).sum()
     sums = torch.stack([total.detach().double(), tokens.double(), right.double()])

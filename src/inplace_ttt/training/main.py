@@ -103,8 +103,8 @@ def _train_in(folder, config: Config, corpora, groups, stop, watchdog) -> int:
     sets = build_splits(config, corpora, folder.packing)
     watchdog.set_phase("building the model", SLOW_PHASE_FACTOR)
     built = choose_recompute_here(config)
-    if built is not config and World.from_environment().rank == 0:
-        print(f"train.recompute=auto: {describe_recompute(built)}", flush=True)
+    if built is not config:
+        on_first_rank(lambda: print(f"train.recompute=auto: {describe_recompute(built)}", flush=True))
     model = build_model(built, precision(config), transformer_impl(config), sets.vocab_size, groups)
     initialize(model, config, groups)
     megatron_config = model.config

@@ -154,7 +154,7 @@ class Books:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the model, as the exported model computes it, from the files of its weights."""
+        """Return the fingerprint of the model, as the exported model computes it, from the files of its weights."""
         return fingerprint_of_weights(self._weights(), {key: getattr(self.keys, key) for key in FINGERPRINT_KEYS})
 
     def _weights(self):
