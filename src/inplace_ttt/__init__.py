@@ -1,1 +1,1 @@
-"""In-Place Test-Time Training on Megatron-core."""
+"""Train models with In-Place Test-Time Training on Megatron-core."""

@@ -1,4 +1,4 @@
-"""Estimate of the memory of a run's fullest GPU, and of the FLOPs and time of a step.
+"""Estimate the memory of a run's fullest GPU, and the FLOPs and time of a step.
 
 Memory is counted tensor by tensor, as the training code allocates it. Time is FLOPs divided by the measured throughput
 of matrix products and attention (figures.json). The estimate assumes Transformer Engine layers in bf16.

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model; a multiply-add counts as two."""
+"""Count the floating-point operations of a model; a multiply-add counts as two."""
 
 from dataclasses import dataclass
 

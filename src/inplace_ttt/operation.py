@@ -1,4 +1,4 @@
-"""Constants shared by the operation and the memory estimate, without an import of torch."""
+"""Define constants shared by the operation and the memory estimate, without an import of torch."""
 
 # Chunk weights are kept for the backward if they take at most this fraction of the free device memory, counting all
 # layers whose saved chunk weights are alive at once

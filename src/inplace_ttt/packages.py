@@ -1,4 +1,4 @@
-"""Versions of installed packages."""
+"""Find the versions of installed packages."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""Plots: the shared style and helpers."""
+"""Share the style and helpers of all plots."""
 
 import itertools
 import os

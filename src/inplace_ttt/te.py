@@ -1,4 +1,4 @@
-"""Availability of Transformer Engine, which megatron-core imports if it is installed."""
+"""Check for Transformer Engine, which megatron-core imports if it is installed."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""Checks of combinations of configuration values, before a process group is created.
+"""Check combinations of configuration values, before a process group is created.
 
 Each check raises UserError with one sentence: the key, its value, and what would work.
 """

@@ -1,1 +1,1 @@
-"""Benchmarks of the cost of fast weights; all variants run in turns in one process."""
+"""Measure the cost of fast weights; all variants run in turns in one process."""

@@ -1,4 +1,4 @@
-"""Benchmark of attention over packed documents: Transformer Engine's kernels and torch's, under context parallelism."""
+"""Measure attention over packed documents: Transformer Engine's kernels and torch's, under context parallelism."""
 
 import contextlib
 import os

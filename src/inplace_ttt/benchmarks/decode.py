@@ -1,4 +1,4 @@
-"""Benchmarks of the exported model in transformers, with and without fast weights: decode, prefill, loading a book."""
+"""Measure the exported model in transformers, with and without fast weights: decode, prefill, loading a book."""
 
 import contextlib
 import statistics

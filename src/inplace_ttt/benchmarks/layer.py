@@ -1,4 +1,4 @@
-"""Benchmark of one MLP layer, plain and with fast weights: time, memory, and error relative to float64."""
+"""Measure one MLP layer, plain and with fast weights: time, memory, and error relative to float64."""
 
 import itertools
 import statistics

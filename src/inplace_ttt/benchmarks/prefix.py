@@ -1,4 +1,4 @@
-"""Benchmark of the exchange of carries between context-parallel ranks.
+"""Measure the exchange of carries between context-parallel ranks.
 
 It compares the layer over n ranks with the same arithmetic without an exchange, at equal tokens per rank."""
 

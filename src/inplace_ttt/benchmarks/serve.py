@@ -1,4 +1,4 @@
-"""Benchmark of vLLM with the plugin inplace-ttt-vllm, against the same engine without fast weights and transformers."""
+"""Measure vLLM with the plugin inplace-ttt-vllm, against the same engine without fast weights and transformers."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Time and memory of several variants of one computation, which run in turns so that all see the same clock rates."""
+"""Measure time and memory of variants of one computation, which run in turns so that all see the same clock rates."""
 
 import statistics
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Configuration of a run: its keys (schema.py), their ranges (ranges.py), and the error shown to users (errors.py)."""
+"""Configure a run: its keys (schema.py), their ranges (ranges.py), and the error shown to users (errors.py)."""
 
 from inplace_ttt.config.errors import UserError, first_line, one_line
 from inplace_ttt.config.linear_attention import LinearAttention, linear_attention_sizes

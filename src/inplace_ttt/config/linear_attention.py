@@ -1,4 +1,4 @@
-"""Sizes of linear attention (``model.attention=gated_delta_net``)."""
+"""Compute the sizes of linear attention (``model.attention=gated_delta_net``)."""
 
 from typing import NamedTuple
 

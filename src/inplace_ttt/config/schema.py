@@ -1,4 +1,4 @@
-"""Keys of a run: type, range, default, meaning, and the effect of a changed value on resume.
+"""Define the keys of a run: type, range, default, meaning, and the effect of a changed value on resume.
 
 Hydra fills these dataclasses from ``recipes/``. Keys have the names that Megatron and the paper use. A field whose
 default is MISSING must be set by a recipe or on the command line. The field's type states its range, which

@@ -1,4 +1,4 @@
-"""Samples and micro batches of one rank, with their sequence layout."""
+"""Collate samples and micro batches of one rank, with their sequence layout."""
 
 from dataclasses import dataclass, fields, replace
 

@@ -1,4 +1,4 @@
-"""Training and validation sets of a configuration, and the micro batches of a rank."""
+"""Build the training and validation sets of a configuration, and the micro batches of a rank."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the chat template makes the text, and only the assistant's turns count in the loss.
+"""Turn conversations into tokens: the chat template makes the text, and only the assistant's turns count in the loss.
 
 A turn of the assistant begins after the generation prompt, as in inference, and ends with the token that ends the turn.
 Templates do not say where a turn ends. Its end is found from the text that the template puts between two messages,
@@ -31,7 +31,7 @@ class Encoder:
     """Encode conversations with the chat template of a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, begin: bool, end: bool, control: bool):
-        """Raises UserError if the tokenizer has no chat template, or does not give the offsets of its tokens.
+        """Raise UserError if the tokenizer has no chat template, or does not give the offsets of its tokens.
 
         Args:
             begin: put the begin-of-text token first, unless the template does.

@@ -1,4 +1,4 @@
-"""Rows of supervised data: ``messages``, or ``prompt`` and ``completion``, in JSON or Parquet."""
+"""Read rows of supervised data: ``messages``, or ``prompt`` and ``completion``, in JSON or Parquet."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Prepared corpus: its tokens, their loss flags and its description."""
+"""Open a prepared corpus: its tokens, their loss flags and its description."""
 
 import os
 from dataclasses import dataclass

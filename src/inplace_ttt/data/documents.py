@@ -1,4 +1,4 @@
-"""Sources of text: local files in several formats, Hugging Face datasets, installed Python packages.
+"""Read sources of text: local files in several formats, Hugging Face datasets, installed Python packages.
 
 Input can be defective: truncated files, other encodings, missing fields. Unusable documents are skipped and counted,
 and the first ones are reported with their location. In strict mode the first one is an error.

@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset format for tokens: PREFIX.bin and PREFIX.idx."""
+"""Read and write Megatron's indexed dataset format for tokens: PREFIX.bin and PREFIX.idx."""
 
 from inplace_ttt import te
 

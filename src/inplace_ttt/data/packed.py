@@ -1,4 +1,4 @@
-"""Documents packed into samples of fixed length, in an order that depends only on the seed.
+"""Pack documents into samples of fixed length, in an order that depends only on the seed.
 
 Documents form a stream, each padded to a multiple of the chunk size so that it starts on a chunk boundary. A sample is
 ``seq_length`` consecutive tokens of the stream. If a document crosses the end of a sample, the rest of it is a separate

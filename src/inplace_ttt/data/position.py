@@ -1,4 +1,4 @@
-"""Loss by position: losses of tokens, summed over ranges of their position in the document."""
+"""Sum the losses of tokens over ranges of their position in the document."""
 
 import itertools
 from dataclasses import dataclass

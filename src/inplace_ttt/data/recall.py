@@ -1,4 +1,4 @@
-"""Synthetic key-value recall: key-value pairs early in a sequence, queries of the keys late, noise elsewhere.
+"""Generate synthetic key-value recall: key-value pairs early in a sequence, queries of the keys late, noise elsewhere.
 
 The distance between a pair and its query is larger than a sliding attention window, so only fast weights can answer.
 Only answers count in the loss. Accuracy by chance is 1 / ``alphabet``.

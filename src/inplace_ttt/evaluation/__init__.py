@@ -1,1 +1,1 @@
-"""Evaluation: loss by position, and long-context benchmarks."""
+"""Evaluate models: loss by position, and long-context benchmarks."""

@@ -1,4 +1,4 @@
-"""Tables of RULER and needle in a haystack, from sample records."""
+"""Make the tables of RULER and needle in a haystack, from sample records."""
 
 from inplace_ttt.evaluation.ruler import TASKS
 from inplace_ttt.evaluation.scores import Row, Scores

@@ -1,4 +1,4 @@
-"""Answering tasks, RULER and needle in a haystack: prompts, the model's answers, and their scores."""
+"""Run the answering tasks, RULER and needle in a haystack: prompts, the model's answers, and their scores."""
 
 import contextlib
 import os

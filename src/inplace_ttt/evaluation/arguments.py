@@ -1,4 +1,4 @@
-"""Command line of ``launch/evaluate.py``. All options are checked before anything is loaded."""
+"""Parse the command line of ``launch/evaluate.py``. All options are checked before anything is loaded."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Losses of a training checkpoint with the Megatron model, on all ranks of a parallel layout."""
+"""Measure the losses of a training checkpoint with the Megatron model, on all ranks of a parallel layout."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Columns of the tables of an evaluation: each model in each fast-weight mode."""
+"""Name the columns of the tables of an evaluation: each model in each fast-weight mode."""
 
 from dataclasses import dataclass
 from pathlib import Path

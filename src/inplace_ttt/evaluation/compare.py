@@ -1,4 +1,4 @@
-"""Comparison of two evaluations: the same tables, with differences over the samples that both have."""
+"""Compare two evaluations: the same tables, with differences over the samples that both have."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Documents whose loss is measured: from a prepared corpus, from text files, or held out by a run."""
+"""Read the documents whose loss is measured: from a prepared corpus, from text files, or held out by a run."""
 
 import hashlib
 import os

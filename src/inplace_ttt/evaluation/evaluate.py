@@ -1,4 +1,4 @@
-"""Evaluation of models: the steps that all tasks share, run on every rank."""
+"""Evaluate models: the steps that all tasks share, run on every rank."""
 
 import contextlib
 import shutil

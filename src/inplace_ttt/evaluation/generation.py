@@ -1,4 +1,4 @@
-"""Greedy decoding of prompts: each prompt is prefilled separately without padding, then a batch is decoded together.
+"""Decode prompts greedily: each prompt is prefilled separately without padding, then a batch is decoded together.
 
 Prefill is most of the work, and is fastest with an attention kernel without a mask. Decode is bound by reading weights
 and KV cache, so prompts of similar length are decoded as one batch, padded on the left.

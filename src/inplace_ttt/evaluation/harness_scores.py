@@ -1,4 +1,4 @@
-"""Tables of lm-evaluation-harness, from sample records."""
+"""Make the tables of lm-evaluation-harness, from sample records."""
 
 from inplace_ttt.evaluation.scores import Row, Scores
 from inplace_ttt.evaluation.statistics import Interval, mean_interval

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, with this package's models, fast-weight modes and confidence intervals."""
+"""Run tasks of lm-evaluation-harness, with this package's models, fast-weight modes and confidence intervals."""
 
 import contextlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Kinds of evaluation: what the samples of each contain, and how they become tables and figures.
+"""List the kinds of evaluation: what the samples of each contain, and how they become tables and figures.
 
 A new evaluation needs a row in ``KINDS`` here, a class that measures (``Task`` in ``task.py``) with a row in ``TASKS``
 of ``evaluate.py``, and options in ``arguments.py``.

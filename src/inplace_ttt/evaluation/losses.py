@@ -1,4 +1,4 @@
-"""Per-token losses of a transformers model, without holding the logits of all tokens at once."""
+"""Compute per-token losses of a transformers model, without holding the logits of all tokens at once."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Entry point of ``launch/evaluate.py``."""
+"""Implement ``launch/evaluate.py``."""
 
 from inplace_ttt.config import UserError
 from inplace_ttt.environment import World, check_environment

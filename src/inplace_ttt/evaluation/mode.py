@@ -1,4 +1,4 @@
-"""Fast-weight mode of an evaluation (``--fast-weights``)."""
+"""Set the fast-weight mode of an evaluation (``--fast-weights``)."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, for papers: losses by position, scores by length, heat maps."""
+"""Draw the figures of an evaluation, for papers: losses by position, scores by length, heat maps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tables of loss by position and loss on the final block, from sample records."""
+"""Make the tables of loss by position and loss on the final block, from sample records."""
 
 from inplace_ttt.evaluation.scores import Row, Scores
 from inplace_ttt.evaluation.statistics import Interval, ratio_interval

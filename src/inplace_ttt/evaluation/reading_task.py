@@ -1,4 +1,4 @@
-"""Loss tasks: loss by position, and loss on a final block as its context grows, on real documents."""
+"""Run the loss tasks: loss by position, and loss on a final block as its context grows, on real documents."""
 
 import contextlib
 import hashlib

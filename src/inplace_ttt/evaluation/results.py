@@ -1,4 +1,4 @@
-"""Results of an evaluation: one record per sample, written as soon as it is measured, and the scores of all samples.
+"""Store the results of an evaluation: one record per sample, written when it is measured, and the scores of all.
 
 An output folder contains ``samples.jsonl`` (one JSON object per sample), ``results.json`` (command, settings and
 scores) and figures. While an evaluation runs, ``asked.json`` contains its settings and each rank appends to

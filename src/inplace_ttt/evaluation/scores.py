@@ -1,4 +1,4 @@
-"""Table of scores: a mean with its interval for each row and model, and the differences to the first model."""
+"""Make a table of scores: a mean with its interval for each row and model, and the differences to the first model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Confidence intervals of scores: percentile bootstrap over samples, paired if two models have the same samples."""
+"""Compute confidence intervals of scores: percentile bootstrap, paired if two models have the same samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Greedy decode steps of a batch, one token per row and step, replayed from one CUDA graph.
+"""Run greedy decode steps of a batch, one token per row and step, replayed from one CUDA graph.
 
 For a small model, launching a step takes longer on the host than running it on the GPU. A graph needs fixed addresses
 and shapes, so KV cache and mask are allocated at their final size, and the position of the next token is a device

@@ -1,4 +1,4 @@
-"""The interface of a task: what ``evaluate.py`` calls, in this order, on every rank."""
+"""Define the interface of a task: what ``evaluate.py`` calls, in this order, on every rank."""
 
 from typing import Protocol
 

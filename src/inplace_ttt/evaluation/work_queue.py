@@ -1,4 +1,4 @@
-"""Dynamic work queue over ranks, on the job's torch store, and progress output with the remaining time."""
+"""Distribute work dynamically over ranks, on the job's torch store, and progress output with the remaining time."""
 
 import sys
 import time

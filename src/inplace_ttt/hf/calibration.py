@@ -1,4 +1,4 @@
-"""Clips for inference, calibrated from the update norms of training, per layer (paper, appendix C.2).
+"""Calibrate clips for inference from the update norms of training, per layer (paper, appendix C.2).
 
 Beyond the training length updates grow, and unclipped ones harm the model. A clip that no update of training exceeded
 (or few did) changes nothing within that length. The sum of clipped updates can still grow; a bound limits it.

@@ -1,4 +1,4 @@
-"""Qwen3, Qwen2.5 and Llama with In-Place Test-Time Training: MLP down-projections that are updated while reading.
+"""Run Qwen3, Qwen2.5 and Llama with In-Place Test-Time Training: MLP down-projections that are updated while reading.
 
 This file is part of every exported folder. It needs only torch, transformers and safetensors:
 

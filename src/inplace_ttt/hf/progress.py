@@ -1,4 +1,4 @@
-"""Progress bar of a conversion."""
+"""Show the progress of a conversion."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

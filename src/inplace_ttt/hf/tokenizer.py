@@ -1,4 +1,4 @@
-"""Tokenizers: load one of Hugging Face, or train a byte-level BPE."""
+"""Load a tokenizer of Hugging Face, or train a byte-level BPE."""
 
 import os
 from collections.abc import Iterable

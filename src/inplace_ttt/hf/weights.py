@@ -1,4 +1,4 @@
-"""Weight map: the Hugging Face tensors of each parameter of the Megatron model.
+"""Map weights: the Hugging Face tensors of each parameter of the Megatron model.
 
 The map consists of one table and the parameters that a family adds. Every tensor on either side occurs exactly once.
 Missing and unknown tensors and wrong shapes are errors that name the tensor.

@@ -1,1 +1,1 @@
-"""Inference with trained models: save fast weights as books, generate text, chat."""
+"""Use trained models: save fast weights as books, generate text, chat."""

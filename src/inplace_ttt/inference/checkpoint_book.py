@@ -1,4 +1,4 @@
-"""Creation of a book (saved fast weights) from a training checkpoint, over context, tensor and pipeline parallel ranks.
+"""Create a book (saved fast weights) from a training checkpoint, over context, tensor and pipeline parallel ranks.
 
 The update of a document is a sum over its complete chunks. Each rank sums its own chunks, then the sums are reduced
 over the ranks. With a bound (ttt/bounded.py), the rank with the last chunk has the sum. The inputs of the incomplete

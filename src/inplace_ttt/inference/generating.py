@@ -1,4 +1,4 @@
-"""Implementation of ``launch/generate.py``: continue a prompt or a file, or chat, in the terminal."""
+"""Implement ``launch/generate.py``: continue a prompt or a file, or chat, in the terminal."""
 
 import argparse
 import contextlib

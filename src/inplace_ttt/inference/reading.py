@@ -1,4 +1,4 @@
-"""Implementation of ``launch/read_book.py``: process texts once and save the resulting fast weights in a file."""
+"""Implement ``launch/read_book.py``: process texts once and save the resulting fast weights in a file."""
 
 import argparse
 import contextlib

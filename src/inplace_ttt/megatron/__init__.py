@@ -1,4 +1,4 @@
-"""Megatron-core: model, step and checkpoints."""
+"""Build and train models on Megatron-core: model, step and checkpoints."""
 
 from inplace_ttt import te
 

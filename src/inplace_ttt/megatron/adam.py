@@ -1,4 +1,4 @@
-"""AdamW with the interface of apex's and Transformer Engine's FusedAdam, for systems that have neither.
+"""Implement AdamW with the interface of apex's and Transformer Engine's FusedAdam, for systems that have neither.
 
 Megatron's fallback, torch.optim.AdamW, keeps a tensor ``step`` in each parameter's state. The distributed optimizer's
 checkpoints do not support it: a new optimizer cannot be saved, and after loading all parameters share one tensor,

@@ -1,4 +1,4 @@
-"""Causal attention within documents, on any device and with context parallelism, without Transformer Engine.
+"""Compute causal attention within documents, on any device and with context parallelism, without Transformer Engine.
 
 Keys and values are gathered from all context-parallel ranks (and their gradients reduce-scattered); queries stay local.
 

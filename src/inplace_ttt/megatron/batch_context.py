@@ -1,4 +1,4 @@
-"""The context of a micro batch, passed through Megatron's layers as packed_seq_params."""
+"""Hold the context of a micro batch, passed through Megatron's layers as packed_seq_params."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

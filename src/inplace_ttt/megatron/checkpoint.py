@@ -1,4 +1,4 @@
-"""Sharded checkpoints: written asynchronously and atomically, readable at any parallel layout.
+"""Save and load sharded checkpoints: written asynchronously and atomically, readable at any parallel layout.
 
 A checkpoint is a folder ``checkpoints/step_00000100`` in Megatron's ``torch_dist`` format with two additional files:
 ``run.json`` (step, samples seen, identity of the data) and ``manifest.json`` (size and checksum of every file). It is

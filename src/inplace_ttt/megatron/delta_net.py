@@ -1,4 +1,4 @@
-"""Gated DeltaNet (arXiv 2412.06464) in place of softmax attention: Megatron-core's module, for documents of a sequence.
+"""Replace softmax attention by Gated DeltaNet (arXiv 2412.06464): Megatron-core's module, for packed documents.
 
 It is a baseline for models that are trained from scratch (``model.attention=gated_delta_net``). Its kernels are those
 of fla-core. On a CPU, Megatron's torch code for deterministic runs is used.

@@ -1,4 +1,4 @@
-"""Initial values of the parameters, equal at every parallel layout and on every device.
+"""Initialise the parameters, equal at every parallel layout and on every device.
 
 Each full parameter is drawn on the CPU, from a generator seeded with the run's seed and the parameter's name; every
 rank keeps its shard. Megatron's own initialisation depends on the number of ranks.

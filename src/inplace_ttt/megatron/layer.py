@@ -1,4 +1,4 @@
-"""Megatron layer specs of transformer layers with and without fast weights."""
+"""Build Megatron's layer specs of transformer layers with and without fast weights."""
 
 from dataclasses import dataclass
 from functools import partial

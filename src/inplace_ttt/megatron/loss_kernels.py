@@ -1,4 +1,4 @@
-"""Compute the parts of the cross-entropy in one pass over the logits each; torch needs three to four passes."""
+"""Compute the cross-entropy in Triton: one pass over the logits for each part, where torch needs three or four."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""The TTT-MLP: a gated MLP whose down-projection is a fast weight (Feng et al., arXiv 2604.06169, section 3).
+"""Implement the TTT-MLP: a gated MLP whose down-projection is a fast weight (Feng et al., arXiv 2604.06169, section 3).
 
 Communication:
     tensor parallel     fc1 splits f, so the state is (d, f / TP) and every rank needs the full targets v. The output

@@ -1,4 +1,4 @@
-"""The model: Megatron's GPTModel with TTT layers, positions per document, and a loss that never holds all logits."""
+"""Build the model: Megatron's GPTModel with TTT layers, positions per document, and a loss without all logits."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""RMSNorm for layers without Transformer Engine."""
+"""Provide RMSNorm for layers without Transformer Engine."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""AdamW with Megatron's (distributed) optimizer, and separate options for the fast-weight parameters."""
+"""Build AdamW with Megatron's (distributed) optimizer, and separate options for the fast-weight parameters."""
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides

@@ -1,4 +1,4 @@
-"""Spans of local queries and the range of keys that they may attend to."""
+"""Find spans of local queries and the range of keys that they may attend to."""
 
 from dataclasses import dataclass
 from functools import lru_cache

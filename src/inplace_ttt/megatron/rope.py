@@ -1,4 +1,4 @@
-"""Rotary position embedding for given positions, with the frequencies of transformers for every kind of scaling."""
+"""Compute rotary position embeddings for given positions, with the frequencies of transformers for each scaling."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Devices and process groups, set up before a model is built."""
+"""Set up devices and process groups before a model is built."""
 
 import math
 import os

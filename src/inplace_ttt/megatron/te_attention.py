@@ -1,4 +1,4 @@
-"""Attention by Transformer Engine where it supports the case, and by DocumentAttention otherwise.
+"""Compute attention by Transformer Engine where it supports the case, and by DocumentAttention otherwise.
 
 With context parallelism Transformer Engine cuts packed sequences per document. This project cuts the whole sequence, so
 that chunks stay whole. Packed samples and sliding windows with context parallelism therefore gather keys and values.

@@ -1,4 +1,4 @@
-"""Model families. A new family needs a file like ``qwen3.py``, a line here and two classes in the exported module."""
+"""List the model families. A new one needs a file like ``qwen3.py``, a line here and two exported classes."""
 
 from inplace_ttt.config import Model
 from inplace_ttt.models.family import Family

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and models of the same architecture, such as SmolLM2."""
+"""Describe Llama 2 and 3, and models of the same architecture, such as SmolLM2."""
 
 from inplace_ttt.models.family import Family
 

@@ -1,4 +1,4 @@
-"""Transforms between Hugging Face tensors and Megatron parameters."""
+"""Transform between Hugging Face tensors and Megatron parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (dense): biases for queries, keys and values, sliding windows."""
+"""Describe Qwen2 and Qwen2.5 (dense): biases for queries, keys and values, sliding windows."""
 
 from inplace_ttt.models.family import Family
 from inplace_ttt.models.mapping import QKV, ParamMapping

@@ -1,4 +1,4 @@
-"""Qwen3 (dense): RMSNorm of queries and keys, head size 128, sliding windows."""
+"""Describe Qwen3 (dense): RMSNorm of queries and keys, head size 128, sliding windows."""
 
 from inplace_ttt.models.family import Family
 from inplace_ttt.models.mapping import DIRECT, ParamMapping

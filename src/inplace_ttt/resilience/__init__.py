@@ -1,2 +1,2 @@
-"""Failure handling for multi-rank jobs: locks, signals, exit codes, watchdog, straggler detection, checksums, preflight
+"""Handle failures of multi-rank jobs: locks, signals, exit codes, watchdog, straggler detection, checksums, preflight
 checks."""

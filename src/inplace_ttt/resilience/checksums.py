@@ -1,4 +1,4 @@
-"""Checkpoint manifest (``manifest.json``): size and checksum of every file.
+"""Write and check a checkpoint's manifest (``manifest.json``): size and checksum of every file.
 
 Every rank computes the checksums of its files in the process that writes them. Before a checkpoint is used, all ranks
 verify it together; each reads a share of the files.

@@ -1,4 +1,4 @@
-"""Exit codes, Slurm exit file, torchrun error file and cleanup of child processes."""
+"""Define exit codes, Slurm exit file, torchrun error file and cleanup of child processes."""
 
 import contextlib
 import errno

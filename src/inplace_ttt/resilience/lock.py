@@ -1,4 +1,4 @@
-"""File locks that keep a second process from writing to the same run folder, corpus or export."""
+"""Lock files, to keep a second process from writing to the same run folder, corpus or export."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Rendezvous of the ranks of a job through a store, opened by torchrun or by rank 0."""
+"""Connect the ranks of a job through a store, opened by torchrun or by rank 0."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save a checkpoint and stop.
+"""Receive stop signals: SIGTERM, SIGUSR1 and Ctrl-C ask a run to save a checkpoint and stop.
 
 Ranks receive them at different times; they agree within a step.
 """

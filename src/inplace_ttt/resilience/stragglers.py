@@ -1,4 +1,4 @@
-"""Straggler detection: find the ranks that slow down the others.
+"""Detect stragglers: find the ranks that slow down the others.
 
 Step times do not show it: all ranks wait for the slowest, so all steps take equally long. Two measurements do, because
 they wait for no other rank. One is a fixed matrix product, timed in every step, which is slower on a throttled or

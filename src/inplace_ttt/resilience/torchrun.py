@@ -1,4 +1,4 @@
-"""Error output of torchrun: print the message of the failed rank as last line, without a traceback.
+"""Shorten the error output of torchrun: print the message of the failed rank as last line, without a traceback.
 
 torchrun's agent raises ChildFailedError, and Python prints its traceback. The agent loads the entry points of the group
 ``torchrun.handlers`` (pyproject.toml). The one here registers a rendezvous like the others, and sets ``sys.excepthook``

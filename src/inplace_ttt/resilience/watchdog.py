@@ -1,4 +1,4 @@
-"""Watchdog: detect a hanging rank, and report which one it is and where the others wait for it.
+"""Watch a job: detect a hanging rank, and report which one it is and where the others wait for it.
 
 A collective waits for its slowest rank: if one is stopped or disconnected, all ranks hang without knowing why. So each
 rank records its current phase. A background thread writes a heartbeat with this phase to the job's store once per

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and the conditions that end a run."""
+"""Run the training loop: steps, evaluations, checkpoints, and the conditions that end a run."""
 
 import contextlib
 import itertools

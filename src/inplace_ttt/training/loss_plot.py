@@ -1,4 +1,4 @@
-"""loss.png of a run: training and held-out loss, and the last held-out loss by position."""
+"""Draw loss.png of a run: training and held-out loss, and the last held-out loss by position."""
 
 from pathlib import Path
 

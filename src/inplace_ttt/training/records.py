@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, terminal output and W&B. Only rank 0 writes them."""
+"""Write the records of a run: metrics.jsonl, terminal output and W&B. Only rank 0 writes them."""
 
 import json
 import os

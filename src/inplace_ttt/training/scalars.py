@@ -1,4 +1,4 @@
-"""Names of the scalars in W&B and TensorBoard."""
+"""Name the scalars in W&B and TensorBoard."""
 
 
 def scalars_of(record: dict) -> dict[str, float]:

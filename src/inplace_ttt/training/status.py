@@ -1,4 +1,4 @@
-"""The status of a run, read only from its folder: as text for a terminal, and as a picture."""
+"""Show the status of a run, read only from its folder: as text for a terminal, and as a picture."""
 
 import itertools
 import statistics

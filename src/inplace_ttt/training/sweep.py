@@ -1,4 +1,4 @@
-"""Sweeps: one run for each combination of values, in folders below one folder, and a table of their results."""
+"""Run sweeps: one run for each combination of values, in folders below one folder, and a table of their results."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""``timeline.jsonl``: starts and restarts of a run, their cost, and stragglers.
+"""Write ``timeline.jsonl``: starts and restarts of a run, their cost, and stragglers.
 
 metrics.jsonl holds what a run computes, which does not depend on interruptions. timeline.jsonl holds the interruptions.
 Records:

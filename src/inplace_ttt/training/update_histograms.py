@@ -1,4 +1,4 @@
-"""Histograms of the update norms of all chunks in a step, per TTT layer and over all ranks."""
+"""Collect histograms of the update norms of all chunks in a step, per TTT layer and over all ranks."""
 
 from collections import deque
 

@@ -1,4 +1,4 @@
-"""In-Place Test-Time Training: fast weights in the down-projection of a gated MLP (Feng et al., arXiv 2604.06169).
+"""Compute In-Place Test-Time Training: fast weights in a gated MLP's down-projection (Feng et al., arXiv 2604.06169).
 
 This package depends on torch only: it does not use Megatron, files or the configuration.
 """

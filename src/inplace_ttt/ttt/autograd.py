@@ -1,4 +1,4 @@
-"""Forward of the operation and its hand-written backward.
+"""Run the forward of the operation and its hand-written backward.
 
 With g_t = dL/do_t, W_i the weight that chunk i uses and G_i the sum of g_t z_t^T over later chunks of the same document
 (out_t = W_i z_t, W_i = W + eta * sum_{j < i} sum_{t in j} v_t z_t^T):

@@ -1,4 +1,4 @@
-"""Bound on the sum of updates beyond the training length, for inference only.
+"""Bound the sum of updates beyond the training length, for inference only.
 
 The bound of a chunk depends on all earlier chunks. Over context-parallel ranks the slices of the sequence are therefore
 processed one after the other: a rank waits for the sum of the slice before its own.

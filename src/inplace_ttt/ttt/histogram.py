@@ -1,4 +1,4 @@
-"""Histograms of update ratios: norm of a chunk's update divided by the norm of the down-projection.
+"""Count histograms of update ratios: norm of a chunk's update divided by the norm of the down-projection.
 
 Bins have equal width on a logarithmic scale. Counts are integers, so their sum over ranks does not depend on the
 parallel layout.

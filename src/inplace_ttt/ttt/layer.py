@@ -1,4 +1,4 @@
-"""A TTT layer that continues from a saved state, and the state of a layer.
+"""Continue a TTT layer from a saved state.
 
 ``FastWeightState`` holds z and v of the unfinished chunk. A layer must save the MLP's inputs instead: the convolution
 looks ahead inside the chunk, so the targets of the last tokens depend on tokens that are not yet known. The inputs are

@@ -1,4 +1,4 @@
-"""Layout of a micro batch: its documents, and the slices of the sequence that a rank holds."""
+"""Describe the layout of a micro batch: its documents, and the slices of the sequence that a rank holds."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Definition of In-Place Test-Time Training: a loop over chunks, differentiated by autograd.
+"""Define In-Place Test-Time Training: a loop over chunks, differentiated by autograd.
 
 Outputs and gradients of every faster version in this package are tested against these functions. Symbols as in the
 paper (Feng et al., arXiv 2604.06169, section 3):

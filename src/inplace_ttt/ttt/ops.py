@@ -1,4 +1,4 @@
-"""The fast-weight linear map, which training, evaluation and prefill call."""
+"""Apply the fast-weight linear map, which training, evaluation and prefill call."""
 
 import math
 from dataclasses import dataclass, replace

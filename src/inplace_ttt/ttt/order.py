@@ -1,4 +1,4 @@
-"""Task order of a rank for its two scan stages.
+"""Order the tasks of a rank for its two scan stages.
 
 Work that other ranks wait for comes first. A rank that waits for a carry computes something else meanwhile.
 

@@ -1,4 +1,4 @@
-"""Plan of a sequence: slices, documents, chunks, and the states that cross slice edges, as plain integers.
+"""Plan a sequence: slices, documents, chunks, and the states that cross slice edges, as plain integers.
 
 Under context parallelism of size n a sequence is cut into 2n slices of equal length. Rank r holds slices r and 2n-1-r
 (Megatron's load-balanced zigzag), concatenated. A *scan* visits the slices in one direction and carries a state along

@@ -1,4 +1,4 @@
-"""Matrix products over the tokens of chunks, batched over evenly spaced chunks."""
+"""Multiply matrices over the tokens of chunks, batched over evenly spaced chunks."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Update rule: how a complete chunk changes the state of its document, and the matching gradients."""
+"""Define update rules: how a complete chunk changes the state of its document, and the matching gradients."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Scan over a rank's stages: receive a carry, yield chunk weights, send a carry.
+"""Scan a rank's stages: receive a carry, yield chunk weights, send a carry.
 
 The incoming carry of a slice is the sum of the updates of all earlier slices in the same document: an exclusive prefix
 sum over slices. The carry passes from rank 0 to rank n-1 (slices 0 .. n-1). Rank n-1 scans slices n-1 and n as one

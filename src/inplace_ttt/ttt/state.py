@@ -1,4 +1,4 @@
-"""State of documents between two calls: the sum of updates, and the tokens of the unfinished chunk."""
+"""Hold the state of documents between two calls: the sum of updates, and the tokens of the unfinished chunk."""
 
 from typing import NamedTuple
 

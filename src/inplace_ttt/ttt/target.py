@@ -1,4 +1,4 @@
-"""Targets of the updates: a depthwise convolution of the inputs inside each chunk, then a projection.
+"""Compute the targets of the updates: a depthwise convolution of the inputs inside each chunk, then a projection.
 
 ``c_t[e] = sum_k w[e, 0, k] * u_{t + k - kernel // 2}[e]`` over taps in t's own chunk only, and ``v_t = c_t P``
 (arXiv 2604.06169, section 3.3). A tap into the next chunk would make an update depend on tokens after its chunk.

@@ -1,4 +1,4 @@
-"""Windows of chunk weights, which a scan passes to the matrix products, and the pool of their memory."""
+"""Hold windows of chunk weights, which a scan passes to the matrix products, and the pool of their memory."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Books over the API: a request starts from saved fast weights, or saves those after its prompt.
+"""Load and save books over the API: a request starts from saved fast weights, or saves those after its prompt.
 
 The server reads and writes files of one folder, given as ``--additional-config '{"ttt_books": FOLDER}'``. A request
 names a file in ``extra_args`` of its sampling parameters (``vllm_xargs`` over HTTP): ``ttt_load`` or ``ttt_save``. The
@@ -145,7 +145,7 @@ class Books:
 
     @cached_property
     def tokenizer(self):
-        """The tokenizer of the model; None if the server uses none."""
+        """Return the tokenizer of the model; None if the server uses none."""
         if self.config.skip_tokenizer_init:
             return None
         from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""The MLP with fast weights: one operation for vLLM's graphs, and the state of each request slot."""
+"""Compute the MLP with fast weights: one operation for vLLM's graphs, and the state of each request slot."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ class Step:
 
     @property
     def decodes(self) -> bool:
-        """True if each request has one token."""
+        """Return True if each request has one token."""
         return len(self.slots) == self.starts[-1]
 
     def single(self) -> tuple[list[int], list[int]]:
@@ -157,7 +157,7 @@ class FastWeightMLP(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W_down of this rank, (d, f)."""
+        """Return W_down of this rank, (d, f)."""
         return self.down_proj.weight if self.loaded_weight is None else self.loaded_weight
 
     def forward(self, x: Tensor) -> Tensor:

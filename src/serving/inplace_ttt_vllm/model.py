@@ -1,4 +1,4 @@
-"""Model classes for vLLM, and the state of their requests."""
+"""Define model classes for vLLM, and the state of their requests."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Batched matrix-vector products with each request's own update."""
+"""Multiply a batch of vectors with each request's own update."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Settings of the engine that fast weights need, checked before the model is loaded."""
+"""Check the engine's settings that fast weights need, before the model is loaded."""
 
 from collections.abc import Callable
 

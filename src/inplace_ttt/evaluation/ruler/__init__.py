@@ -1,4 +1,4 @@
-"""RULER (Hsieh et al., arXiv 2404.06654): thirteen synthetic tasks over contexts of any length."""
+"""Generate RULER (Hsieh et al., arXiv 2404.06654): thirteen synthetic tasks over contexts of any length."""
 
 from collections.abc import Callable
 

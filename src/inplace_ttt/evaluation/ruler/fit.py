@@ -1,4 +1,4 @@
-"""Samples of a task that fit a length: the largest haystack for which prompt plus answer fit."""
+"""Make samples of a task that fit a length: the largest haystack for which prompt plus answer fit."""
 
 import hashlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Metric of RULER: case-insensitive search for the reference answers in the model's output."""
+"""Score answers by RULER's metric: case-insensitive search for the reference answers in the model's output."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Needles in a haystack: sentences that give a key one or more values, hidden in essays, noise or other needles."""
+"""Hide needles in a haystack: sentences that give a key one or more values, in essays, noise or other needles."""
 
 import uuid
 from dataclasses import dataclass

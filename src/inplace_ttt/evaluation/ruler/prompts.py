@@ -1,4 +1,4 @@
-"""Samples of RULER for a tokenizer, generated once by several processes and cached in files.
+"""Make samples of RULER for a tokenizer, generated once by several processes and cached in files.
 
 A file ``TASK_LENGTH_SEED_TEMPLATE.jsonl`` is in a folder named by a hash of the tokenizer and the source data. Sample i
 does not depend on the number of samples, so a file with more samples than requested is reused.

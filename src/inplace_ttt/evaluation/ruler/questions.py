@@ -1,4 +1,4 @@
-"""Question answering over documents, most of which are unrelated to the question."""
+"""Ask questions about documents, most of which are unrelated to the question."""
 
 from dataclasses import dataclass
 from random import Random

@@ -1,4 +1,4 @@
-"""Source data of RULER: essays, questions and words, from installed packages or a user folder."""
+"""Read the source data of RULER: essays, questions and words, from installed packages or a user folder."""
 
 import bisect
 import importlib.resources

@@ -1,4 +1,4 @@
-"""Interface of RULER's tasks: a task builds samples of a given haystack size."""
+"""Define the interface of RULER's tasks: a task builds samples of a given haystack size."""
 
 from dataclasses import dataclass
 from random import Random

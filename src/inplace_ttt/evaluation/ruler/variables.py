@@ -1,4 +1,4 @@
-"""Variable tracking: find all variables of a chain of assignments that is hidden in noise."""
+"""Ask to track variables: find all variables of a chain of assignments that is hidden in noise."""
 
 import itertools
 import string

@@ -1,4 +1,4 @@
-"""Aggregation tasks: find the most frequent words of a list."""
+"""Ask to aggregate: find the most frequent words of a list."""
 
 import math
 import string

@@ -1,1 +1,1 @@
-"""Preflight checks of one node, and across the nodes of a job."""
+"""Check one node, and the nodes of a job together, before training."""

@@ -1,4 +1,4 @@
-"""Preflight checks of one node: hardware, drivers and packages, with the effect of each on training."""
+"""Check one node before training: hardware, drivers and packages, with the effect of each on training."""
 
 import functools
 import importlib.util

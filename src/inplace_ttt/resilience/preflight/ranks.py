@@ -1,4 +1,4 @@
-"""Preflight checks across the ranks of a job; each rank reports on itself and on the link from its neighbor."""
+"""Check the ranks of a job before training; each rank reports on itself and on the link from its neighbor."""
 
 import hashlib
 import os

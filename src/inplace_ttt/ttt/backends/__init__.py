@@ -1,4 +1,4 @@
-"""Backends that compute the chunk weights of a rank's segments, with one interface.
+"""Choose the backend that computes the chunk weights of a rank's segments, with one interface.
 
 torch     torch matrix products, for every device, dtype, shape and update rule
 hopper    bf16 kernels for the paper's rule on H100 and H200

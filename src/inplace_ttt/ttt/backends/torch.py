@@ -1,4 +1,4 @@
-"""Reference backend in plain torch: one chunk at a time, for every device, dtype and shape.
+"""Scan in plain torch, as the reference: one chunk at a time, for every device, dtype and shape.
 
 The weight is constant inside a chunk, so one matrix product serves all its tokens. Between chunks one state is updated
 in place. A scan holds the state and one chunk's weight, independent of the sequence length.

@@ -1,4 +1,4 @@
-"""Triton kernels for the chunk-local convolution of ``target.py``: one pass over memory forward, one backward."""
+"""Compute the chunk-local convolution of ``target.py`` in Triton: one pass over memory forward, one backward."""
 
 import torch
 import triton

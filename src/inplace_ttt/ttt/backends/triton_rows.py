@@ -1,4 +1,4 @@
-"""Triton kernels that scale matrix rows in one pass over memory; torch's broadcasting needs two to three passes."""
+"""Scale matrix rows in Triton, in one pass over memory; torch's broadcasting needs two to three passes."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Transports of state blocks between two context-parallel ranks.
+"""Transport state blocks between two context-parallel ranks.
 
 p2p                 non-blocking point-to-point messages of the group's backend
 symmetric_memory    direct copies into memory that the GPUs of one host map into each other

@@ -1,4 +1,4 @@
-"""Transport by point-to-point messages of the process group's backend; NCCL runs them on separate streams."""
+"""Transport blocks by point-to-point messages of the process group's backend; NCCL runs them on separate streams."""
 
 import torch
 import torch.distributed as dist

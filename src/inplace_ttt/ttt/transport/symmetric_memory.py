@@ -1,4 +1,4 @@
-"""Transport between GPUs of one host: each rank writes blocks directly into the receiver's memory.
+"""Transport blocks between GPUs of one host: each rank writes blocks directly into the receiver's memory.
 
 Each rank owns symmetric memory that the ranks before and after it have mapped, one half for each of them. Copy engines
 move the blocks, and CUDA streams write flags and wait for them, so a transfer needs no SM (except to convert the dtype

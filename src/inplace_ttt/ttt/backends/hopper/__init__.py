@@ -1,1 +1,1 @@
-"""Scan backend with Gluon kernels for Hopper; ``backends/torch.py`` is the reference implementation."""
+"""Scan with Gluon kernels for Hopper; ``backends/torch.py`` is the reference implementation."""

@@ -1,4 +1,4 @@
-"""Scan as one matrix product whose K axis is time: the weights of all chunks from one accumulator.
+"""Scan by one matrix product whose K axis is time: the weights of all chunks from one accumulator.
 
 ``sum_t a_t z_t^T`` over all tokens is a product (rows, t) x (t, f). As K advances, its accumulator *is* the state of
 the fast weights. Each CTA therefore keeps one fp32 tile of the state in registers over the whole sequence and stores

@@ -1,4 +1,4 @@
-"""Tables that describe a scan over documents to the kernel.
+"""Make the tables that describe a scan over documents to the kernel.
 
 Documents have any number of chunks and end at any token, and one launch scans as many documents of a batch row as
 memory permits. Therefore the kernel reads from tables what each chunk does and where each step's tokens are.
