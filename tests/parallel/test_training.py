@@ -104,6 +104,7 @@ def test_a_checkpoint_without_histograms_goes_on(unbroken, tmp_path):
     assert not (run / "checkpoints/step_00000012/update_histograms.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_identical_metrics(unbroken, tmp_path):
     run, rng = tmp_path / "run", random.Random(0)
     for _ in range(2):
