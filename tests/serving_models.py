@@ -41,8 +41,11 @@ def make_model(place: Path, kind: type, keys: dict, lengths: list[int]) -> Serve
     model.generation_config.eos_token_id = None
     folder = place / "exported"
     model.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | dict(architectures=[kind.__name__])))
+    config = json.loads((folder / "config.json").read_text()) | dict(architectures=[kind.__name__])
+    for key, default in exported.FAST_WEIGHT_KEYS.items():
+        if config[key] == default:  # files from before a key was added lack it
+            del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
     requests, expected = [], []
     for number, length in enumerate(lengths):
         prompt = torch.randint(1, 198, (1, length))

@@ -5,9 +5,11 @@ runner, which has the hooks that the plugin uses, has Triton kernels; they run i
 backend that says that it is active.
 """
 
+import gc
 import importlib.metadata
 import json
 import os
+import random
 import sys
 import types
 
@@ -62,11 +64,42 @@ def put_fault(fault: str) -> None:
         raise SystemExit(fault)
 
 
+def bytes_of_tensors() -> int:
+    """Return the bytes of all tensors that live, on a GPU of those on it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    storages = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu" and one.layout == torch.strided:
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def churn(engine, number: int) -> list[int]:
+    """Run many random requests, and abort every third before it ends. Return the bytes of tensors in between."""
+    from vllm import SamplingParams
+
+    choices, found = random.Random(0), []
+    for first in range(0, number, 50):
+        for name in map(str, range(first, first + 50)):
+            prompt = choices.choices(range(1, 199), k=choices.randint(1, 70))
+            params = SamplingParams(max_tokens=choices.randint(1, 8), temperature=0, detokenize=False, ignore_eos=True)
+            engine.add_request(name, dict(prompt_token_ids=prompt), params)
+        aborted = set(range(first, first + 50, 3))
+        while engine.has_unfinished_requests():
+            engine.step()
+            if aborted:
+                engine.abort_request([str(aborted.pop())])
+        found.append(bytes_of_tensors())
+    return found
+
+
 def main(model: str, requests: str, settings: str) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if torch.cuda.is_available():
         os.environ["TRITON_F32_DEFAULT"] = "ieee"  # products of fp32 in attention's kernels are not TF32
-        os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"  # looking for a GPU forbids to fork
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # torch has started CUDA, so a fork cannot use it
     else:
         interpret_kernels()
     from vllm import LLM, SamplingParams
@@ -81,7 +114,7 @@ def main(model: str, requests: str, settings: str) -> None:
     Scheduler._preempt_request = counted
     with open(settings) as file:
         options = json.load(file)
-    fault = options.pop("broken", None)
+    fault, number = options.pop("broken", None), options.pop("churn", 0)
     if fault:
         put_fault(fault)
     with open(requests) as file:
@@ -90,6 +123,8 @@ def main(model: str, requests: str, settings: str) -> None:
     if torch.cuda.is_available():
         default |= dict(gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28)
     engine = LLM(model, **default | options)
+    if number:
+        print("BYTES", json.dumps(churn(engine.llm_engine, number)))
 
     def params_of(one: dict) -> SamplingParams:
         options = dict(temperature=0, detokenize=False, ignore_eos=True, logprobs=0)

@@ -75,6 +75,15 @@ def test_preempted_requests_are_read_again(models, tmp_path):
     assert "PREEMPTED 0" not in done.stdout
 
 
+def test_nothing_is_left_of_a_thousand_requests(models, tmp_path):
+    """Their memory is free again, also of those that were aborted, and no later request sees their fast weights."""
+    settings = dict(max_num_batched_tokens=128, max_num_seqs=16, enforce_eager=not HAS_GPU, churn=1000)
+    done = serve(models["input_embed, clipped"], tmp_path, **settings)
+    found = result(done, "BYTES")
+    assert found[-1] <= found[1] + 2**16, found  # a state takes 90 KB
+    assert tokens(done) == models["input_embed, clipped"][2]
+
+
 @on_gpu
 @pytest.mark.parametrize("name", ["qwen3", "input_embed, clipped"])
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"])

@@ -1,6 +1,7 @@
 """Imports between the folders of the package, as docs/architecture.md draws them."""
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -98,3 +99,8 @@ def test_the_exported_file_stands_alone():
     """It may call the operation of an installed package, and nothing else of it."""
     found = imports(inside_functions=True)["inplace_ttt.hf.modeling_inplace_ttt"]
     assert {target.split(".")[1] for target in found} == {"ttt"}
+
+
+def test_modules_beside_a_script_do_not_hide_the_standard_library():
+    """benchmarks/serve_engine.py runs as a file, so Python looks in its folder first."""
+    assert not {path.stem for path in (ROOT / "benchmarks").glob("*.py")} & sys.stdlib_module_names

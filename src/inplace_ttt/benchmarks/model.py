@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from inplace_ttt.benchmarks import profile
+from inplace_ttt.benchmarks import step_profile
 from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.estimate import GIB, GPUS, memory, step_seconds
@@ -50,7 +50,7 @@ class Step:
         torch.cuda.synchronize()
         started = time.perf_counter()
         totals = self.stepper.train(iter(self.batches), len(self.batches))
-        with torch.profiler.record_function(profile.OPTIMIZER):
+        with torch.profiler.record_function(step_profile.OPTIMIZER):
             self.optimizer.step()
             self.optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -67,14 +67,14 @@ def variants(config: Config) -> dict[str, Config]:
 def measure_parts(config: Config, steps: int) -> list[dict]:
     """Return the milliseconds of each part of a step and its floor, with fast weights and without: a record each."""
     groups, records = runtime.start(config.parallel, config.train.seed), []
-    flops, speed = profile.ceilings()
+    flops, speed = step_profile.ceilings()
     for name, variant in variants(config).items():
         step = Step(variant, groups)
         step.run()
         step.run()
         seconds = statistics.median(step.run() for _ in range(steps))
-        parts = profile.milliseconds_by_part(profile.trace(step.run), seconds)
-        floors = profile.floors(variant, torch.distributed.get_world_size(), flops, speed)
+        parts = step_profile.milliseconds_by_part(step_profile.trace(step.run), seconds)
+        floors = step_profile.floors(variant, torch.distributed.get_world_size(), flops, speed)
         floors["the step"] = sum(floors.values())
         slowest_first = sorted(parts.items(), key=lambda one: -one[1])
         for part, milliseconds in [*slowest_first, ("the step", 1e3 * seconds)]:

@@ -1541,6 +1541,13 @@ FAST_WEIGHT_KEYS = dict(
 )
 
 
+def complete_keys(config) -> None:
+    """Give a configuration the keys for fast weights that it lacks, with their defaults."""
+    for key, value in FAST_WEIGHT_KEYS.items():
+        if not hasattr(config, key):
+            setattr(config, key, value)
+
+
 class InPlaceTTTQwen3Config(Qwen3Config):
     """Extend Qwen3's configuration by the keys for fast weights, with the defaults of ``FAST_WEIGHT_KEYS``."""
 

@@ -136,10 +136,10 @@ class FastWeightMLP(nn.Module):
         self.gate_up_proj, self.down_proj, self.act_fn = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
         self.chunk, self.eta, self.slots, self.name = config.ttt_chunk, config.ttt_lr, slots, name
         self.number = number
-        clip = getattr(config, "ttt_clip", None)
+        clip = config.ttt_clip
         self.clip = clip[list(config.ttt_layers).index(number)] if isinstance(clip, list) else clip
-        self.trained = (getattr(config, "ttt_trained_length", None) or 0) // self.chunk  # in complete chunks
-        self.bound = getattr(config, "ttt_bound", None) if self.trained else None
+        self.trained = (config.ttt_trained_length or 0) // self.chunk  # in complete chunks
+        self.bound = config.ttt_bound if self.trained else None
         group = get_tp_group()
         self.ranks, self.tp_group = group.world_size, group.device_group
         d, f = config.hidden_size, config.intermediate_size // self.ranks

@@ -12,7 +12,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from inplace_ttt_vllm.books import Books
-from inplace_ttt_vllm.hf.modeling_inplace_ttt import check_keys
+from inplace_ttt_vllm.hf.modeling_inplace_ttt import check_keys, complete_keys
 
 OPERATION = "inplace_ttt::fast_weight_mlp"  # graphs are split at it, so that prompts run outside of graphs
 CACHE_UPDATES = ("vllm::unified_kv_cache_update", "vllm::unified_mla_kv_cache_update")  # vLLM splits there by default
@@ -29,6 +29,7 @@ class FastWeightSettings(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Split graphs at the fast-weight operation. Raise ValueError for a setting that does not fit fast weights."""
         keys = vllm_config.model_config.hf_config
+        complete_keys(keys)
         check_keys(keys)
         if getattr(keys, "mlp_bias", False):
             raise ValueError("mlp_bias=true is not supported with fast weights")
@@ -110,6 +111,7 @@ def rest_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def bytes_of_request(model_config, ranks: int) -> int:
     """Return the device memory of the state of one request on each of this many tensor-parallel ranks, in bytes."""
     keys, dtype = model_config.hf_config, model_config.dtype
+    complete_keys(keys)
     if not keys.ttt_mode or not keys.ttt_layers:
         return 1
     rest = rest_dtype(dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from inplace_ttt.benchmarks import profile
+from inplace_ttt.benchmarks import step_profile
 from inplace_ttt.training.compose import compose_config, to_config
 from launching import ROOT
 from models import Training, tiny_config
@@ -46,17 +46,17 @@ EVENTS = [
 
 
 def test_kernels_belong_to_the_innermost_known_scope():
-    found = profile.milliseconds_by_part(EVENTS, 0.015)
+    found = step_profile.milliseconds_by_part(EVENTS, 0.015)
     busy = 3000 + 500 + 700 + 900 + 5000 + 100 + 50 + 200 + 300
     assert found == pytest.approx(
         {
             "linear layers": 4.2,
-            profile.RECOMPUTE: 0.9,
+            step_profile.RECOMPUTE: 0.9,
             "attention": 2.0,
-            profile.COMMUNICATION: 4.0,
-            profile.OPTIMIZER: 0.1,
-            profile.OTHER: 0.55,
-            profile.IDLE: 15 - busy / 1e3,
+            step_profile.COMMUNICATION: 4.0,
+            step_profile.OPTIMIZER: 0.1,
+            step_profile.OTHER: 0.55,
+            step_profile.IDLE: 15 - busy / 1e3,
         }
     )
 
@@ -64,7 +64,8 @@ def test_kernels_belong_to_the_innermost_known_scope():
 def scopes_of_a_step() -> set[str]:
     recompute = {"recompute": "selective", "recompute_modules": ["mlp_act"]}
     training = Training(tiny_config({"train": recompute}))
-    return {event["name"] for event in profile.trace(lambda: training.step(0)) if event.get("cat") in profile.SCOPES}
+    events = step_profile.trace(lambda: training.step(0))
+    return {event["name"] for event in events if event.get("cat") in step_profile.SCOPES}
 
 
 def test_the_scopes_of_a_real_step_are_known():
@@ -72,8 +73,8 @@ def test_the_scopes_of_a_real_step_are_known():
     import re
 
     names = run_ranks(1, scopes_of_a_step)[0]
-    for part, pattern in profile.PARTS.items():
-        if part != profile.OPTIMIZER:  # marked by the benchmark
+    for part, pattern in step_profile.PARTS.items():
+        if part != step_profile.OPTIMIZER:  # marked by the benchmark
             assert any(re.search(pattern, name) for name in names), part
     for node in ("FastWeightLinear", "_ChunkTarget", "_LinearCrossEntropy"):
         assert {node, f"{node}Backward"} <= names
@@ -83,7 +84,7 @@ def test_floors_follow_the_work():
     def floors(*overrides):
         step = ["recipe=qwen3_4b_ttt", "parallel=h200", "model.vocab_size=151936", "train.recompute=none", *overrides]
         config = to_config(compose_config([*step, "train.recompute_core_attn=true"], ROOT / "recipes"))
-        return profile.floors(config, 8, 8e14, 4e12)
+        return step_profile.floors(config, 8, 8e14, 4e12)
 
     plain, longer = floors(), floors("data.seq_length=65536", "train.global_batch_size=64")
     assert longer["linear layers"] == pytest.approx(plain["linear layers"])  # as many tokens
