@@ -17,6 +17,7 @@ from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTE
 GIB = 2**30
 # Bytes per parameter: weights in bf16, gradients in fp32, three fp32 values of the optimizer
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+FP8_WEIGHTS = 2  # of the linears: an FP8 copy and its transpose
 # Memory outside torch's allocator: CUDA context, kernels, buffers of NCCL and cuBLAS
 NON_TORCH_BYTES = 4.0 * GIB
 # Fraction of torch's allocations that is reserved in addition, because of fragmentation
@@ -106,6 +107,13 @@ class RankShard:
             + (stage == self.pp - 1) * model.hidden_size  # the last norm
         )
 
+    def linear_parameters(self, stage: int) -> float:
+        """Return the number of weights of the linear layers on one GPU of a pipeline stage, without fast weights."""
+        model = self.config.model
+        each = layer_parameters(model, self.config.ttt).split
+        fast = self.fast_layers(stage) * model.hidden_size * model.ffn_hidden_size
+        return (len(self.layers(stage)) * each - fast) / self.tp
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -145,6 +153,7 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
         "weights": WEIGHT * parameters,
         "gradients": GRADIENT * parameters,
         "optimizer": OPTIMIZER * parameters / shard.optimizer_shards,
+        "FP8 weights": 0.0 if config.train.fp8 is None else FP8_WEIGHTS * shard.linear_parameters(stage),
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
@@ -181,13 +190,13 @@ class _Activations:
         self.shard, self.full, self.recomputed = shard, train.recompute == "full", recomputed_modules(train)
         self.always = 2 * hidden + queries  # inputs of attention and of the MLP, output of attention
         log_sums = 4 * t * model.num_attention_heads / tp
-        # Inputs of QK-norms, queries, keys and values. The output of linear_qkv is kept only if these are recomputed
-        heads = queries + 2 * keys + (queries + keys if has_qk_norm(model) else 0.0)
+        self.qkv = queries + 2 * keys  # output of linear_qkv, and the heads that attention keeps
+        self.has_qk_norm, self.fp8 = has_qk_norm(model), train.fp8 is not None
+        heads = self.qkv
         if shard.cp > 1:  # attention keeps keys and values of its own: received, or gathered from all ranks
             gathered = config.data.reset_at_documents or model.sliding_window is not None
             heads -= 2 * keys
             self.always += 2 * keys * (shard.cp if gathered else 1)
-        self.qkv = queries + 2 * keys
         # by the module of train.recompute_modules that recomputes them
         self.parts = {
             "layernorm": 2 * hidden,
@@ -196,10 +205,14 @@ class _Activations:
             "mlp": 2 * self.z,  # gate and up
             "mlp_act": self.z,
         }
+        self.hidden = hidden
+        if self.fp8:  # the linears keep FP8 copies of their inputs instead; the output of attention is kept twice
+            self.always += 2 * hidden / 2 + queries / 2
+            self.parts |= {"layernorm": 0.0, "mlp_act": 0.0}
         products = 3 * self.z + 2 * hidden  # gradients of gate, up and their product, and of hidden states
         if self.full:
             self.always = hidden + (0 if train.recompute_core_attn else 2 * (queries + keys) + log_sums)
-            self.at_work = 2 * hidden + queries + sum(self.parts.values()) + products
+            self.at_work = 2 * hidden + queries + sum(self.parts.values()) + self.has_qk_norm * self.qkv + products
         else:
             again = self.recomputed.of_layer(0)
             self.at_work = products + ("mlp" in again) * 2 * self.z + ("layernorm" in again) * hidden
@@ -214,7 +227,11 @@ class _Activations:
             return self.always
         again = self.recomputed.of_layer(number)
         parts = sum(size for name, size in self.parts.items() if name not in again)
-        parts += self.qkv * ("rope" in again and "qkv" not in again)
+        parts += self.qkv * ("qkv" not in again and (self.has_qk_norm or "rope" in again))
+        if self.fp8:
+            # fc2 is bf16 in a layer with fast weights. Linears that run again need their inputs in bf16
+            parts += self.z * ("mlp_act" not in again) if is_fast else self.z / 2
+            parts += self.hidden * len({"mlp", "qkv"} & again) * ("layernorm" not in again)
         return self.always + parts + is_fast * self.whole_hidden  # targets
 
     @property

@@ -73,6 +73,7 @@ COLUMNS: dict[str, list[tuple[str, str, Callable[..., str]]]] = {
         ("GPUs", "ranks", _count),
         ("ms", "ms", _one),
         ("TFLOP/s per GPU", "tflops", _count),
+        ("difference from torch's", "error", _three),
     ],
     "decode": [
         ("texts", "texts", str),

@@ -148,11 +148,6 @@ def _fp8(config: Config) -> None:
     if train.fp8 is None:
         return
     said = f"train.fp8={train.fp8}"
-    if train.recompute == "auto":
-        raise UserError(
-            f"train.recompute=auto is not supported with {said}, whose memory is not estimated: use none, selective or "
-            f"full"
-        )
     if transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16:
         raise UserError(
             f"{said} needs CUDA, Transformer Engine's layers (model.transformer_impl) and train.precision=bf16: set "

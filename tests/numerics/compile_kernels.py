@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import tempfile
+from functools import partial
 
 import torch
 import triton
@@ -55,7 +56,7 @@ def main():
     driver.set_active(HopperByName())
     compiler.CompiledKernel._init_handles = stop
     triton.knobs.runtime.jit_post_compile_hook = lambda *args, **kwargs: HOOKED.append(kwargs["repr"])
-    from inplace_ttt.megatron import loss_kernels
+    from inplace_ttt.megatron.kernels import heads, loss, norm, swiglu
     from inplace_ttt.ttt.backends import triton_conv
     from inplace_ttt.ttt.backends.hopper import scan
     from inplace_ttt.ttt.backends.hopper.schedule import make_schedule
@@ -67,6 +68,10 @@ def main():
     u, weight = torch.empty(256, 1, 192, dtype=torch.bfloat16), torch.empty(192, 1, 5, dtype=torch.bfloat16)
 
     logits, row = torch.empty(2, 9216), torch.empty(2)
+    qkv = torch.empty(64, 1, 8 * 128, dtype=torch.bfloat16)
+    parts = tuple(torch.empty(64, 1, number, 128, dtype=torch.bfloat16) for number in (4, 2, 2))
+    table, weights = torch.empty(64, 1, 1, 128), torch.empty(2, 128)
+    heads_with = (table, weights), (table, None), (None, weights)
 
     def documents(chunk_size):
         """Two of two chunks, of which the second is cut short: in the order of the forward, and of the backward."""
@@ -99,8 +104,14 @@ def main():
         *scans(512),  # and in pieces
         lambda: triton_conv.conv(u, weight, ids),
         lambda: triton_conv.conv_backward(u, u, weight, ids),
-        lambda: loss_kernels.best_and_sums(logits, 9000),
-        lambda: loss_kernels.logit_gradients(logits, row, ids[:2], row > 0, 9000, torch.bfloat16),
+        lambda: loss.best_and_sums(logits, 9000),
+        lambda: loss.logit_gradients(logits, row, ids[:2], row > 0, 9000, torch.bfloat16),
+        lambda: norm.rms_norm(z, base[0], 1e-6),
+        lambda: norm.rms_norm_backward(z, base[0], row, z),
+        lambda: swiglu.swiglu(z),
+        lambda: swiglu.swiglu_backward(z, z[:, :160]),
+        *(partial(heads.make_heads, qkv, *some, 2, 128, 1e-6) for some in heads_with),
+        *(partial(heads.make_heads_backward, qkv, *some, parts, 1e-6) for some in heads_with),
     ]
     for launch in launches[:: int(os.environ.get("EVERY", 1))]:
         try:

@@ -4,7 +4,8 @@ test_kernels.py."""
 import torch
 from cases import largest, relative_error
 
-from inplace_ttt.megatron import loss, loss_kernels
+from inplace_ttt.megatron import loss
+from inplace_ttt.megatron.kernels import loss as kernels
 
 
 def main():
@@ -15,18 +16,18 @@ def main():
         logits[0, :3] = -torch.inf
         label = torch.randint(-1, max(here, 1), (rows,)) if here else torch.full((rows,), -1)
         counts = torch.arange(rows) != 1
-        found, expected = loss_kernels.best_and_sums(logits, here), loss.best_and_sums(logits, here)
+        found, expected = kernels.best_and_sums(logits, here), loss.best_and_sums(logits, here)
         assert found[0].equal(expected[0])
         errors.append(relative_error(found[1], expected[1]) if here else (found[1] - expected[1]).abs().max().item())
         log_sum = torch.logsumexp(logits, dim=1)
         arguments = log_sum, label, counts, here, torch.float32
-        found, expected = (part.logit_gradients(logits.clone(), *arguments) for part in (loss_kernels, loss))
+        found, expected = (part.logit_gradients(logits.clone(), *arguments) for part in (kernels, loss))
         errors.append((found - expected).abs().max().item())
         assert not found[1].any() and not found[:, here:].any()
     for bad in (torch.nan, torch.inf):
         logits = torch.randn(2, 5000)
         logits[1, 4500] = bad
-        best, sums = loss_kernels.best_and_sums(logits, 5000)
+        best, sums = kernels.best_and_sums(logits, 5000)
         losses = sums.log() + best
         assert losses[0].isfinite() and not losses[1].isfinite(), losses
     print(largest(errors))

@@ -111,8 +111,8 @@ def test_of_layer():
 CHOICES = [
     (["layernorm"], None, {"RMSNorm"}),
     (["mlp_act"], None, set()),
-    (["rope"], None, {"RMSNorm"}),
-    (["mlp", "qkv"], 1, {"ColumnParallelLinear", "RMSNorm"}),
+    (["rope"], None, set()),
+    (["mlp", "qkv"], 1, {"ColumnParallelLinear"}),
     ([*CHEAP, "mlp", "qkv", "core_attn"], None, {"ColumnParallelLinear", "RMSNorm", "DocumentAttention"}),
 ]
 

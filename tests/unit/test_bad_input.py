@@ -200,8 +200,6 @@ def test_layouts_that_do_not_divide_the_model():
     assert "more than the 4 layers" in refusal(*base, *selective, "train.recompute_num_layers=5")
     assert "needs train.recompute=selective" in refusal(*base, "train.recompute_num_layers=2")
     assert "set it to null" in refusal(*base, *selective[:1], "train.recompute_num_layers=2")
-    fp8 = ["train.fp8=hybrid", "train.recompute=auto"]
-    assert "train.recompute=auto is not supported with train.fp8=hybrid" in refusal(*base, *fp8)
     linear = ["model.attention=gated_delta_net", *selective[:1], "train.recompute_modules=[rope]"]
     assert "use modules of layernorm, mlp_act and mlp" in refusal(*base, *linear)
 

@@ -47,6 +47,23 @@ def test_says_what_was_seen(overrides, gpus, gpu, seen_gib, seen_seconds):
     assert estimate.step_seconds(config, gpus, estimate.GPUS[gpu]) == pytest.approx(seen_seconds, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "seen_gib"),
+    [
+        (["train.recompute=none"], 104.6),
+        (["train.recompute=none", "train.fp8=hybrid"], 107.7),
+        (["train.recompute=full", "train.recompute_core_attn=false", "train.fp8=hybrid"], 85.6),
+        (["train.recompute_modules=[mlp]", "train.recompute_num_layers=8", "train.fp8=hybrid"], 105.1),
+    ],
+)
+def test_memory_of_recompute_and_fp8(overrides, seen_gib):
+    """Compare with the peaks of all 36 layers on an H200, four samples of 8k."""
+    step = ["model.num_layers=36", "data.seq_length=8192", "train.global_batch_size=4", "train.recompute=selective"]
+    config = to_config(compose_config([*STEP_24, *step, *overrides], ROOT / "recipes"))
+    found = estimate.memory(config, 1, estimate.GPUS["H200"])
+    assert found.allocated / estimate.GIB == pytest.approx(seen_gib, rel=0.02)
+
+
 def test_kept_chunk_weights_are_counted_where_they_are_kept():
     """Without recompute those of all layers at a time: 4 layers of 16 chunks of 1536 x 4096 in bf16."""
 
@@ -186,6 +203,8 @@ def test_auto_recomputes_as_little_as_fits():
     assert chosen(115, "ttt.keep_chunk_weights=true")[0].ttt.keep_chunk_weights is True
     without_qk_norm = chosen(115, "model.family=llama")[0].train
     assert without_qk_norm.recompute_modules == ["layernorm", "mlp_act"]  # rope frees as much as it then keeps
+    fp8 = [chosen(gib, "train.fp8=hybrid")[0].train for gib in (400, 137)]
+    assert fp8[0].recompute == "none" and fp8[1].recompute_modules == ["rope"]
 
 
 @pytest.mark.parametrize("modules", [["layernorm"], ["mlp_act"], ["rope"], ["mlp"], ["qkv"], ["core_attn"]])

@@ -137,9 +137,9 @@ def floors(config: Config, world: int, flops_per_second: float, bytes_per_second
         "cross-entropy": 3 * flops.logits,
         RECOMPUTE: recomputed_products(config) + recomputes_attention(config) * flops.attention,
     }
-    heads = (model.num_attention_heads + model.num_query_groups) * model.kv_channels
-    # bf16 values read and written, forward and backward: norms and residuals, SwiGLU, QK-norm and RoPE
-    values = model.num_layers * tokens * (22 * model.hidden_size + 8 * model.ffn_hidden_size + 11 * heads)
+    heads = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    # bf16 values read and written, forward and backward: norms and residuals, SwiGLU, QK-norm with RoPE
+    values = model.num_layers * tokens * (22 * model.hidden_size + 8 * model.ffn_hidden_size + 5 * heads)
     parameters = shard.parameters(0)
     # gradients set to zero, their norm; gradients read, three fp32 values read and written, weights written
     optimizer = 4 * parameters + (4 + 4 + 3 * 8) * parameters / shard.optimizer_shards + 2 * parameters

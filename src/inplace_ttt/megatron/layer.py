@@ -32,34 +32,21 @@ class BackendModules:
 
     column_linear: Any
     row_linear: Any
-    norm: Any
-    norm_column_linear: Any | None  # norm fused with the next linear; None: two separate modules
     core_attention: Any
 
 
-def backend_modules(transformer_impl: str, separate_norms: bool = False) -> BackendModules:
+def backend_modules(transformer_impl: str) -> BackendModules:
     """Return the layer modules of a backend: ``local`` (plain torch, on any device) or ``transformer_engine``.
 
-    ``separate_norms``: the output of a norm can be recomputed only if it is not fused with the next linear.
+    Norms, the gated product and the heads of attention have kernels of this package in both.
     """
     if transformer_impl == "local":
-        return BackendModules(ColumnParallelLinear, RowParallelLinear, RMSNorm, None, DocumentAttention)
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TELayerNormColumnParallelLinear,
-        TENorm,
-        TERowParallelLinear,
-    )
+        return BackendModules(ColumnParallelLinear, RowParallelLinear, DocumentAttention)
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 
     from inplace_ttt.megatron.te_attention import TEDocumentAttention
 
-    return BackendModules(
-        TEColumnParallelLinear,
-        TERowParallelLinear,
-        TENorm,
-        None if separate_norms else TELayerNormColumnParallelLinear,
-        TEDocumentAttention,
-    )
+    return BackendModules(TEColumnParallelLinear, TERowParallelLinear, TEDocumentAttention)
 
 
 class RecomputingLayer(TransformerLayer):
@@ -79,7 +66,7 @@ class RecomputingLayer(TransformerLayer):
             if "qkv" in self.recomputes:
                 recompute_outputs(self.self_attention.linear_qkv)
             if "rope" in self.recomputes:
-                self.self_attention.recompute_heads()
+                self.self_attention.recomputes_heads = True
 
     def forward(self, *args, **kwargs):
         """Return (hidden states, context), like Megatron's layer."""
@@ -104,7 +91,7 @@ class TTTTransformerLayer(RecomputingLayer):
         return self._forward_post_mlp(out, hidden_states), context
 
 
-# Checkpoints of both backends use the parameter names of Transformer Engine's fused modules, so each loads the other's.
+# Checkpoints use the parameter names of Transformer Engine's linears with a norm inside, as Megatron's own models do.
 NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -116,11 +103,11 @@ def _attention_spec(parts: BackendModules, qk_layernorm: bool) -> ModuleSpec:
         module=DocumentSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=parts.norm_column_linear or parts.column_linear,
+            linear_qkv=parts.column_linear,
             core_attention=parts.core_attention,
             linear_proj=parts.row_linear,
-            q_layernorm=parts.norm if qk_layernorm else IdentityOp,
-            k_layernorm=parts.norm if qk_layernorm else IdentityOp,
+            q_layernorm=RMSNorm if qk_layernorm else IdentityOp,
+            k_layernorm=RMSNorm if qk_layernorm else IdentityOp,
         ),
     )
 
@@ -128,9 +115,7 @@ def _attention_spec(parts: BackendModules, qk_layernorm: bool) -> ModuleSpec:
 def _linear_attention_spec(parts: BackendModules) -> ModuleSpec:
     from inplace_ttt.megatron.delta_net import DocumentDeltaNet, GatedDeltaNetSubmodules
 
-    linears = GatedDeltaNetSubmodules(
-        in_proj=parts.norm_column_linear or parts.column_linear, out_norm=parts.norm, out_proj=parts.row_linear
-    )
+    linears = GatedDeltaNetSubmodules(in_proj=parts.column_linear, out_norm=RMSNorm, out_proj=parts.row_linear)
     return ModuleSpec(module=DocumentDeltaNet, submodules=linears)
 
 
@@ -140,26 +125,19 @@ def layer_spec(
     """Return the spec of one transformer layer, with a TTT-MLP unless ``ttt`` is None.
 
     ``linear_attention``: Gated DeltaNet in place of softmax attention.
-
-    The norm before a TTT-MLP is a separate module also with Transformer Engine: ``target: hidden_states`` uses its
-    output, which the fused norm and linear does not return.
     """
-    fused = parts.norm_column_linear is not None
     attention = _linear_attention_spec(parts) if linear_attention else _attention_spec(parts, qk_layernorm)
     names = dict(NORM_NAMES)
     if linear_attention:
         names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
-    fc1_has_norm = fused and ttt is None
-    linears = MLPSubmodules(
-        linear_fc1=parts.norm_column_linear if fc1_has_norm else parts.column_linear, linear_fc2=parts.row_linear
-    )
+    linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     return ModuleSpec(
         module=RecomputingLayer if ttt is None else TTTTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else parts.norm,
+            input_layernorm=RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fc1_has_norm else parts.norm,
+            pre_mlp_layernorm=RMSNorm,
             mlp=_mlp_builder(linears, ttt),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
@@ -186,4 +164,4 @@ def block_spec(
         layer_spec(parts, config.qk_layernorm, ttt if number in layers else None, linear_attention)
         for number in range(first, first + get_num_layers_to_build(config, pp_rank=pp_rank))
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=parts.norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from inplace_ttt.megatron import kernels
+
 
 def default_part_numel(device: torch.device) -> int:
     """Return the number of fp32 logits in one block: 256 MB, or 1 GB on a GPU, where small products are slow."""
@@ -104,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits = parts.logit_gradients(logits, log_sum, own, counts[tokens], here, hidden.dtype)
             del logits
             torch.mm(dlogits, weight, out=dhidden[tokens])
-            dweight += _product(dlogits.t(), hidden[tokens])
+            _add_product(dweight, dlogits.t(), hidden[tokens])
             del dlogits
         ctx.gradients = dhidden, dweight
         ctx.mark_non_differentiable(losses, correct)
@@ -121,7 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the backward of linear_cross_entropy has run, which freed its gradients")
         (dhidden, dweight), ctx.gradients = ctx.gradients, None
-        return dhidden.mul_(grad), dweight.mul_(grad).to(dhidden.dtype), *6 * [None]
+        rounded = torch.mul(dweight, grad, out=torch.empty_like(dweight, dtype=dhidden.dtype))
+        return dhidden.mul_(grad), rounded, *6 * [None]
 
 
 def best_and_sums(logits: Tensor, here: int) -> tuple[Tensor, Tensor]:
@@ -157,16 +160,24 @@ def logit_gradients(
 
 
 def _kernels(hidden: Tensor):
-    """Return the module that provides the two functions above for the device: loss_kernels or this one."""
-    if hidden.is_cuda:
-        from inplace_ttt.megatron import loss_kernels
+    """Return the module that provides the two functions above for the device: kernels.loss or this one."""
+    if kernels.fits(hidden):
+        from inplace_ttt.megatron.kernels import loss
 
-        return loss_kernels
+        return loss
     return sys.modules[__name__]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Return a matrix product in fp32, on a GPU without rounding to the dtype of the operands first."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a matrix product to ``total`` (fp32) in place, on a GPU in the product's own kernel."""
+    if a.is_cuda and a.dtype.itemsize == 2:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

@@ -10,7 +10,6 @@ Communication:
 import itertools
 
 import torch
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from inplace_ttt.config import TTT
 from inplace_ttt.megatron.batch_context import BatchContext
 from inplace_ttt.megatron.recompute import recomputed
+from inplace_ttt.megatron.swiglu import swiglu
 from inplace_ttt.ttt import (
     PAPER_RULE,
     CarryCache,
@@ -84,15 +84,8 @@ class GatedMLP(MLP):
         """Return the gated product (s, b, f / TP), the input of the down-projection."""
         gate_and_up = self.linear_fc1(hidden_states)[0]
         if self.recomputes_activation:
-            return recomputed(self._activate, gate_and_up)
-        return self._activate(gate_and_up)
-
-    def _activate(self, gate_and_up: Tensor) -> Tensor:
-        """Apply the gated activation like Megatron's MLP: (..., 2 f) -> (..., f), in one fused kernel if configured."""
-        if self.config.bias_activation_fusion:
-            return bias_swiglu_impl(gate_and_up, None)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return self.config.activation_func(gate) * up
+            return recomputed(swiglu, gate_and_up)
+        return swiglu(gate_and_up)
 
 
 class TTTMLP(GatedMLP):

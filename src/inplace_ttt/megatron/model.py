@@ -17,7 +17,7 @@ from inplace_ttt.models import family_of
 from inplace_ttt.ttt.layout import SequenceLayout
 
 
-def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str) -> TransformerConfig:
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Return Megatron's configuration of the model and its parallel layout.
 
     Args:
@@ -34,7 +34,6 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
     if "core_attn" in again.modules:
         recompute = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     on_gpu = torch.cuda.is_available()
-    fused = transformer_impl == "transformer_engine"
     megatron_config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -65,9 +64,7 @@ def transformer_config(config: Config, dtype: torch.dtype, transformer_impl: str
         hetereogenous_dist_checkpoint=True,  # (sic) layers differ: checkpoint keys are per layer
         perform_initialization=False,  # initialize.py does it
         use_cpu_initialization=not on_gpu,
-        bias_activation_fusion=on_gpu,  # a compiled kernel
         gradient_accumulation_fusion=False,  # needs apex; _fuse_weight_gradients does it with Transformer Engine
-        apply_rope_fusion=fused,
         softmax_scale=_softmax_scale(config),
         bias_dropout_fusion=False,  # the model has neither bias nor dropout
         masked_softmax_fusion=False,
@@ -94,8 +91,8 @@ def _linear_attention(model: Model) -> dict:
 
 
 def _softmax_scale(config: Config) -> float:
-    """Return the scale of attention scores. It contains the square of YaRN's attention factor, because the fused rotary
-    embedding has no argument for it."""
+    """Return the scale of attention scores. It contains the square of YaRN's attention factor, which is not in the
+    cosines and sines of RoPE."""
     _, attention_factor = model_rope(config)
     return attention_factor**2 * config.model.kv_channels**-0.5
 
@@ -223,11 +220,11 @@ def build_model(
         transformer_impl: ``local`` or ``transformer_engine``.
         vocab_size: without padding.
     """
-    megatron_config = transformer_config(config, dtype, transformer_impl)
+    megatron_config = transformer_config(config, dtype)
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     block = block_spec(
         megatron_config,
-        backend_modules(transformer_impl, separate_norms="layernorm" in megatron_config.recomputed.modules),
+        backend_modules(transformer_impl),
         config.ttt,
         ttt_layers(config.ttt, config.model.num_layers),
         pp_rank,

@@ -25,13 +25,17 @@ def rope_frequencies(model: Model, max_position_embeddings: int) -> tuple[Tensor
 
 
 class RotaryEmbedding(nn.Module):
-    """Compute the angles of positions in the shape that Megatron's attention expects."""
+    """Compute the cosines and sines of positions, for ``heads.make_heads``."""
 
     def __init__(self, inv_freq: Tensor):
         super().__init__()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Return angles (s, 1, 1, kv_channels) fp32 of positions (b, s). All rows must have the same positions."""
+        """Return the kv_channels / 2 cosines, and then as many sines, of each position: (s, 1, 1, kv_channels) fp32.
+
+        Args:
+            position_ids: (b, s), the same in all rows.
+        """
         angles = torch.outer(position_ids[0].float(), self.inv_freq.float())
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None, :]
