@@ -7,7 +7,7 @@ of matrix products and attention (figures.json). The estimate assumes Transforme
 import math
 from dataclasses import dataclass
 
-from inplace_ttt.config import Config, padded_vocab_size, recomputed_modules, ttt_layers
+from inplace_ttt.config import Config, Optim, padded_vocab_size, recomputed_modules, ttt_layers
 from inplace_ttt.figures import figures
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.parameters import layer_parameters
@@ -15,8 +15,9 @@ from inplace_ttt.models import has_qk_norm
 from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
 
 GIB = 2**30
-# Bytes per parameter: weights in bf16, gradients in fp32, three fp32 values of the optimizer
-WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
+# Bytes per parameter: weights in bf16, and master weights beside moments in fp32 or not
+WEIGHT, MASTER, MASTER_REST = 2, 4, 2
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 FP8_WEIGHTS = 2  # of the linears: an FP8 copy and its transpose
 # Memory outside torch's allocator: CUDA context, kernels, buffers of NCCL and cuBLAS
 NON_TORCH_BYTES = 4.0 * GIB
@@ -151,15 +152,17 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     fast, sizes = shard.fast_layers(stage), _Activations(shard)
     persistent = {
         "weights": WEIGHT * parameters,
-        "gradients": GRADIENT * parameters,
-        "optimizer": OPTIMIZER * parameters / shard.optimizer_shards,
+        "gradients": BYTES[config.optim.main_grads_dtype] * parameters,
+        "optimizer": _optimizer_bytes(config.optim) * parameters / shard.optimizer_shards,
         "FP8 weights": 0.0 if config.train.fp8 is None else FP8_WEIGHTS * shard.linear_parameters(stage),
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
     chosen = set(ttt_layers(config.ttt, config.model.num_layers))
     activations = in_flight * sum(
-        sizes.kept(number, layer in chosen) for number, layer in enumerate(shard.layers(stage))
+        sizes.kept(number, layer in chosen)
+        for number, layer in enumerate(shard.layers(stage))
+        if number >= config.train.offload_layers
     )
     at_work = sizes.at_work
     if fast:
@@ -174,6 +177,12 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     persistent["activations"] = activations
     logits = _logits(shard) if stage == shard.pp - 1 else 0.0
     return Memory(persistent, {"working memory of one layer": at_work, "logits": logits})
+
+
+def _optimizer_bytes(optim: Optim) -> int:
+    """Return the bytes of master weights and moments per parameter."""
+    master = MASTER_REST if optim.reduces_precision else MASTER
+    return master + BYTES[optim.exp_avg_dtype] + BYTES[optim.exp_avg_sq_dtype]
 
 
 class _Activations:

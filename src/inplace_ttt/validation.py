@@ -39,6 +39,8 @@ def validate(config: Config, world_size: int) -> None:
     _choices(config)
     _linear_attention(config)
     _fp8(config)
+    _optimizer_precision(config)
+    _offload(config)
     ttt_layers(config.ttt, config.model.num_layers)
     _parallel(config, world_size)
     _sequence(config)
@@ -161,6 +163,37 @@ def _fp8(config: Config) -> None:
             f"{'.'.join(map(str, torch.cuda.get_device_capability()))}: set train.fp8=null"
         )
     check_fp8_sizes(config, 128 if train.fp8_recipe == "blockwise" else 16)
+
+
+def _optimizer_precision(config: Config) -> None:
+    optim = config.optim
+    if not optim.reduces_precision:
+        return
+    keys = ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    key = next(key for key in keys if getattr(optim, key) != "fp32")
+    said = f"optim.{key}={getattr(optim, key)}"
+    if not transformer_engine_available() or precision(config) != torch.bfloat16:
+        raise UserError(f"{said} needs CUDA, Transformer Engine and train.precision=bf16: set optim.{key}=fp32")
+    if not config.parallel.use_distributed_optimizer:
+        raise UserError(f"{said} needs parallel.use_distributed_optimizer=true")
+
+
+def _offload(config: Config) -> None:
+    layers, number = config.train.offload_layers, config.model.num_layers
+    if not layers:
+        return
+    said = f"train.offload_layers={layers}"
+    if layers >= number:
+        raise UserError(f"{said} must be less than model.num_layers={number}")
+    if config.train.recompute != "none":
+        raise UserError(f"{said} needs train.recompute=none, and it is {config.train.recompute}")
+    if config.parallel.pipeline_model_parallel_size > 1:
+        raise UserError(
+            f"{said} needs parallel.pipeline_model_parallel_size=1, and it is "
+            f"{config.parallel.pipeline_model_parallel_size}"
+        )
+    if transformer_impl(config) != "transformer_engine":
+        raise UserError(f"{said} needs CUDA and Transformer Engine's layers (model.transformer_impl): set it to 0")
 
 
 def check_fp8_sizes(config: Config, unit: int) -> None:

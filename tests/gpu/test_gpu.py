@@ -202,6 +202,41 @@ def test_recompute_of_modules_saves_memory_and_changes_nothing(impl):
     assert peaks[0] > peaks[1] > peaks[2]
 
 
+def losses_of_options() -> dict:
+    """Return losses of a few steps in bf16, and the peak of allocated bytes, with options of Transformer Engine."""
+    from inplace_ttt.megatron import runtime
+
+    options = {
+        "plain": {},
+        "bf16 gradients": {"optim": {"main_grads_dtype": "bf16"}},
+        "bf16 moments": {"optim": {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}},
+        "fp8 moments": {"optim": {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp8"}},
+        "offload": {"train": {"offload_layers": 2}},
+        "fp8": {"train": {"fp8": "hybrid"}},
+        "fp8 blockwise": {"train": {"fp8": "e4m3", "fp8_recipe": "blockwise"}},
+        "fp8 recompute": {"train": {"fp8": "hybrid", **PRODUCTS["train"]}},
+    }
+    longer, found = {"data": {"seq_length": 8192}, "ttt": {"keep_chunk_weights": False}}, {}
+    for name, change in options.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        losses = train_losses(4, WIDE, longer, change, impl="transformer_engine", dtype=torch.bfloat16)
+        found[name] = losses, torch.cuda.max_memory_allocated()
+        runtime.leave_groups()
+    return found
+
+
+@pytest.mark.skipif(not transformer_engine_available(), reason="needs Transformer Engine")
+def test_precisions_and_offloading():
+    found = run_ranks(1, losses_of_options, backend="nccl")[0]
+    plain, peak = found.pop("plain")
+    for name, (losses, _) in found.items():
+        assert_close(losses, plain, 1e-3 if name == "offload" else 2e-2)
+    assert found["offload"][1] < peak
+    assert found["fp8 recompute"][1] < found["fp8"][1]
+    assert_close(found["fp8 recompute"][0], found["fp8"][0], 1e-3)
+
+
 @pytest.mark.parametrize(("columns", "here"), [(128, 128), (151936, 151669), (20000, 0)])
 def test_kernels_of_the_cross_entropy(columns, here):
     from inplace_ttt.megatron import loss

@@ -64,6 +64,21 @@ def test_memory_of_recompute_and_fp8(overrides, seen_gib):
     assert found.allocated / estimate.GIB == pytest.approx(seen_gib, rel=0.02)
 
 
+def test_precision_of_the_optimizer_and_offloading_free_memory():
+    """Check bytes per parameter, and that offloaded layers keep nothing."""
+
+    def needs(*overrides: str) -> dict:
+        step = [*STEP_24, "train.recompute=none", "ttt.keep_chunk_weights=false", *overrides]
+        return estimate.memory(to_config(compose_config(step, ROOT / "recipes")), 1, estimate.GPUS["H200"]).persistent
+
+    plain, moments = needs(), needs("optim.exp_avg_dtype=fp8", "optim.exp_avg_sq_dtype=bf16")
+    parameters = plain["weights"] / 2
+    assert plain["gradients"] + plain["optimizer"] == 16 * parameters
+    assert moments["gradients"] + moments["optimizer"] == (4 + 2 + 1 + 2) * parameters
+    assert needs("optim.main_grads_dtype=bf16")["gradients"] == 2 * parameters
+    assert needs("train.offload_layers=12")["activations"] == pytest.approx(plain["activations"] / 2, rel=0.01)
+
+
 def test_kept_chunk_weights_are_counted_where_they_are_kept():
     """Without recompute those of all layers at a time: 4 layers of 16 chunks of 1536 x 4096 in bf16."""
 

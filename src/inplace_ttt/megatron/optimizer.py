@@ -1,5 +1,6 @@
 """Build AdamW with Megatron's (distributed) optimizer, and separate options for the fast-weight parameters."""
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import optimizer as megatron_optimizer
@@ -7,14 +8,15 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from inplace_ttt.config import Config, warmup_steps
+from inplace_ttt.config import Config, Optim, warmup_steps
 
 TTT_NORM_GROUP = "ttt"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}  # Megatron's
 
 
 def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
-    """Wrap a model for data parallelism: fp32 gradients, reduced over data- and context-parallel ranks. For bf16, also
-    convert weights and inputs."""
+    """Wrap a model for data parallelism: gradients in optim.main_grads_dtype, reduced over data- and context-parallel
+    ranks. For bf16, also convert weights and inputs."""
     parallel = config.parallel
     if megatron_config.bf16:
         model = Float16Module(megatron_config, model)
@@ -24,7 +26,7 @@ def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDat
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=config.optim.main_grads_dtype == "fp32",
             check_for_nan_in_grad=False,  # training/health.py names the layer
         ),
         model,
@@ -57,6 +59,7 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         bf16=megatron_config.bf16,
         params_dtype=megatron_config.params_dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        **_precisions(optim),
     )
     optimizer = get_megatron_optimizer(optimizer_config, [model], config_overrides=overrides)
     # the unit of the schedule is steps
@@ -75,6 +78,18 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _precisions(optim: Optim) -> dict:
+    """Return Megatron's options for gradients and moments that are not fp32."""
+    if not optim.reduces_precision:
+        return {}
+    return dict(
+        use_precision_aware_optimizer=True,
+        main_grads_dtype=DTYPES[optim.main_grads_dtype],
+        exp_avg_dtype=DTYPES[optim.exp_avg_dtype],
+        exp_avg_sq_dtype=DTYPES[optim.exp_avg_sq_dtype],
+    )
 
 
 def keep_current_hyperparameters(optimizer, loaded: dict) -> dict:
