@@ -154,9 +154,10 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
         "weights": WEIGHT * parameters,
         "gradients": BYTES[config.optim.main_grads_dtype] * parameters,
         "optimizer": _optimizer_bytes(config.optim) * parameters / shard.optimizer_shards,
-        "FP8 weights": 0.0 if config.train.fp8 is None else FP8_WEIGHTS * shard.linear_parameters(stage),
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
+    if config.train.fp8 is not None:
+        persistent["FP8 weights"] = FP8_WEIGHTS * shard.linear_parameters(stage)
     free = gpu.memory - NON_TORCH_BYTES - sum(persistent.values())
     chosen = set(ttt_layers(config.ttt, config.model.num_layers))
     activations = in_flight * sum(

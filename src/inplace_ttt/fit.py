@@ -16,8 +16,8 @@ def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
     """Return the configuration with the cheapest recompute that fits if train.recompute=auto, else unchanged.
 
     In order of cost per byte: none; the outputs of norms, SwiGLU and RoPE (with FP8 of RoPE alone); chunk weights
-    (unless ttt.keep_chunk_weights is set); fc1 and the QKV projection, in as many layers as needed; whole layers with
-    their attention, which is returned if nothing fits.
+    (unless ttt.keep_chunk_weights is set); fc1 and the QKV projection, in as many layers as needed; whole layers,
+    without and with their attention. The last is returned if nothing fits.
     """
     if config.train.recompute != "auto":
         return config
@@ -33,7 +33,7 @@ def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
     for count in range(1, layers + 1):
         again = dict(recompute="selective", recompute_modules=modules, recompute_num_layers=count)
         choices.append((False, again))
-    choices.append((None, dict(recompute="full")))
+    choices += [(None, dict(recompute="full", recompute_core_attn=again)) for again in (False, True)]
     asked = config.ttt.keep_chunk_weights
     for keep, recompute in choices:
         ttt = replace(config.ttt, keep_chunk_weights=keep if asked is None else asked)
