@@ -29,6 +29,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def _amount(tokens: int) -> str:
+    return f"{tokens / 1e9:.1f} billion" if tokens >= 1e8 else f"{tokens / 1e6:.1f} million"
+
+
 def main() -> int:
     arguments = parse_arguments()
     from inplace_ttt import estimate
@@ -127,7 +131,7 @@ def report(console: Console, config, gpus: int, gpu) -> int:
     table.add_column("", justify="right")
     for name, value in (
         ("tokens per step", f"{tokens:,}"),
-        ("tokens of the run", f"{tokens * config.train.steps / 1e9:.1f} billion"),
+        ("tokens of the run", _amount(tokens * config.train.steps)),
         ("FLOPs per step, causal attention, without recompute", f"{flops:.2e}"),
         ("expected seconds per step", f"{seconds:.1f}"),
         ("expected tokens per second", f"{tokens / seconds:,.0f}"),
