@@ -217,3 +217,25 @@ def test_rope_equals_transformers(scaling):
     inv_freq, attention_factor = rope_frequencies(model, 4096)
     assert torch.equal(inv_freq, theirs.inv_freq)
     assert attention_factor == theirs.attention_scaling
+
+
+def rope_in_bf16():
+    """Cosines and sines of late positions in a model in bf16, the exact ones, and its floating-point buffers."""
+    training = Training(tiny_config(), dtype=torch.bfloat16)
+    positions = torch.arange(30000, 30064)
+    exact = torch.outer(positions.double(), _frequencies(training.config))
+    buffers = [name for name, buffer in training.model.named_buffers() if buffer.is_floating_point()]
+    found = training.model.rope(positions[None]).squeeze(dim=(1, 2))
+    return found.numpy(), torch.cat((exact.cos(), exact.sin()), dim=1).numpy(), buffers
+
+
+def _frequencies(config):
+    exponents = torch.arange(0, config.model.kv_channels, 2, dtype=torch.float64) / config.model.kv_channels
+    return config.model.rotary_base**-exponents
+
+
+def test_a_model_in_bf16_does_not_round_rope():
+    """Megatron converts all buffers of a model to bf16: the frequencies must not be one, and nothing else may be."""
+    found, exact, buffers = run_ranks(1, rope_in_bf16)[0]
+    assert abs(found - exact).max() < 2e-3  # 30,000 radians in fp32
+    assert not buffers

@@ -137,7 +137,7 @@ class TTTGPTModel(GPTModel):
             pg_collection=pg_collection,
         )
         self.true_vocab_size, self.chunk_size = vocab_size, config.ttt.chunk_size
-        self.rope = RotaryEmbedding(model_rope(config)[0].to(next(self.parameters()).device))
+        self.rope = RotaryEmbedding(model_rope(config)[0])
         self.carries_input_embed = bool(ttt_layers(config.ttt, config.model.num_layers)) and (
             config.ttt.target == "input_embed"
         )

@@ -29,7 +29,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, inv_freq: Tensor):
         super().__init__()
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.inv_freq = inv_freq.float()  # not a buffer: a model in bf16 would round it
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return the kv_channels / 2 cosines, and then as many sines, of each position: (s, 1, 1, kv_channels) fp32.
@@ -37,5 +37,7 @@ class RotaryEmbedding(nn.Module):
         Args:
             position_ids: (b, s), the same in all rows.
         """
-        angles = torch.outer(position_ids[0].float(), self.inv_freq.float())
+        if self.inv_freq.device != position_ids.device:
+            self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles = torch.outer(position_ids[0].float(), self.inv_freq)
         return torch.cat((angles.cos(), angles.sin()), dim=-1)[:, None, None, :]
