@@ -154,11 +154,11 @@ def main() -> int:
         if not torch.cuda.is_available():
             raise UserError("benchmarks need a CUDA GPU, but torch finds none: run them on a GPU node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        records, errors = COMMANDS[arguments.command](arguments)
+        records, more = COMMANDS[arguments.command](arguments)
     except (UserError, LayoutError) as error:
         return fail(f"error: {error}", 2)
     if int(os.environ.get("RANK", 0)) == 0:
-        report(arguments, records, errors)
+        report(arguments, records, more)
     return 0
 
 
@@ -187,12 +187,13 @@ def run_layer(arguments):
     shape = layer.Shape(arguments.tokens, arguments.hidden, arguments.ffn, arguments.documents)
     with shape_fits(arguments):
         records = layer.measure(shape, arguments.chunks, arguments.variants, arguments.rounds, arguments.update_norms)
-        errors = {}
+        errors = []
         for size in arguments.chunks:  # fewer tokens for float64, but two chunks or more, so that an update is used
             tokens = min(arguments.tokens, max(min(8192, 16 * size), 2 * size * arguments.documents))
             small = layer.Shape(tokens, arguments.hidden, arguments.ffn, arguments.documents)
-            errors[size] = layer.errors(small, size, arguments.variants)
-    return records, errors
+            for variant, found in layer.errors(small, size, arguments.variants).items():
+                errors.append(dict(chunk_size=size, variant=variant, **found))
+    return records, {"RMS error relative to the RMS of the float64 value": errors}
 
 
 def run_prefix(arguments):
@@ -222,25 +223,28 @@ def run_prefix(arguments):
 def run_model(arguments):
     from inplace_ttt.benchmarks import model
     from inplace_ttt.config import UserError
-    from inplace_ttt.validation import validate
+    from inplace_ttt.validation import check_hardware, validate
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_hardware(config)
     asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
     with fits(asked, "fewer layers, or train.recompute=auto"):
         if arguments.profile:
             if config.parallel.pipeline_model_parallel_size > 1:
                 raise UserError("--profile supports one pipeline stage: set parallel.pipeline_model_parallel_size=1")
-            return model.measure_parts(config, arguments.steps), {}
+            parts, kernels = model.measure_parts(config, arguments.steps)
+            return parts, {"the slowest kernels": kernels}
         return model.measure(config, arguments.rounds, arguments.steps), {}
 
 
 def run_attention(arguments):
     from inplace_ttt.benchmarks import attention
-    from inplace_ttt.validation import validate
+    from inplace_ttt.validation import check_hardware, validate
 
     config = configuration(arguments.overrides)
     validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_hardware(config)
     with fits(f"data.seq_length={config.data.seq_length}", "a shorter sequence"):
         return attention.measure(config, arguments.documents, arguments.rounds, arguments.kernels), {}
 
@@ -327,28 +331,17 @@ COMMANDS = {
 }
 
 
-def report(arguments, records: list[dict], errors: dict) -> None:
+def report(arguments, records: list[dict], more: dict[str, list[dict]]) -> None:
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     machine = f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title=f"{arguments.command}: {machine}", title_justify="left")
-    for key in records[0]:
-        table.add_column(key.replace("_", " "), justify="right")
-    for record in records:
-        table.add_row(*(_shown(value) for value in record.values()))
-    console.print(table)
-    if errors:
-        table = Table(title="RMS error relative to the RMS of the float64 value", title_justify="left")
-        for key in ("chunk size", "variant", "out", "dz", "dv", "dW"):
-            table.add_column(key, justify="right")
-        for size, variants in errors.items():
-            for variant, found in variants.items():
-                table.add_row(str(size), variant, *(f"{value:.2e}" for value in found.values()))
-        console.print(table)
+    for title, rows in {f"{arguments.command}: {machine}": records, **more}.items():
+        console.print(_table(title, rows))
+        for line in dict.fromkeys(f"{row['ttt']}: {row['recompute']}" for row in rows if "recompute" in row):
+            console.print(f"fast weights {line}", highlight=False, markup=False, soft_wrap=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(arguments).items()}
     words = [word for word in sys.argv[1:] if word not in ("--output", str(arguments.output))]
@@ -359,7 +352,7 @@ def report(arguments, records: list[dict], errors: dict) -> None:
         date=time.strftime("%F"),
         settings=settings,
         records=records,
-        errors=errors,
+        more=more,
     )
     name = "profile" if getattr(arguments, "profile", False) else arguments.command
     (arguments.output / f"{name}.json").write_text(json.dumps(result, indent=1))
@@ -368,10 +361,25 @@ def report(arguments, records: list[dict], errors: dict) -> None:
     console.print(f"written: {picture.with_suffix('.json')}, {picture}", highlight=False)
 
 
+def _table(title: str, rows: list[dict]):
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = [key for key in rows[0] if key != "recompute"]  # too long for a column: the report prints it below
+    for key in columns:
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(escape(_shown(row[key])) for key in columns))
+    return table
+
+
 def _shown(value) -> str:
     if value is None:
         return "-"
-    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
+    return str(value)
 
 
 def draw(command: str, machine: str, records: list[dict], picture: Path) -> None:

@@ -89,12 +89,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(point: sweep.Point, recipes: Recipes, arguments: argparse.Namespace) -> int:
     """Check the configuration of a run and return train.steps. Raises UserError that names the run."""
-    from inplace_ttt.validation import validate
+    from inplace_ttt.validation import check_hardware, validate
 
     try:
         config = to_config(compose_config(point.overrides, recipes))
         if arguments.submit is None:  # launch/submit.py checks the layout of its nodes
             validate(config, arguments.nproc_per_node)
+            check_hardware(config)
     except UserError as error:
         raise UserError(f"{point.name}: {error}") from error
     return config.train.steps

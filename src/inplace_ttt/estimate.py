@@ -7,7 +7,7 @@ of matrix products and attention (figures.json). The estimate assumes Transforme
 import math
 from dataclasses import dataclass
 
-from inplace_ttt.config import Config, Optim, padded_vocab_size, recomputed_modules, ttt_layers
+from inplace_ttt.config import Config, padded_vocab_size, recomputed_modules, ttt_layers
 from inplace_ttt.figures import figures
 from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.parameters import layer_parameters
@@ -15,9 +15,8 @@ from inplace_ttt.models import has_qk_norm
 from inplace_ttt.operation import EXCHANGE_WINDOW_BYTES, KEPT_SHARE, WINDOW_BYTES
 
 GIB = 2**30
-# Bytes per parameter: weights in bf16, and master weights beside moments in fp32 or not
-WEIGHT, MASTER, MASTER_REST = 2, 4, 2
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+WEIGHT, MASTER = 2, 4  # bytes per parameter: weights in bf16, master weights in fp32
+BYTES = {"fp32": 4, "bf16": 2}
 FP8_WEIGHTS = 2  # of the linears: an FP8 copy and its transpose
 # Memory outside torch's allocator: CUDA context, kernels, buffers of NCCL and cuBLAS
 NON_TORCH_BYTES = 4.0 * GIB
@@ -153,7 +152,7 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     persistent = {
         "weights": WEIGHT * parameters,
         "gradients": BYTES[config.optim.main_grads_dtype] * parameters,
-        "optimizer": _optimizer_bytes(config.optim) * parameters / shard.optimizer_shards,
+        "optimizer": (MASTER + 2 * BYTES[config.optim.moments_dtype]) * parameters / shard.optimizer_shards,
         "ring carries": _carry_bytes(shard, fast, in_flight),
     }
     if config.train.fp8 is not None:
@@ -178,12 +177,6 @@ def _stage_memory(shard: RankShard, stage: int, gpu: Gpu) -> Memory:
     persistent["activations"] = activations
     logits = _logits(shard) if stage == shard.pp - 1 else 0.0
     return Memory(persistent, {"working memory of one layer": at_work, "logits": logits})
-
-
-def _optimizer_bytes(optim: Optim) -> int:
-    """Return the bytes of master weights and moments per parameter."""
-    master = MASTER_REST if optim.reduces_precision else MASTER
-    return master + BYTES[optim.exp_avg_dtype] + BYTES[optim.exp_avg_sq_dtype]
 
 
 class _Activations:
@@ -215,14 +208,14 @@ class _Activations:
             "mlp": 2 * self.z,  # gate and up
             "mlp_act": self.z,
         }
-        self.hidden = hidden
-        if self.fp8:  # the linears keep FP8 copies of their inputs instead; the output of attention is kept twice
-            self.always += 2 * hidden / 2 + queries / 2
+        self.hidden, self.queries = hidden, queries
+        if self.fp8:  # the linears keep FP8 copies of their inputs instead
             self.parts |= {"layernorm": 0.0, "mlp_act": 0.0}
         products = 3 * self.z + 2 * hidden  # gradients of gate, up and their product, and of hidden states
         if self.full:
             self.always = hidden + (0 if train.recompute_core_attn else 2 * (queries + keys) + log_sums)
             self.at_work = 2 * hidden + queries + sum(self.parts.values()) + self.has_qk_norm * self.qkv + products
+            self.at_work += self.fp8 * (hidden + queries / 2 + self.z)
         else:
             again = self.recomputed.of_layer(0)
             self.at_work = products + ("mlp" in again) * 2 * self.z + ("layernorm" in again) * hidden
@@ -239,9 +232,11 @@ class _Activations:
         parts = sum(size for name, size in self.parts.items() if name not in again)
         parts += self.qkv * ("qkv" not in again and (self.has_qk_norm or "rope" in again))
         if self.fp8:
-            # fc2 is bf16 in a layer with fast weights. Linears that run again need their inputs in bf16
+            parts += self.hidden + self.queries / 2  # inputs of QKV and fc1; the output of attention, a second time
+            # Fast weights are bf16, and so is what they and their targets read. So are inputs of linears that run again
             parts += self.z * ("mlp_act" not in again) if is_fast else self.z / 2
-            parts += self.hidden * len({"mlp", "qkv"} & again) * ("layernorm" not in again)
+            in_bf16 = {"mlp", "qkv"} & again | ({"mlp"} if is_fast else set())
+            parts += self.hidden * len(in_bf16) * ("layernorm" not in again)
         return self.always + parts + is_fast * self.whole_hidden  # targets
 
     @property

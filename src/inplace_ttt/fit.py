@@ -15,21 +15,21 @@ CHEAP = ("layernorm", "mlp_act", "rope")  # modules whose recompute has no matri
 def choose_recompute(config: Config, world: int, gpu: Gpu) -> Config:
     """Return the configuration with the cheapest recompute that fits if train.recompute=auto, else unchanged.
 
-    In order of cost per byte: none; the outputs of norms, SwiGLU and RoPE (with FP8 of RoPE alone); chunk weights
-    (unless ttt.keep_chunk_weights is set); fc1 and the QKV projection, in as many layers as needed; whole layers,
-    without and with their attention. The last is returned if nothing fits.
+    In order of cost: nothing; chunk weights (unless ttt.keep_chunk_weights is set); the outputs of norms, SwiGLU and
+    RoPE; both; also fc1 and the QKV projection, in as many layers as needed; whole layers, without and with their
+    attention. The last is returned if nothing fits.
     """
     if config.train.recompute != "auto":
         return config
+    if config.model.attention != "softmax":  # the estimate knows no other
+        return replace(config, train=with_recompute(config.train, "full"))
     layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
     modules = [name for name in (*CHEAP, *PRODUCTS) if _exists(name, config.model)]
     # without QK-norm rope frees nothing: the output of linear_qkv, from which it is recomputed, is as large
     cheap = [name for name in CHEAP if name in modules and (name != "rope" or has_qk_norm(config.model))]
-    if config.train.fp8 is not None:  # linears keep FP8 copies of the outputs of norms and of SwiGLU
-        cheap = [name for name in cheap if name == "rope"]
-    choices: list[tuple[bool | None, dict]] = [(True, dict(recompute="none"))]
-    if cheap:
-        choices += [(keep, dict(recompute="selective", recompute_modules=cheap)) for keep in (True, False)]
+    choices: list[tuple[bool | None, dict]] = []
+    for recompute in (dict(recompute="none"), dict(recompute="selective", recompute_modules=cheap)):
+        choices += [(keep, recompute) for keep in (True, False)]
     for count in range(1, layers + 1):
         again = dict(recompute="selective", recompute_modules=modules, recompute_num_layers=count)
         choices.append((False, again))
@@ -69,7 +69,7 @@ def find_fitting_layout(config: Config, world: int, gpu: Gpu) -> list[str] | Non
             pipeline_model_parallel_size=pp,
             sequence_parallel=tp > 1,
         )
-        train = with_recompute(config.train, "auto")
+        train = replace(with_recompute(config.train, "auto"), offload_layers=0)
         candidate = replace(config, train=train, parallel=parallel)
         try:
             validate(candidate, world)

@@ -11,6 +11,7 @@ from inplace_ttt.config import Config, Parallel, UserError, with_recompute
 from inplace_ttt.environment import World
 from inplace_ttt.estimate import Gpu, RankShard
 from inplace_ttt.fit import choose_recompute
+from inplace_ttt.validation import precision, transformer_impl
 
 # Lower bound of bytes per parameter: weight and gradient. Optimizer states are left out: ranks may share them.
 MIN_BYTES_PER_PARAM = {"cuda": 2 + 4, "cpu": 4 + 4}
@@ -57,12 +58,15 @@ def check_memory(config: Config, world: World) -> None:
 def choose_recompute_here(config: Config) -> Config:
     """Return the configuration with train.recompute=auto replaced by a choice for the GPUs of this job (collective).
 
-    It is made for the smallest GPU, so that all ranks make the same. On a CPU it is none.
+    It is made for the smallest GPU, so that all ranks make the same. On a CPU it is none. Without Transformer Engine or
+    in fp32 it is full, because the estimate does not know these.
     """
     if config.train.recompute != "auto":
         return config
     if not torch.cuda.is_available():
         return replace(config, train=with_recompute(config.train, "none"))
+    if transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16:
+        return replace(config, train=with_recompute(config.train, "full"))
     total = torch.tensor(float(torch.cuda.mem_get_info()[1]), device="cuda")
     dist.all_reduce(total, op=dist.ReduceOp.MIN)
     return choose_recompute(config, dist.get_world_size(), Gpu(torch.cuda.get_device_name(), float(total)))

@@ -33,7 +33,10 @@ ROPE_SCALING = {
 
 
 def validate(config: Config, world_size: int) -> None:
-    """Raise UserError for the first setting that cannot work on ``world_size`` processes."""
+    """Raise UserError for the first setting that cannot work on ``world_size`` processes.
+
+    ``check_hardware`` checks what depends on the machine.
+    """
     check_ranges(config)
     check_model(config.model)
     _choices(config)
@@ -149,33 +152,22 @@ def _fp8(config: Config) -> None:
     train = config.train
     if train.fp8 is None:
         return
-    said = f"train.fp8={train.fp8}"
-    if transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16:
-        raise UserError(
-            f"{said} needs CUDA, Transformer Engine's layers (model.transformer_impl) and train.precision=bf16: set "
-            f"train.fp8=null"
-        )
-    needed = (9, 0) if train.fp8_recipe == "blockwise" else (8, 9)
-    if torch.cuda.get_device_capability() < needed:
-        raise UserError(
-            f"{said} with train.fp8_recipe={train.fp8_recipe} needs a GPU of compute capability "
-            f"{'.'.join(map(str, needed))}, and {torch.cuda.get_device_name()} has "
-            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}: set train.fp8=null"
-        )
+    if config.model.transformer_impl == "local" or train.precision == "fp32":
+        key = "model.transformer_impl=local" if config.model.transformer_impl == "local" else "train.precision=fp32"
+        raise UserError(f"train.fp8={train.fp8} is not supported with {key}: set one of them to auto or null")
     check_fp8_sizes(config, 128 if train.fp8_recipe == "blockwise" else 16)
 
 
 def _optimizer_precision(config: Config) -> None:
-    optim = config.optim
-    if not optim.reduces_precision:
-        return
-    keys = ("main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-    key = next(key for key in keys if getattr(optim, key) != "fp32")
-    said = f"optim.{key}={getattr(optim, key)}"
-    if not transformer_engine_available() or precision(config) != torch.bfloat16:
-        raise UserError(f"{said} needs CUDA, Transformer Engine and train.precision=bf16: set optim.{key}=fp32")
-    if not config.parallel.use_distributed_optimizer:
-        raise UserError(f"{said} needs parallel.use_distributed_optimizer=true")
+    key = _reduced_key(config)
+    if key is not None and not config.parallel.use_distributed_optimizer:
+        raise UserError(f"{key} needs parallel.use_distributed_optimizer=true")
+
+
+def _reduced_key(config: Config) -> str | None:
+    """Return the key and value of gradients or moments that are not fp32, or None."""
+    keys = (key for key in ("main_grads_dtype", "moments_dtype") if getattr(config.optim, key) != "fp32")
+    return next((f"optim.{key}={getattr(config.optim, key)}" for key in keys), None)
 
 
 def _offload(config: Config) -> None:
@@ -187,13 +179,39 @@ def _offload(config: Config) -> None:
         raise UserError(f"{said} must be less than model.num_layers={number}")
     if config.train.recompute != "none":
         raise UserError(f"{said} needs train.recompute=none, and it is {config.train.recompute}")
-    if config.parallel.pipeline_model_parallel_size > 1:
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        raise UserError(f"{said} needs parallel.pipeline_model_parallel_size=1, and it is {stages}")
+
+
+def check_hardware(config: Config) -> None:
+    """Raise UserError for the first setting that this process's machine and packages cannot run.
+
+    ``validate`` checks what does not depend on the machine, so that a run can be planned and submitted elsewhere.
+    """
+    if config.model.transformer_impl == "transformer_engine" and not transformer_engine_available():
         raise UserError(
-            f"{said} needs parallel.pipeline_model_parallel_size=1, and it is "
-            f"{config.parallel.pipeline_model_parallel_size}"
+            "model.transformer_impl=transformer_engine needs CUDA and the package transformer-engine, which are not "
+            "available: use auto or local"
         )
-    if transformer_impl(config) != "transformer_engine":
-        raise UserError(f"{said} needs CUDA and Transformer Engine's layers (model.transformer_impl): set it to 0")
+    fp8, offload = config.train.fp8, config.train.offload_layers
+    wanted = {
+        f"train.fp8={fp8}": (fp8 is not None, "set train.fp8=null"),
+        f"{_reduced_key(config)}": (_reduced_key(config) is not None, "set it to fp32"),
+        f"train.offload_layers={offload}": (offload > 0, "set it to 0"),
+    }
+    for said, (is_set, otherwise) in wanted.items():
+        if is_set and (transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16):
+            raise UserError(f"{said} needs CUDA, Transformer Engine's layers and train.precision=bf16: {otherwise}")
+    if fp8 is not None:
+        recipe, has = config.train.fp8_recipe, torch.cuda.get_device_capability()
+        needed = (9, 0) if recipe == "blockwise" else (8, 9)
+        if has < needed:
+            raise UserError(
+                f"train.fp8={fp8} with train.fp8_recipe={recipe} needs a GPU of compute capability "
+                f"{'.'.join(map(str, needed))}, and {torch.cuda.get_device_name()} has {'.'.join(map(str, has))}: set "
+                f"train.fp8=null"
+            )
 
 
 def check_fp8_sizes(config: Config, unit: int) -> None:
@@ -236,11 +254,6 @@ def _linear_attention(config: Config) -> None:
 
 
 def _choices(config: Config) -> None:
-    if config.model.transformer_impl == "transformer_engine" and not transformer_engine_available():
-        raise UserError(
-            "model.transformer_impl=transformer_engine needs CUDA and the package transformer-engine, which are not "
-            "available: use auto or local"
-        )
     if config.train.recompute != "full" and not config.train.recompute_core_attn:
         raise UserError(
             f"train.recompute_core_attn=false needs train.recompute=full, but train.recompute="

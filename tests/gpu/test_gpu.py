@@ -209,8 +209,7 @@ def losses_of_options() -> dict:
     options = {
         "plain": {},
         "bf16 gradients": {"optim": {"main_grads_dtype": "bf16"}},
-        "bf16 moments": {"optim": {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}},
-        "fp8 moments": {"optim": {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp8"}},
+        "bf16 moments": {"optim": {"moments_dtype": "bf16"}},
         "offload": {"train": {"offload_layers": 2}},
         "fp8": {"train": {"fp8": "hybrid"}},
         "fp8 blockwise": {"train": {"fp8": "e4m3", "fp8_recipe": "blockwise"}},

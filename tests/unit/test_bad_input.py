@@ -6,7 +6,7 @@ import pytest
 from inplace_ttt.config import UserError
 from inplace_ttt.data.build import build_splits
 from inplace_ttt.training.compose import compose_config, to_config
-from inplace_ttt.validation import validate
+from inplace_ttt.validation import check_hardware, validate
 from launching import ROOT, SMALL, run_main
 from ranks import run_ranks
 
@@ -66,7 +66,6 @@ def refusal(*overrides, world_size=2) -> str:
         ("model.kv_channels=33", "is odd"),
         ("model.rope_scaling.rope_type=yarn", "needs model.rope_scaling.factor"),
         ("model.rope_scaling.rope_type=ntk", "yarn"),
-        ("model.transformer_impl=transformer_engine", "needs CUDA"),
         ("data.seq_length=4100", "use a multiple of 1024, such as 5120"),
         ("data.kind=files", "indexed, recall"),
         ("data.validation_fraction=1", "below 1"),
@@ -77,12 +76,9 @@ def refusal(*overrides, world_size=2) -> str:
         ("train.recompute_core_attn=false", "train.recompute=none: set it to full"),
         ("train.precision=fp8", "auto, bf16, fp32"),
         ("train.fp8=e5m2", "hybrid, e4m3"),
-        ("train.fp8=hybrid", "train.fp8=hybrid needs CUDA, Transformer Engine's layers"),
-        ("optim.exp_avg_dtype=int8", "fp32, bf16, fp16, fp8"),
+        ("optim.moments_dtype=fp8", "fp32, bf16"),
         ("optim.main_grads_dtype=fp16", "fp32, bf16"),
-        ("optim.exp_avg_sq_dtype=fp8", "optim.exp_avg_sq_dtype=fp8 needs CUDA, Transformer Engine"),
         ("train.offload_layers=4", "train.offload_layers=4 must be less than model.num_layers=4"),
-        ("train.offload_layers=1", "train.offload_layers=1 needs CUDA and Transformer Engine's layers"),
         ("checkpoint.load=/nowhere", "is not a folder"),
         ("checkpoint.keep=0", "use 1 or more"),
         ("log.wandb=on", "online, offline"),
@@ -197,6 +193,25 @@ def test_sizes_that_no_machine_holds():
         check_memory(config, World(0, 2, 0))
 
 
+@pytest.mark.parametrize(
+    ("override", "otherwise"),
+    [
+        ("train.fp8=hybrid", "set train.fp8=null"),
+        ("optim.moments_dtype=bf16", "set it to fp32"),
+        ("optim.main_grads_dtype=bf16", "set it to fp32"),
+        ("train.offload_layers=1", "set it to 0"),
+        ("model.transformer_impl=transformer_engine", "use auto or local"),
+    ],
+)
+def test_what_needs_a_gpu(override, otherwise):
+    """It can be planned and submitted anywhere, and is refused where it cannot run."""
+    config = to_config(compose_config(["recipe=tiny_ttt", override], RECIPES))
+    validate(config, 2)
+    with pytest.raises(UserError, match=otherwise) as caught:
+        check_hardware(config)
+    assert override in str(caught.value) and "needs CUDA" in str(caught.value)
+
+
 def test_layouts_that_do_not_divide_the_model():
     base = ["recipe=tiny_ttt", "parallel.context_parallel_size=1"]
     assert "model.num_query_groups=2" in refusal(*base, "parallel.tensor_model_parallel_size=4", world_size=4)
@@ -205,6 +220,11 @@ def test_layouts_that_do_not_divide_the_model():
     assert "more than the 4 layers" in refusal(*base, *selective, "train.recompute_num_layers=5")
     assert "needs train.recompute=selective" in refusal(*base, "train.recompute_num_layers=2")
     assert "set it to null" in refusal(*base, *selective[:1], "train.recompute_num_layers=2")
+    fp8 = ["train.fp8=hybrid", "model.transformer_impl=local"]
+    assert "is not supported with model.transformer_impl=local" in refusal(*base, *fp8)
+    assert "needs train.recompute=none, and it is full" in refusal(
+        *base, "train.offload_layers=1", "train.recompute=full"
+    )
     linear = ["model.attention=gated_delta_net", *selective[:1], "train.recompute_modules=[rope]"]
     assert "use modules of layernorm, mlp_act and mlp" in refusal(*base, *linear)
 

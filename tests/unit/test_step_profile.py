@@ -61,6 +61,13 @@ def test_kernels_belong_to_the_innermost_known_scope():
     )
 
 
+def test_kernels_are_counted_by_name_and_part():
+    slowest, *_ = found = step_profile.slowest_kernels(EVENTS, 4)
+    assert slowest == dict(part="communication", calls=1, ms=4.0, kernel="ncclDevKernel_AllReduce")
+    assert [record["ms"] for record in found] == [4.0, 3.0, 2.0, pytest.approx(1.2)]
+    assert found[3]["kernel"] == "nvjet_tst_64x64" and found[3]["calls"] == 2  # not those of the recompute
+
+
 def scopes_of_a_step() -> set[str]:
     recompute = {"recompute": "selective", "recompute_modules": ["mlp_act"]}
     training = Training(tiny_config({"train": recompute}))

@@ -64,16 +64,22 @@ def variants(config: Config) -> dict[str, Config]:
     return {name: choose_recompute_here(one) for name, one in both.items()}
 
 
-def measure_parts(config: Config, steps: int) -> list[dict]:
-    """Return the milliseconds of each part of a step and its floor, with fast weights and without: a record each."""
-    groups, records = runtime.start(config.parallel, config.train.seed), []
+def measure_parts(config: Config, steps: int) -> tuple[list[dict], list[dict]]:
+    """Measure a step by part, with fast weights and without.
+
+    Returns:
+        A record of the milliseconds of each part and its floor, and one of each of the slowest kernels.
+    """
+    groups, records, kernels = runtime.start(config.parallel, config.train.seed), [], []
     flops, speed = step_profile.ceilings()
     for name, variant in variants(config).items():
         step = Step(variant, groups)
         step.run()
         step.run()
         seconds = statistics.median(step.run() for _ in range(steps))
-        parts = step_profile.milliseconds_by_part(step_profile.trace(step.run), seconds)
+        events = step_profile.trace(step.run)
+        parts = step_profile.milliseconds_by_part(events, seconds)
+        kernels += [dict(ttt=name, **record) for record in step_profile.slowest_kernels(events)]
         floors = step_profile.floors(variant, torch.distributed.get_world_size(), flops, speed)
         floors["the step"] = sum(floors.values())
         slowest_first = sorted(parts.items(), key=lambda one: -one[1])
@@ -90,11 +96,11 @@ def measure_parts(config: Config, steps: int) -> list[dict]:
                     ratio=milliseconds / floor if floor else None,
                 )
             )
-        del step
+        del step, events
         gc.collect()
         torch.cuda.empty_cache()
     runtime.stop()
-    return records
+    return records, kernels
 
 
 def measure(config: Config, rounds: int, steps: int) -> list[dict]:

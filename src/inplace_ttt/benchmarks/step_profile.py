@@ -28,11 +28,12 @@ PARTS = {
     "fast weights": r"^(FastWeightLinear|_ChunkTarget)(Backward)?$",
     "cross-entropy": r"^_LinearCrossEntropy(Backward)?$",
     "attention": r"Attn|scaled_dot_product|^_(Kept|Inputs)(Backward)?$",
-    "linear layers": r"^(_Linear|_LayerNormLinear|LinearWithGradAccumulationAndAsyncCommunication)(Backward)?$",
+    "linear layers": r"^(_Linear|LinearWithGradAccumulationAndAsyncCommunication)(Backward)?$",
 }
 OTHER, COMMUNICATION, IDLE = "norms, RoPE, SwiGLU, others", "communication", "GPU idle"
 CHECKPOINT = "CheckpointFunctionBackward"  # of Megatron
 PRODUCT = re.compile(r"gemm|nvjet|cutlass|xmma|splitk|cublas", re.IGNORECASE)  # kernels of matrix products
+KERNEL_NAME = 70  # characters of a kernel's name that are shown
 # Categories of events
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -59,14 +60,32 @@ def milliseconds_by_part(events: Iterable[dict], seconds: float) -> dict[str, fl
         events: of one step, in Chrome's trace format; ``ts`` and ``dur`` in microseconds.
         seconds: duration of the same step without a profiler, which slows the host down.
     """
-    events = [event for event in events if event.get("ph") == "X"]
-    kernels = [event for event in events if event.get("cat") in ON_GPU]
-    scopes = dict(_scopes_of_launches(events))
+    kernels = list(_kernels(events))
     found: dict[str, float] = defaultdict(float)
-    for kernel in kernels:
-        found[_part(kernel["name"], scopes.get(kernel["args"].get("correlation"), ()))] += kernel["dur"] / 1e3
-    found[IDLE] = max(0.0, seconds * 1e3 - _busy(kernels) / 1e3)
+    for part, kernel in kernels:
+        found[part] += kernel["dur"] / 1e3
+    found[IDLE] = max(0.0, seconds * 1e3 - _busy([kernel for _, kernel in kernels]) / 1e3)
     return dict(found)
+
+
+def slowest_kernels(events: Iterable[dict], number: int = 20) -> list[dict]:
+    """Return a record of each of the kernels that take most time: its part, calls, milliseconds and name."""
+    found: dict[tuple[str, str], dict] = {}
+    for part, kernel in _kernels(events):
+        name = kernel["name"].removeprefix("void ")
+        record = found.setdefault((part, name), dict(part=part, calls=0, ms=0.0, kernel=name[:KERNEL_NAME]))
+        record["calls"] += 1
+        record["ms"] += kernel["dur"] / 1e3
+    return sorted(found.values(), key=lambda record: -record["ms"])[:number]
+
+
+def _kernels(events: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+    """Yield each kernel with its part."""
+    events = [event for event in events if event.get("ph") == "X"]
+    scopes = dict(_scopes_of_launches(events))
+    for event in events:
+        if event.get("cat") in ON_GPU:
+            yield _part(event["name"], scopes.get(event["args"].get("correlation"), ())), event
 
 
 def _part(kernel: str, scopes: tuple[str, ...]) -> str:

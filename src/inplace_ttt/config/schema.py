@@ -23,7 +23,6 @@ from inplace_ttt.config.ranges import Odd, OneOf, Path, Word
 VOCAB_MULTIPLE = 128
 TARGETS = ("hidden_states", "input_embed")
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-STATES = ("fp32", "bf16", "fp16", "fp8")  # dtypes of the optimizer's moments
 
 
 class OnResume(enum.Enum):
@@ -202,14 +201,8 @@ class Optim:
     adam_eps: Positive = 1e-8  # epsilon of Adam
     clip_grad: NotNegative = 1.0  # largest global gradient norm; 0: no clipping
     # dtype in which gradients are accumulated and reduced: fp32 or bf16
-    main_grads_dtype: Annotated[str, OneOf("fp32", "bf16")] = "fp32"
-    exp_avg_dtype: Annotated[str, OneOf(*STATES), IDENTITY] = "fp32"  # dtype of Adam's first moment
-    exp_avg_sq_dtype: Annotated[str, OneOf(*STATES), IDENTITY] = "fp32"  # dtype of Adam's second moment
-
-    @property
-    def reduces_precision(self) -> bool:
-        """Return True if gradients or moments are not all fp32. Master weights are then 16 bits beside the weights."""
-        return {self.main_grads_dtype, self.exp_avg_dtype, self.exp_avg_sq_dtype} != {"fp32"}
+    main_grads_dtype: Annotated[str, OneOf("fp32", "bf16"), IDENTITY] = "fp32"
+    moments_dtype: Annotated[str, OneOf("fp32", "bf16"), IDENTITY] = "fp32"  # dtype of Adam's two moments
 
 
 @dataclass
@@ -239,7 +232,8 @@ class Train:
     ] = field(default_factory=lambda: ["core_attn"])
     # for train.recompute=selective: layers per pipeline stage in which mlp and qkv are recomputed; null: all
     recompute_num_layers: Annotated[Size, LAYOUT] | None = None
-    # layers whose activations wait in the host's memory for the backward (Transformer Engine); needs no recompute
+    # layers whose activations wait in the host's memory for the backward (Transformer Engine); needs
+    # train.recompute=none
     offload_layers: Annotated[Count, LAYOUT] = 0
     eval_interval: Count = 0  # steps between evaluations; 0: only at the end
     eval_samples: Annotated[int, Ge(0), Le(10**7)] = 8  # held-out samples per evaluation; 0: no evaluation

@@ -17,7 +17,7 @@ from inplace_ttt.evaluation.work_queue import counted
 from inplace_ttt.hf.convert import inspect_checkpoint, reading_keys
 from inplace_ttt.job import SLOW_PHASE_FACTOR, Job
 from inplace_ttt.megatron import runtime
-from inplace_ttt.validation import precision, transformer_impl, validate
+from inplace_ttt.validation import check_hardware, precision, transformer_impl, validate
 
 
 def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
@@ -47,10 +47,13 @@ def evaluation_config(path: Path, overrides: dict, world_size: int) -> Config:
     parallel.overlap_grad_reduce = parallel.overlap_param_gather = False
     train.micro_batch_size = 1
     train.fp8 = None  # an evaluation reads texts of any length, in the precision of the weights
+    train.offload_layers = 0
+    config.optim.main_grads_dtype = config.optim.moments_dtype = "fp32"
     train.global_batch_size = max(1, world_size)  # only for validate(): an evaluation has no steps
     data.reset_at_documents = True
     data.seq_length = padded_length(config, max(config.ttt.chunk_size, 2))
     validate(config, world_size)
+    check_hardware(config)
     return config
 
 

@@ -22,7 +22,6 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
 
     Args:
         dtype: of parameters and activations.
-        transformer_impl: ``local`` or ``transformer_engine``.
     """
     model, parallel, train = config.model, config.parallel, config.train
     if train.recompute == "auto":
@@ -86,7 +85,6 @@ def _offload(layers: int) -> dict:
         cpu_offloading_num_layers=layers,
         cpu_offloading_activations=True,
         cpu_offloading_weights=False,
-        cpu_offloading_retain_pinned_cpu_buffers=True,
     )
 
 

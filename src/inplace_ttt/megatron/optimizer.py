@@ -11,7 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from inplace_ttt.config import Config, Optim, warmup_steps
 
 TTT_NORM_GROUP = "ttt"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}  # Megatron's
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def wrap_data_parallel(model, megatron_config, config: Config) -> DistributedDataParallel:
@@ -81,14 +81,20 @@ def build_optimizer(model: DistributedDataParallel, megatron_config, config: Con
 
 
 def _precisions(optim: Optim) -> dict:
-    """Return Megatron's options for gradients and moments that are not fp32."""
-    if not optim.reduces_precision:
+    """Return Megatron's options for gradients and moments that are not fp32.
+
+    Master weights stay fp32: as the 16 bits that the weights lack, Megatron's checkpoints cannot load them. FP8 is left
+    out: Transformer Engine's scale of a moment that is all zero is infinite, and the targets' projection has such
+    moments in its first steps, as long as the convolution is zero.
+    """
+    if optim.main_grads_dtype == optim.moments_dtype == "fp32":
         return {}
     return dict(
         use_precision_aware_optimizer=True,
+        store_param_remainders=False,
         main_grads_dtype=DTYPES[optim.main_grads_dtype],
-        exp_avg_dtype=DTYPES[optim.exp_avg_dtype],
-        exp_avg_sq_dtype=DTYPES[optim.exp_avg_sq_dtype],
+        exp_avg_dtype=DTYPES[optim.moments_dtype],
+        exp_avg_sq_dtype=DTYPES[optim.moments_dtype],
     )
 
 

@@ -25,7 +25,7 @@ class _SwiGLU(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         y = swiglu.swiglu(x.view(-1, x.shape[-1]))
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable

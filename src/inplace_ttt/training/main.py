@@ -29,7 +29,7 @@ def main(arguments: list[str], recipes: Path) -> int:
     3: the run stopped itself. 4: a failure that may be temporary (another rank, a file system).
     """
     from inplace_ttt.training.compose import compose_config, split_config_dir, to_config
-    from inplace_ttt.validation import validate
+    from inplace_ttt.validation import check_hardware, validate
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(HELP.format(recipes=", ".join(sorted(path.stem for path in (recipes / "recipe").glob("*.yaml")))))
@@ -46,6 +46,7 @@ def main(arguments: list[str], recipes: Path) -> int:
         world = World.from_environment()
         check_environment()
         validate(config, world.size)
+        check_hardware(config)
         return train(config, world)
     except UserError as error:
         return fail(f"error: {error}", 2)
