@@ -92,6 +92,7 @@ def main():
             yield dict(itertools.compress(operands.items(), chosen))
 
     def scans(chunk_size):
+        """Chunks of 64 tokens: a large tile of chunk weights leaves shared memory whole; of 512: in pieces."""
         forward, backward = documents(chunk_size)
         for some in with_some(before=state, after=state, norms=norms):
             yield launch_scan(forward, base=base, **some)
@@ -99,9 +100,16 @@ def main():
             for some in with_some(before=state, after=state):
                 yield launch_scan(segments, total=state, **some)
 
+    def in_tiles(tile, launch):
+        def run():
+            scan.tile_of = lambda rows, f: tile
+            launch()
+
+        return run
+
     launches = [
-        *scans(64),  # of which a tile of chunk weights leaves shared memory whole
-        *scans(512),  # and in pieces
+        *(in_tiles(scan.LARGE, launch) for launch in (*scans(64), *scans(512))),
+        *(in_tiles(scan.SMALL, launch) for launch in itertools.islice(scans(512), 0, None, 3)),
         lambda: triton_conv.conv(u, weight, ids),
         lambda: triton_conv.conv_backward(u, u, weight, ids),
         lambda: loss.best_and_sums(logits, 9000),

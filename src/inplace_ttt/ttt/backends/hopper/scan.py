@@ -8,6 +8,7 @@ read and written in fp32. README.md has the derivation and the measurements.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,9 +30,26 @@ from inplace_ttt.ttt.plan import Segment
 from inplace_ttt.ttt.rule import ScanStep
 from inplace_ttt.ttt.window import Window, WindowPool
 
-# Tile of the state per CTA, and tokens per step. The tile takes 128 fp32 registers per thread. Shared memory holds the
-# operands of six steps in flight (144 KB) and one tile of bf16 weights to be stored (64 KB).
-BLOCK_ROWS, BLOCK_F, BLOCK_T, STAGES, WARPS = 128, 256, 32, 6, 8
+BLOCK_T, STAGES = 32, 6  # tokens per step, and steps in flight
+
+
+class Tile(NamedTuple):
+    """Describe the part of the state of one CTA."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def number(self, rows: int, f: int) -> int:
+        """Return the number of tiles of a state (rows, f)."""
+        return triton.cdiv(rows, self.rows) * triton.cdiv(f, self.columns)
+
+
+# The large tile takes 128 fp32 registers per thread. Shared memory holds the operands of the steps in flight (144 KB)
+# and one tile of bf16 weights to be stored (64 KB). A state with few large tiles, as of a model of 0.1 billion
+# parameters, would leave most multiprocessors idle for as long as the CTAs read all tokens.
+LARGE, SMALL = Tile(128, 256, warps=8), Tile(64, 128, warps=4)
+FEW_TILES = 66  # half of a Hopper GPU's multiprocessors
 # Contiguous bf16 columns of a tile in shared memory (128 bytes, the swizzle width), and the smallest number of rows of
 # one TMA store
 PIECE_F, LEAST_PIECE_ROWS = 64, 32
@@ -305,15 +323,16 @@ def chunk_weights(
         norms: (documents, programs) fp32, receives the squared norm of each program's tile of these states.
     """
     rows, f = a.shape[1], z.shape[1]
+    tile = tile_of(rows, f)
     first, last = window[0], window[-1] + 1
     made = schedule.readers[last] - schedule.readers[first]
     start = before
     if before is None and base is None:  # from constant zeros ptxas serialises the products (C7515)
         start = total if total is not None else after
-    _chunk_weights_kernel[(programs(rows, f),)](
-        _descriptor(a, BLOCK_T, BLOCK_ROWS),
-        _descriptor(z, BLOCK_T, BLOCK_F),
-        _descriptor(out, 1, *_piece(schedule.steps_per_chunk)),
+    _chunk_weights_kernel[(tile.number(rows, f),)](
+        _descriptor(a, BLOCK_T, tile.rows),
+        _descriptor(z, BLOCK_T, tile.columns),
+        _descriptor(out, 1, *_piece(tile, schedule.steps_per_chunk)),
         schedule.table,
         schedule.tokens,
         base,
@@ -335,26 +354,31 @@ def chunk_weights(
         REVERSED=schedule.reverse,
         COLUMNS=COLUMNS,
         CONTINUES=CONTINUES,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_F=BLOCK_F,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_F=tile.columns,
         BLOCK_T=BLOCK_T,
         STAGES=STAGES,
-        num_warps=WARPS,
+        num_warps=tile.warps,
     )
 
 
-def _piece(steps: int) -> tuple[int, int]:
+def _piece(tile: Tile, steps: int) -> tuple[int, int]:
     """Return (rows, columns) of the pieces of a tile; one piece is stored before each of ``steps`` steps."""
-    across = BLOCK_F // PIECE_F
+    across = tile.columns // PIECE_F
     if steps < across:
-        return BLOCK_ROWS, BLOCK_F
+        return tile.rows, tile.columns
     down = 2 ** ((steps // across).bit_length() - 1)
-    return max(BLOCK_ROWS // down, LEAST_PIECE_ROWS), PIECE_F
+    return max(tile.rows // down, LEAST_PIECE_ROWS), PIECE_F
+
+
+def tile_of(rows: int, f: int) -> Tile:
+    """Return the tiles in which a state (rows, f) is scanned."""
+    return SMALL if LARGE.number(rows, f) <= FEW_TILES else LARGE
 
 
 def programs(rows: int, f: int) -> int:
     """Return the number of CTAs: one per tile of a state (rows, f)."""
-    return triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(f, BLOCK_F)
+    return tile_of(rows, f).number(rows, f)
 
 
 def unsupported_reason(z: Tensor, d: int, chunk_size: int, eta: float) -> str | None:
