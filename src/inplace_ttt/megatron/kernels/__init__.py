@@ -8,8 +8,11 @@ from torch import Tensor
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Return True if the kernels take these tensors: on a GPU, and not in fp64, because the kernels compute in fp32."""
-    return all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+    """Return True if the kernels take these tensors: on a GPU, and not in fp64, because the kernels compute in fp32.
+
+    Inside torch.compile (Megatron compiles the end of Gated DeltaNet) the definitions are compiled instead.
+    """
+    return not torch.compiler.is_compiling() and all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
 
 
 def programs_of(tensor: Tensor, each: int = 8) -> int:
