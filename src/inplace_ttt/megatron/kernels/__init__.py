@@ -12,7 +12,9 @@ def fits(*tensors: Tensor) -> bool:
 
     Inside torch.compile (Megatron compiles the end of Gated DeltaNet) the definitions are compiled instead.
     """
-    return not torch.compiler.is_compiling() and all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
+    if torch.compiler.is_compiling():
+        return False
+    return all(tensor.is_cuda and tensor.dtype != torch.float64 for tensor in tensors)
 
 
 def programs_of(tensor: Tensor, each: int = 8) -> int:
