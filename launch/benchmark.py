@@ -223,11 +223,8 @@ def run_prefix(arguments):
 def run_model(arguments):
     from inplace_ttt.benchmarks import model
     from inplace_ttt.config import UserError
-    from inplace_ttt.validation import check_hardware, validate
 
-    config = configuration(arguments.overrides)
-    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    check_hardware(config)
+    config = training_configuration(arguments.overrides)
     asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
     with fits(asked, "fewer layers, or train.recompute=auto"):
         if arguments.profile:
@@ -240,11 +237,8 @@ def run_model(arguments):
 
 def run_attention(arguments):
     from inplace_ttt.benchmarks import attention
-    from inplace_ttt.validation import check_hardware, validate
 
-    config = configuration(arguments.overrides)
-    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
-    check_hardware(config)
+    config = training_configuration(arguments.overrides)
     with fits(f"data.seq_length={config.data.seq_length}", "a shorter sequence"):
         return attention.measure(config, arguments.documents, arguments.rounds, arguments.kernels), {}
 
@@ -297,6 +291,16 @@ def exported_models(arguments):
     config = configuration(arguments.overrides)
     with fits(f"model.num_layers={config.model.num_layers}", "fewer layers, shorter texts or fewer rows"):
         yield Models.build(config, torch.device("cuda", torch.cuda.current_device()))
+
+
+def training_configuration(overrides: list[str]):
+    """Return the configuration of the command line for these ranks. Raises UserError if they cannot run it."""
+    from inplace_ttt.validation import check_hardware, validate
+
+    config = configuration(overrides)
+    validate(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_hardware(config)
+    return config
 
 
 def configuration(overrides: list[str]):

@@ -194,14 +194,15 @@ def check_hardware(config: Config) -> None:
             "model.transformer_impl=transformer_engine needs CUDA and the package transformer-engine, which are not "
             "available: use auto or local"
         )
-    fp8, offload = config.train.fp8, config.train.offload_layers
-    wanted = {
-        f"train.fp8={fp8}": (fp8 is not None, "set train.fp8=null"),
-        f"{_reduced_key(config)}": (_reduced_key(config) is not None, "set it to fp32"),
-        f"train.offload_layers={offload}": (offload > 0, "set it to 0"),
-    }
-    for said, (is_set, otherwise) in wanted.items():
-        if is_set and (transformer_impl(config) != "transformer_engine" or precision(config) != torch.bfloat16):
+    fp8, reduced, offload = config.train.fp8, _reduced_key(config), config.train.offload_layers
+    wanted = [
+        (fp8 is not None, f"train.fp8={fp8}", "set train.fp8=null"),
+        (reduced is not None, reduced, "set it to fp32"),
+        (offload > 0, f"train.offload_layers={offload}", "set it to 0"),
+    ]
+    runs = transformer_impl(config) == "transformer_engine" and precision(config) == torch.bfloat16
+    for is_set, said, otherwise in wanted:
+        if is_set and not runs:
             raise UserError(f"{said} needs CUDA, Transformer Engine's layers and train.precision=bf16: {otherwise}")
     if fp8 is not None:
         recipe, has = config.train.fp8_recipe, torch.cuda.get_device_capability()

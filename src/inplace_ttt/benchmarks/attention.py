@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from inplace_ttt.benchmarks.layer import relative_error
 from inplace_ttt.benchmarks.timing import milliseconds, ratio
 from inplace_ttt.config import Config, UserError, with_recompute
 from inplace_ttt.flops import forward_flops
@@ -94,7 +95,7 @@ def _results(attend, inputs, grad) -> list[torch.Tensor]:
 
 def _error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Return the largest RMS difference of two results, relative to the RMS of the expected one, over all ranks."""
-    errors = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(found, expected, strict=True)]
+    errors = [relative_error(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
     largest = torch.stack(errors).max()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()

@@ -197,10 +197,15 @@ def errors(shape: Shape, chunk_size: int, variants: list[str]) -> dict[str, dict
             exact[clip] = _values(partial(definition, clip=clip), operands, layer.g, chunk_size, torch.float64)
         values = _values(operation, operands, layer.g, chunk_size, torch.bfloat16)
         found[name] = {
-            key: ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+            key: relative_error(value, reference).item()
             for (key, value), reference in zip(values.items(), exact[clip].values(), strict=True)
         }
     return found
+
+
+def relative_error(value: Tensor, reference: Tensor) -> Tensor:
+    """Return the RMS of the difference of two tensors / the RMS of the reference, ()."""
+    return (value - reference).norm() / reference.norm().clamp(min=1e-30)
 
 
 def _values(operation, operands, g, chunk_size, dtype) -> dict[str, Tensor]:

@@ -50,8 +50,8 @@ class _Heads(torch.autograd.Function):
 
         qkv = qkv.contiguous()
         weights = None if query_weight is None else torch.stack((query_weight, key_weight)).float()
-        ctx.save_for_backward(*(None if weights is None else one for one in (qkv, query_weight, key_weight)), table)
-        ctx.eps = eps
+        ctx.save_for_backward(None if weights is None else qkv, weights, table)
+        ctx.eps, ctx.dtype = eps, None if weights is None else query_weight.dtype
         return heads.make_heads(qkv, table, weights, groups, channels, eps)
 
     @staticmethod
@@ -60,9 +60,8 @@ class _Heads(torch.autograd.Function):
         """Return the gradients of qkv and of the norms' weights."""
         from inplace_ttt.megatron.kernels import heads
 
-        qkv, query_weight, key_weight, table = ctx.saved_tensors
-        weights = None if query_weight is None else torch.stack((query_weight, key_weight)).float()
+        qkv, weights, table = ctx.saved_tensors
         gradients = tuple(one.contiguous() for one in gradients)
         dqkv, dweights = heads.make_heads_backward(qkv, table, weights, gradients, ctx.eps)
-        dquery, dkey = (None, None) if dweights is None else dweights.to(query_weight.dtype)
+        dquery, dkey = (None, None) if dweights is None else dweights.to(ctx.dtype)
         return dqkv, None, dquery, dkey, None, None, None

@@ -70,22 +70,12 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         persist_layer_norm=False,
         **family_of(model).megatron,
         **recompute,
-        **_offload(train.offload_layers),
+        cpu_offloading=train.offload_layers > 0,  # activations, not weights
+        cpu_offloading_num_layers=train.offload_layers,
     )
     megatron_config.recomputed = again  # see layer.py
     megatron_config.keep_core_attn = train.recompute == "full" and not train.recompute_core_attn  # see attention.py
     return megatron_config
-
-
-def _offload(layers: int) -> dict:
-    if not layers:
-        return {}
-    return dict(
-        cpu_offloading=True,
-        cpu_offloading_num_layers=layers,
-        cpu_offloading_activations=True,
-        cpu_offloading_weights=False,
-    )
 
 
 def _linear_attention(model: Model) -> dict:
