@@ -56,6 +56,7 @@ def _rank(rank: int, size: int, store: str, backend: str, queue, function: Calla
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    result = "nothing: the function did not return"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     try:
         if backend == "nccl":
@@ -69,4 +70,4 @@ def _rank(rank: int, size: int, store: str, backend: str, queue, function: Calla
             dist.destroy_process_group()
         queue.put((rank, result, None))
     except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+        queue.put((rank, None, f"{traceback.format_exc()}\nIt returned {result}"))

@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from inplace_ttt.config import UserError
 from inplace_ttt.data.prepare import prepare
 from inplace_ttt.evaluation.mode import FastWeightMode
 from inplace_ttt.evaluation.models import open_model
@@ -106,6 +109,46 @@ def test_every_layout_reads_the_same_book(world, tmp_path, ranks, kinds, target)
     book, question = model.network.load_fast_weights(tmp_path / "ours", model.tokenizer), torch.tensor([[5, 6, 7]])
     answer = model.network.generate(question, fast_weights=book, max_new_tokens=9, do_sample=False)
     assert answer.shape[1] > 3
+
+
+def run_with_slow_unlink(*words: str) -> tuple[int, str]:
+    """Run with a rank 0 that keeps for 2 s the empty file with which it tests --output; rank 1 waits for this file."""
+    unlink, output = Path.unlink, Path(words[-1])
+
+    def slow(path: Path, missing_ok: bool = False) -> None:
+        if path == output:
+            time.sleep(2)
+        unlink(path, missing_ok)
+
+    Path.unlink = slow
+    deadline = time.monotonic() + 2
+    while os.environ["RANK"] == "1" and not output.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return run(*words)
+
+
+def test_other_ranks_do_not_look_at_the_file_that_rank_0_makes(world, tmp_path):
+    words = [str(world / "hidden_states"), str(world / "one.txt"), "--output", str(tmp_path / "book")]
+    assert [code for code, _ in run_ranks(2, run_with_slow_unlink, *words)] == [0, 0]
+
+
+def run_without_a_file(*words: str) -> tuple[int, str]:
+    """Run with a rank 1 that cannot read the file."""
+    from inplace_ttt.inference import reading
+
+    def fail(*_):
+        raise UserError("'one.txt' cannot be read on rank 1")
+
+    if os.environ["RANK"] == "1":
+        reading.read_text = fail
+    return run(*words)
+
+
+def test_a_file_that_one_rank_cannot_read_ends_all_ranks(world, tmp_path):
+    words = [str(world / "hidden_states"), str(world / "one.txt"), "--output", str(tmp_path / "book")]
+    answers = run_ranks(2, run_without_a_file, *words)
+    assert [code for code, _ in answers] == [2, 2] and "cannot be read on rank 1" in answers[0][1], answers
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_less_than_a_chunk(world, tmp_path):

@@ -23,7 +23,7 @@ from inplace_ttt.files import user_path
 from inplace_ttt.hf.config import check_exportable
 from inplace_ttt.hf.modeling_inplace_ttt import FastWeights, text_record
 from inplace_ttt.hf.tokenizer import adds_bos, fingerprint
-from inplace_ttt.job import Job, run_job
+from inplace_ttt.job import SLOW_PHASE_FACTOR, Job, run_job
 from inplace_ttt.resilience.exits import fail
 
 HELP = """\
@@ -100,26 +100,19 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
     named, world = ModelSource.find(options.model), job.world
     if not named.has_fast_weights:
         raise UserError(f"'{options.model}' has no fast weights to save: name a model with TTT layers")
-    if os.path.lexists(options.output):
-        raise UserError(f"--output '{options.output}' already exists: remove it, or use another file name")
-    if not options.output.resolve().parent.is_dir():
-        raise UserError(f"--output '{options.output}': the folder '{options.output.parent}' does not exist: create it")
-    if world.rank == 0:
-        _try_to_write(options.output)
-    tokenizer = named.tokenizer()
-    text = read_text(options.files, options.text_key, tokenizer)
-    if named.vocabulary():
-        check_tokens(max(text.tokens), named.vocabulary(), options.model)
     if named.checkpoint is None and (world.size > 1 or overrides):
         raise UserError(
             f"'{options.model}' is in Hugging Face format, which needs one process and no key=value: name the run that "
             f"it was exported from, whose checkpoint supports {'several ranks' if world.size > 1 else 'any layout'}"
         )
-    started = time.perf_counter()
+    find_files(options.files)  # before the groups are formed, which takes longer
+    tokenizer, started = named.tokenizer(), time.perf_counter()
     if named.checkpoint is None:
+        _check_output(options.output)
+        text = _read_files(options, named, tokenizer)
         book = _by_folder(options, mode, text, named)
     else:
-        book = _by_checkpoint(options, overrides, mode, text, named, job)
+        text, book = _by_checkpoint(options, overrides, mode, named, tokenizer, job)
     if world.rank:
         return 0
     book.tokenizer, book.texts = fingerprint(tokenizer), [text.text_record()]
@@ -132,13 +125,27 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
     return 0
 
 
-def _try_to_write(path: Path) -> None:
-    """Raise UserError if a file cannot be created, before a long text is processed."""
+def _check_output(path: Path) -> None:
+    """Raise UserError if the file exists or cannot be created, before a long text is processed.
+
+    Call it on the rank that writes the file: others may see the file that it creates here for a moment.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"--output '{path}' already exists: remove it, or use another file name")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--output '{path}': the folder '{path.parent}' does not exist: create it")
     try:
         path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
         raise UserError(f"--output '{path}' cannot be written: {error.strerror}") from error
+
+
+def _read_files(options: argparse.Namespace, named: ModelSource, tokenizer: PreTrainedTokenizerBase) -> Text:
+    text = read_text(options.files, options.text_key, tokenizer)
+    if named.vocabulary():
+        check_tokens(max(text.tokens), named.vocabulary(), options.model)
+    return text
 
 
 def read_text(names: list[str], text_key: str, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -181,9 +188,14 @@ def _progress() -> Iterator:
 
 
 def _by_checkpoint(
-    options: argparse.Namespace, overrides: dict, mode: FastWeightMode, text: Text, named: ModelSource, job: Job
-) -> FastWeights | None:
-    """Process a text with a training checkpoint on all ranks; return the book on rank 0 and None on other ranks."""
+    options: argparse.Namespace,
+    overrides: dict,
+    mode: FastWeightMode,
+    named: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+) -> tuple[Text, FastWeights | None]:
+    """Process the files with a training checkpoint on all ranks; return their text, and the book (None on rank > 0)."""
     from inplace_ttt.data.position import PositionRanges
     from inplace_ttt.evaluation.checkpoint_reader import CheckpointReader, ScoredDocument
     from inplace_ttt.inference.checkpoint_book import fingerprint_of_checkpoint, read_book
@@ -192,6 +204,9 @@ def _by_checkpoint(
     check_exportable(named.checkpoint.config, f"'{named.path}'")
     config = layout(named.path, overrides, job.world.size)
     job.start(config.parallel, 0)
+    runtime.on_first_rank(lambda: _check_output(options.output))
+    job.watchdog.set_phase("reading the files", SLOW_PHASE_FACTOR)
+    text = runtime.on_all_ranks(lambda: _read_files(options, named, tokenizer))
     reader = CheckpointReader(named.path, config, job, len(text.tokens))
     job.watchdog.set_phase("reading")
     # a document's last token is only a label: append one, so that all tokens of the text are inputs
@@ -201,7 +216,7 @@ def _by_checkpoint(
     runtime.raise_on_all_ranks(None)
     if book is not None:
         book.model = fingerprint_of_checkpoint(named.checkpoint)
-    return book
+    return text, book
 
 
 def layout(path: Path, overrides: dict[str, object], ranks: int):

@@ -76,15 +76,20 @@ def raise_on_all_ranks(error: Exception | None) -> None:
             raise UserError(found)
 
 
+def on_all_ranks[Result](action: Callable[[], Result]) -> Result:
+    """Return the result of an action on each rank; raise a rank's UserError on all ranks (collective)."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    raise_on_all_ranks(error)
+    return result
+
+
 def on_first_rank(action: Callable[[], None]) -> None:
     """Run an action on rank 0 and raise its UserError on all ranks (collective)."""
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as caught:
-            error = caught
-    raise_on_all_ranks(error)
+    on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)
 
 
 def leave_groups() -> None:
