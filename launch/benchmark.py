@@ -3,6 +3,7 @@
 python launch/benchmark.py layer                                   # one MLP layer: plain, materialised, loop, kernels
 torchrun --nproc-per-node 2 launch/benchmark.py prefix             # exchange of carries between context-parallel ranks
 python launch/benchmark.py model model.num_layers=12 ...           # a training step at Qwen3-4B's shapes
+python launch/benchmark.py model train.fp8=hybrid --also train.fp8=null            # two precisions in the same run
 python launch/benchmark.py model --profile                         # where its time goes, beside the least needed
 torchrun --nproc-per-node 2 launch/benchmark.py attention parallel.context_parallel_size=2    # packed documents
 python launch/benchmark.py decode --after 512 4096 32768 131072     # decode with the exported model
@@ -88,6 +89,13 @@ def parse_arguments() -> argparse.Namespace:
         "--profile",
         action="store_true",
         help="a step's time by part, beside the least that each part needs",
+    )
+    model.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="KEYS",
+        help="a further variant in the same run, with these keys, such as train.fp8=hybrid; can be repeated",
     )
     attention = commands.add_parser("attention")
     attention.add_argument("overrides", nargs="*", help=overrides_help)
@@ -225,14 +233,23 @@ def run_model(arguments):
     from inplace_ttt.config import UserError
 
     config = training_configuration(arguments.overrides)
+    others = {
+        f"on, {' '.join(keys.split())}": training_configuration([*arguments.overrides, *keys.split()])
+        for keys in arguments.also
+    }
+    for name, other in others.items():
+        if other.parallel != config.parallel:
+            raise UserError(
+                f"--also '{name.removeprefix('on, ')}' changes parallel.*: variants share their ranks' groups"
+            )
     asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
     with fits(asked, "fewer layers, or train.recompute=auto"):
         if arguments.profile:
             if config.parallel.pipeline_model_parallel_size > 1:
                 raise UserError("--profile supports one pipeline stage: set parallel.pipeline_model_parallel_size=1")
-            parts, kernels = model.measure_parts(config, arguments.steps)
+            parts, kernels = model.measure_parts(config, others, arguments.steps)
             return parts, {"the slowest kernels": kernels}
-        return model.measure(config, arguments.rounds, arguments.steps), {}
+        return model.measure(config, others, arguments.rounds, arguments.steps), {}
 
 
 def run_attention(arguments):

@@ -105,8 +105,9 @@ def _kernels(ours: Callable, torchs: Callable) -> dict[str, Callable]:
     """Return attention by each kernel, by name."""
     chosen = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention 2": SDPBackend.FLASH_ATTENTION}
     ways = {f"torch, {name}": partial(_within, partial(sdpa_kernel, kernel), torchs) for name, kernel in chosen.items()}
-    for name, (flash, fused) in {"cuDNN": "01", "FlashAttention": "10"}.items():
-        scope = partial(_transformer_engine_kernel, NVTE_FLASH_ATTN=flash, NVTE_FUSED_ATTN=fused, NVTE_UNFUSED_ATTN="0")
+    cudnn = partial(_transformer_engine_kernel, NVTE_FLASH_ATTN="0", NVTE_FUSED_ATTN="1", NVTE_UNFUSED_ATTN="0")
+    flash = partial(_transformer_engine_kernel, NVTE_FLASH_ATTN="1", NVTE_FUSED_ATTN="0", NVTE_UNFUSED_ATTN="0")
+    for name, scope in {"cuDNN": cudnn, "FlashAttention": flash, "cuDNN in FP8": partial(_in_fp8, cudnn)}.items():
         ways[f"transformer engine, {name}"] = partial(_within, scope, ours)
     return ways
 
@@ -130,6 +131,16 @@ def _transformer_engine_kernel(**variables: str) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         backends["backend_selection_requires_update"] = True
+
+
+@contextlib.contextmanager
+def _in_fp8(kernel: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Run Transformer Engine's attention in FP8, with scaling factors of the calls before."""
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch import autocast
+
+    with kernel(), autocast(enabled=True, recipe=DelayedScaling(fp8_dpa=True)):
+        yield
 
 
 def _runs(attend, inputs, grad) -> bool:

@@ -58,21 +58,24 @@ class Step:
         return time.perf_counter() - started
 
 
-def variants(config: Config) -> dict[str, Config]:
-    """Return the configuration with fast weights and without, each with its choice of recompute (collective)."""
-    both = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False))}
-    return {name: choose_recompute_here(one) for name, one in both.items()}
+def variants(config: Config, others: dict[str, Config]) -> dict[str, Config]:
+    """Return the configuration with fast weights and without, and others, each with its choice of recompute.
+
+    All ranks must call it.
+    """
+    asked = {"on": config, "off": replace(config, ttt=replace(config.ttt, enabled=False)), **others}
+    return {name: choose_recompute_here(one) for name, one in asked.items()}
 
 
-def measure_parts(config: Config, steps: int) -> tuple[list[dict], list[dict]]:
-    """Measure a step by part, with fast weights and without.
+def measure_parts(config: Config, others: dict[str, Config], steps: int) -> tuple[list[dict], list[dict]]:
+    """Measure a step by part, with fast weights, without, and of the configurations ``others`` (by name).
 
     Returns:
         A record of the milliseconds of each part and its floor, and one of each of the slowest kernels.
     """
     groups, records, kernels = runtime.start(config.parallel, config.train.seed), [], []
     flops, speed = step_profile.ceilings()
-    for name, variant in variants(config).items():
+    for name, variant in variants(config, others).items():
         step = Step(variant, groups)
         step.run()
         step.run()
@@ -103,10 +106,13 @@ def measure_parts(config: Config, steps: int) -> tuple[list[dict], list[dict]]:
     return records, kernels
 
 
-def measure(config: Config, rounds: int, steps: int) -> list[dict]:
-    """Return one record with fast weights and one without. Models are built in turns: two do not fit in memory."""
+def measure(config: Config, others: dict[str, Config], rounds: int, steps: int) -> list[dict]:
+    """Return one record with fast weights, one without, and one of each of the configurations ``others`` (by name).
+
+    Models are built in turns: two do not fit in memory.
+    """
     groups = runtime.start(config.parallel, config.train.seed)
-    configs = variants(config)
+    configs = variants(config, others)
     times, peaks = {name: [] for name in configs}, {}
     for _ in range(rounds):
         for name, variant in configs.items():
