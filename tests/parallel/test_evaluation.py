@@ -438,6 +438,7 @@ def test_harness(world, questions, tmp_path, monkeypatch):
     assert code == 0 and "harness of" not in printed
 
 
+@pytest.mark.slow
 def test_harness_without_a_network(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = ["harness", str(world["exported"]), "--tasks", "piqa", "--output", str(tmp_path / "out")]

@@ -48,6 +48,7 @@ def write_recipe(folder: Path, content: str = MINE, name: str = "mine") -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_from_an_empty_folder(installed, tmp_path):
     write_recipe(tmp_path / "my recipes")
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
