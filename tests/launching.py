@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -46,6 +48,18 @@ def run_evaluate(*arguments: str) -> tuple[int, str]:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = main(list(arguments))
     return code, printed.getvalue()
+
+
+def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    """The main function of ``launch/NAME``, in this process: what a user's command prints and returns."""
+    words, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    main = runpy.run_path(str(ROOT / "launch" / name))["main"]
+    with patch.object(sys, "argv", [name, *words]), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main()
+        except SystemExit as end:  # argparse
+            code = end.code or 0
+    return subprocess.CompletedProcess([name, *words], code, out.getvalue(), err.getvalue())
 
 
 def torchrun(ranks: int, *arguments: str, log: Path, script: str = "train.py") -> subprocess.Popen:

@@ -482,7 +482,8 @@ assert torch.equal(found, model.generate(again, **options))
 """
 
 
-@pytest.mark.parametrize("target", ["hidden_states", pytest.param("input_embed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["hidden_states", "input_embed"])
 def test_compiled_by_users(target):
     """torch.compile of the model or of its forward, with any cache; in a process without Megatron's stand-ins."""
     command = [sys.executable, "-c", COMPILED.replace("TARGET", target)]

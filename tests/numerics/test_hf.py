@@ -1,8 +1,6 @@
 """Models from Hugging Face compute what transformers computes, and come back bit for bit."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from inplace_ttt.hf.config import check_exportable, read_model, write_config
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.resilience.checksums import write_manifest
 from inplace_ttt.training.compose import compose_config, to_config
-from launching import ROOT
+from launching import ROOT, run_script
 from ranks import run_ranks
 
 YARN = [f"model.rope_scaling.{key}" for key in ("rope_type=yarn", "factor=4.0", "original_max_position_embeddings=64")]
@@ -266,13 +264,7 @@ def test_other_update_rules_are_not_exported():
 def test_commands(tmp_path):
     AutoModelForCausalLM.from_config(FAMILIES["smollm2"]).save_pretrained(tmp_path / "model")
 
-    def command(name, *arguments):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "launch" / name), *map(str, arguments)], capture_output=True, text=True
-        )
-        return done.returncode, done.stderr
-
-    assert command("import_hf.py", tmp_path / "model", tmp_path / "imported")[0] == 0
-    assert command("export_hf.py", tmp_path / "imported", tmp_path / "back")[0] == 0
-    code, text = command("export_hf.py", tmp_path / "imported", tmp_path / "back")
-    assert code == 2 and "already exists" in text and "Traceback" not in text
+    assert run_script("import_hf.py", tmp_path / "model", tmp_path / "imported").returncode == 0
+    assert run_script("export_hf.py", tmp_path / "imported", tmp_path / "back").returncode == 0
+    done = run_script("export_hf.py", tmp_path / "imported", tmp_path / "back")
+    assert done.returncode == 2 and "already exists" in done.stderr and "Traceback" not in done.stderr

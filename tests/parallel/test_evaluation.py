@@ -290,7 +290,8 @@ def test_asked_to_stop(world, tmp_path):
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_fails_ends_the_others(world, tmp_path, fault):
     arguments = [*needle(world), "--batch-tokens", "1", "--samples", "200", "--output", str(tmp_path / "out")]
     log = tmp_path / "log"
@@ -449,6 +450,7 @@ def test_harness_without_a_network(world, tmp_path, monkeypatch):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_whoever_reads_the_output_may_leave(world, tmp_path):
     """As head does: the evaluation goes on to its end."""
     arguments = [*needle(world), "--output", str(tmp_path / "out")]

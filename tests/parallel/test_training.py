@@ -351,6 +351,7 @@ def test_model_flops_utilization(tmp_path):
         assert step["mfu"] == pytest.approx(6 * tokens * (products + attention) / step["step_seconds"] / 2e9)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_numbers(tmp_path):
     """Also after a run has gone on from a checkpoint; histograms are there, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -436,7 +437,10 @@ def alone(tmp_path_factory) -> Path:
     "changed",
     [
         {"optim.lr": 5e-3, "optim.min_lr_ratio": 0.5, "ttt.lr_multiplier": 3.0},
-        {"optim.adam_beta1": 0.5, "optim.adam_beta2": 0.9, "optim.adam_eps": 1e-4, "optim.weight_decay": 0.5},
+        pytest.param(
+            {"optim.adam_beta1": 0.5, "optim.adam_beta2": 0.9, "optim.adam_eps": 1e-4, "optim.weight_decay": 0.5},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"optim.clip_grad": 0.1}, marks=pytest.mark.slow),
         pytest.param({"optim.warmup_fraction": 0.5, "optim.decay_fraction": 0.9}, marks=pytest.mark.slow),
     ],

@@ -2,14 +2,13 @@
 
 import math
 import re
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
 from inplace_ttt import estimate, fit
 from inplace_ttt.training.compose import compose_config, to_config
-from launching import ROOT
+from launching import ROOT, run_script
 
 STEP_24 = [
     "model=qwen3_4b",
@@ -27,9 +26,7 @@ STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=h200", "train.global_batch_si
 OFF = ["ttt.enabled=false"]
 
 
-def plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+plan = partial(run_script, "plan.py")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from inplace_ttt.resilience.stragglers import MIN_STEPS, MatmulProbe, StragglerDetector
 from inplace_ttt.training.status import Status, sparkline
 from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
-from launching import ROOT
+from launching import run_script
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 
@@ -87,8 +86,7 @@ def test_a_record_that_was_cut_off_hides_no_other(run):
     assert [event["event"] for event in read_timeline(run)] == ["start", "start", "end"]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "launch/status.py", *arguments], capture_output=True, text=True)
+command = partial(run_script, "status.py")
 
 
 def test_command_shows_the_run(run):

@@ -1,17 +1,12 @@
 """What launch/submit.py would have Slurm do, and what it refuses before that."""
 
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
-from launching import ROOT
+from launching import run_script
 
-
-def submit(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
+submit = partial(run_script, "submit.py")
 
 CURRICULUM = ["recipe=qwen3_4b_ttt", "parallel=h100", "checkpoint.load=null"]
 
