@@ -233,15 +233,12 @@ def run_model(arguments):
     from inplace_ttt.config import UserError
 
     config = training_configuration(arguments.overrides)
-    others = {
-        f"on, {' '.join(keys.split())}": training_configuration([*arguments.overrides, *keys.split()])
-        for keys in arguments.also
-    }
-    for name, other in others.items():
+    others = {}
+    for keys in arguments.also:
+        other = training_configuration([*arguments.overrides, *keys.split()])
         if other.parallel != config.parallel:
-            raise UserError(
-                f"--also '{name.removeprefix('on, ')}' changes parallel.*: variants share their ranks' groups"
-            )
+            raise UserError(f"--also '{keys}' changes parallel.*: variants share their ranks' groups")
+        others[f"on, {keys}"] = other
     asked = f"model.num_layers={config.model.num_layers} with data.seq_length={config.data.seq_length}"
     with fits(asked, "fewer layers, or train.recompute=auto"):
         if arguments.profile:

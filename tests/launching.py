@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -30,27 +31,29 @@ SMALL = [
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_gib", "mfu")
 
 
+def printed_by(main: Callable[..., int], *arguments) -> tuple[int, str]:
+    """Exit code of a main function and all that it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = main(*arguments)
+    return code, printed.getvalue()
+
+
 def run_main(*arguments: str) -> tuple[int, str]:
     """Exit code and all that was printed; for run_ranks."""
     from inplace_ttt.training.main import main
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main(list(arguments), ROOT / "recipes")
-    return code, printed.getvalue()
+    return printed_by(main, list(arguments), ROOT / "recipes")
 
 
 def run_evaluate(*arguments: str) -> tuple[int, str]:
     """As ``run_main``, of ``launch/evaluate.py``."""
     from inplace_ttt.evaluation.main import main
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main(list(arguments))
-    return code, printed.getvalue()
+    return printed_by(main, list(arguments))
 
 
-def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+def run_launch_script(name: str, *arguments) -> subprocess.CompletedProcess:
     """The main function of ``launch/NAME``, in this process: what a user's command prints and returns."""
     words, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
     main = runpy.run_path(str(ROOT / "launch" / name))["main"]

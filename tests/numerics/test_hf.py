@@ -15,7 +15,7 @@ from inplace_ttt.hf.config import check_exportable, read_model, write_config
 from inplace_ttt.hf.convert import export_checkpoint, import_checkpoint
 from inplace_ttt.resilience.checksums import write_manifest
 from inplace_ttt.training.compose import compose_config, to_config
-from launching import ROOT, run_script
+from launching import ROOT, run_launch_script
 from ranks import run_ranks
 
 YARN = [f"model.rope_scaling.{key}" for key in ("rope_type=yarn", "factor=4.0", "original_max_position_embeddings=64")]
@@ -264,7 +264,7 @@ def test_other_update_rules_are_not_exported():
 def test_commands(tmp_path):
     AutoModelForCausalLM.from_config(FAMILIES["smollm2"]).save_pretrained(tmp_path / "model")
 
-    assert run_script("import_hf.py", tmp_path / "model", tmp_path / "imported").returncode == 0
-    assert run_script("export_hf.py", tmp_path / "imported", tmp_path / "back").returncode == 0
-    done = run_script("export_hf.py", tmp_path / "imported", tmp_path / "back")
+    assert run_launch_script("import_hf.py", tmp_path / "model", tmp_path / "imported").returncode == 0
+    assert run_launch_script("export_hf.py", tmp_path / "imported", tmp_path / "back").returncode == 0
+    done = run_launch_script("export_hf.py", tmp_path / "imported", tmp_path / "back")
     assert done.returncode == 2 and "already exists" in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,5 @@
 """launch/read_book.py: a book read by a checkpoint in any layout is the book that the exported model reads."""
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -19,7 +17,7 @@ from inplace_ttt.evaluation.models import open_model
 from inplace_ttt.hf.convert import export_checkpoint
 from inplace_ttt.hf.tokenizer import load_tokenizer, train_tokenizer
 from inplace_ttt.inference.reading import main, read_text
-from launching import run_main
+from launching import printed_by, run_main
 from ranks import run_ranks
 
 CHUNK = 16
@@ -53,10 +51,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def run(*words: str) -> tuple[int, str]:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main(list(words))
-    return code, printed.getvalue()
+    return printed_by(main, list(words))
 
 
 def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

@@ -8,7 +8,7 @@ import pytest
 
 from inplace_ttt import estimate, fit
 from inplace_ttt.training.compose import compose_config, to_config
-from launching import ROOT, run_script
+from launching import ROOT, run_launch_script
 
 STEP_24 = [
     "model=qwen3_4b",
@@ -26,7 +26,7 @@ STEP_128K = ["recipe=qwen3_4b_ttt_128k", "parallel=h200", "train.global_batch_si
 OFF = ["ttt.enabled=false"]
 
 
-plan = partial(run_script, "plan.py")
+plan = partial(run_launch_script, "plan.py")
 
 
 @pytest.mark.parametrize(

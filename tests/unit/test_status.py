@@ -11,7 +11,7 @@ import torch
 from inplace_ttt.resilience.stragglers import MIN_STEPS, MatmulProbe, StragglerDetector
 from inplace_ttt.training.status import Status, sparkline
 from inplace_ttt.training.timeline import RestartCost, Timeline, read_timeline
-from launching import run_script
+from launching import run_launch_script
 
 HOSTS = ["node1", "node1", "node2", "node2"]
 
@@ -86,7 +86,7 @@ def test_a_record_that_was_cut_off_hides_no_other(run):
     assert [event["event"] for event in read_timeline(run)] == ["start", "start", "end"]
 
 
-command = partial(run_script, "status.py")
+command = partial(run_launch_script, "status.py")
 
 
 def test_command_shows_the_run(run):

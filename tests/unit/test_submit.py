@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from launching import run_script
+from launching import run_launch_script
 
-submit = partial(run_script, "submit.py")
+submit = partial(run_launch_script, "submit.py")
 
 CURRICULUM = ["recipe=qwen3_4b_ttt", "parallel=h100", "checkpoint.load=null"]
 

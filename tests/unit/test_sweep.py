@@ -8,9 +8,7 @@ import pytest
 
 from inplace_ttt.config import UserError
 from inplace_ttt.training import sweep
-from launching import run_script
-
-ROOT = Path(__file__).resolve().parents[2]
+from launching import ROOT, run_launch_script
 
 
 @pytest.mark.parametrize(
@@ -107,13 +105,13 @@ def test_results(tmp_path):
 
 def test_every_run_is_checked_before_the_first_starts(tmp_path):
     folder = f"--folder={tmp_path / 'sweep'}"
-    done = run_script("sweep.py", folder, "recipe=recall", "ttt.eta=1,much")
+    done = run_launch_script("sweep.py", folder, "recipe=recall", "ttt.eta=1,much")
     assert done.returncode == 2 and done.stderr.startswith("error: eta=much: ttt.eta=much cannot be used")
-    done = run_script("sweep.py", folder, "recipe=recall", "ttt.chunk_size=32,4096")
+    done = run_launch_script("sweep.py", folder, "recipe=recall", "ttt.chunk_size=32,4096")
     assert done.returncode == 2 and "chunk_size=4096: ttt.chunk_size=4096 is larger" in done.stderr
-    assert run_script("sweep.py", "--report", folder, "recipe=recall", "ttt.eta=1,2").returncode == 2
+    assert run_launch_script("sweep.py", "--report", folder, "recipe=recall", "ttt.eta=1,2").returncode == 2
     assert not (tmp_path / "sweep").exists()
-    done = run_script("sweep.py", "--dry-run", folder, "recipe=recall", "ttt.eta=1,2")
+    done = run_launch_script("sweep.py", "--dry-run", folder, "recipe=recall", "ttt.eta=1,2")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert not (tmp_path / "sweep").exists()
 
@@ -136,11 +134,11 @@ def test_a_sweep_runs_and_resumes(tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
     (folder / "eta=2").write_text("in the way")
-    done = run_script("sweep.py", f"--folder={folder}", "--jobs=2", *keys)
+    done = run_launch_script("sweep.py", f"--folder={folder}", "--jobs=2", *keys)
     assert done.returncode == 1, done.stderr
     assert "eta=2 failed: see" in done.stdout
     (folder / "eta=2").unlink()
-    done = run_script("sweep.py", f"--folder={folder}", *keys)
+    done = run_launch_script("sweep.py", f"--folder={folder}", *keys)
     assert done.returncode == 0 and "[1/1] eta=2" in done.stdout
     results = json.loads((folder / "sweep.json").read_text())["runs"]
     assert [one["state"] for one in results] == ["done", "done"]

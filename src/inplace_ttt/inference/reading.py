@@ -105,7 +105,6 @@ def _read(options: argparse.Namespace, overrides: dict, mode: FastWeightMode, jo
             f"'{options.model}' is in Hugging Face format, which needs one process and no key=value: name the run that "
             f"it was exported from, whose checkpoint supports {'several ranks' if world.size > 1 else 'any layout'}"
         )
-    find_files(options.files)  # before the groups are formed, which takes longer
     tokenizer, started = named.tokenizer(), time.perf_counter()
     if named.checkpoint is None:
         _check_output(options.output)

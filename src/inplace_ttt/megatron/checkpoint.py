@@ -29,7 +29,7 @@ from inplace_ttt.config import UserError
 from inplace_ttt.files import own_umask, read_json, write_json
 from inplace_ttt.megatron import safe_load
 from inplace_ttt.megatron.optimizer import keep_current_hyperparameters
-from inplace_ttt.megatron.runtime import raise_on_all_ranks
+from inplace_ttt.megatron.runtime import on_all_ranks
 from inplace_ttt.resilience.checksums import PARTIAL_MARK, corruption, damage, flush, write_manifest, write_sums
 from inplace_ttt.resilience.signals import block_stop_signals, end_with_parent
 
@@ -230,13 +230,9 @@ class Checkpointer:
 
         Raises UserError, on all ranks, if any rank cannot read its shards.
         """
-        error = None
-        try:
-            loaded = safe_load.load(self._state(loading=True), folder)
-            progress = read_progress(folder)
-        except UserError as caught:
-            error = caught
-        raise_on_all_ranks(error)
+        loaded, progress = on_all_ranks(
+            lambda: (safe_load.load(self._state(loading=True), folder), read_progress(folder))
+        )
         self._load_model(loaded["model"])
         self.optimizer.load_state_dict(keep_current_hyperparameters(self.optimizer, loaded["optimizer"]))
         return progress
@@ -254,13 +250,7 @@ class Checkpointer:
 
         Raises UserError, on all ranks, if any other tensor is missing or has another shape; the message names it.
         """
-        error, found = None, ([], [])
-        try:
-            found = self._load_weights(folder, name)
-        except UserError as caught:
-            error = caught
-        raise_on_all_ranks(error)
-        return found
+        return on_all_ranks(lambda: self._load_weights(folder, name))
 
     def _load_weights(self, folder: Path, name: str | None) -> tuple[list[str], list[str]]:
         folder = checkpoint_in(folder)

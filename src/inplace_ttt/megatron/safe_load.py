@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from inplace_ttt.config import UserError, one_line
 from inplace_ttt.files import read_json
-from inplace_ttt.megatron.runtime import raise_on_all_ranks
+from inplace_ttt.megatron.runtime import on_all_ranks
 
 COMMON_STATE = "common_state/shard_0_1"  # name of the non-tensor state in Megatron's checkpoints
 OPTIMIZER = "optimizer."  # prefix of the names of optimizer states
@@ -157,19 +157,18 @@ def read_common_state(folder: str | Path) -> dict:
     raise UserError(f"'{folder}' has no {COMMON_STATE}: use a checkpoint in Megatron's torch_dist format")
 
 
+def _check_format(folder: Path) -> None:
+    described = read_json(folder / "metadata.json", "use another checkpoint")
+    if described.get("sharded_backend") != "torch_dist":
+        raise UserError(
+            f"'{folder / 'metadata.json'}' does not name Megatron's torch_dist format: use another checkpoint"
+        )
+    read_common_state(folder)
+
+
 def load(state: dict, folder: Path) -> dict:
     """Load a Megatron state dict from a checkpoint (collective). Raises UserError if it cannot be read."""
-    error = None
-    try:
-        described = read_json(folder / "metadata.json", "use another checkpoint")
-        if described.get("sharded_backend") != "torch_dist":
-            raise UserError(
-                f"'{folder / 'metadata.json'}' does not name Megatron's torch_dist format: use another checkpoint"
-            )
-        read_common_state(folder)
-    except UserError as caught:
-        error = caught
-    raise_on_all_ranks(error)  # before the next collective
+    on_all_ranks(lambda: _check_format(folder))  # before the next collective
     with readable(folder):
         return serialization.load(state, str(folder))
 

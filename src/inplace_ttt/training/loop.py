@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from inplace_ttt.config import Config, UserError, ttt_layers
+from inplace_ttt.config import Config, ttt_layers
 from inplace_ttt.data.batch import MicroBatch, Sample
 from inplace_ttt.data.build import DataSplits, StepSampleIndices, micro_batches, rank_sample_indices
 from inplace_ttt.data.position import PositionRanges
@@ -23,7 +23,7 @@ from inplace_ttt.flops import forward_flops, peak_flops
 from inplace_ttt.hf.calibration import HISTOGRAMS
 from inplace_ttt.job import JobStopped, lost_rank
 from inplace_ttt.megatron.checkpoint import Checkpointer, Progress, whole_checkpoints
-from inplace_ttt.megatron.runtime import device, raise_on_all_ranks
+from inplace_ttt.megatron.runtime import device, on_first_rank
 from inplace_ttt.megatron.step import Pairs, Stepper, Totals, unwrap
 from inplace_ttt.resilience.exits import PERMANENT_ERRNOS
 from inplace_ttt.resilience.signals import StopRequest
@@ -44,21 +44,20 @@ class Recorder:
     """Write the outputs of a run on rank 0; on other ranks all calls do nothing. The constructor is collective."""
 
     def __init__(self, config: Config, resolved: dict, folder: RunFolder, first_step: int):
-        self.outputs, error, hosts = [], None, [None] * dist.get_world_size()
+        self.outputs, hosts = [], [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
-        if dist.get_rank() == 0:
-            try:
-                self.detector, self.named = StragglerDetector(hosts, device().type), []
-                self.timeline = Timeline(folder.path)
-                self.timeline.start(folder.metrics, first_step, hosts)
-                self.wandb = WandB(config, resolved, folder.path)
-                self.metrics = MetricsFile(folder.metrics, first_step)
-                self.tensorboard = TensorBoard(config, folder.path, first_step)
-                self.screen = ProgressLog(config, first_step)
-                self.outputs = [self.metrics, self.screen, self.wandb, self.tensorboard]
-            except UserError as caught:
-                error = caught
-        raise_on_all_ranks(error)
+
+        def open_outputs() -> None:
+            self.detector, self.named = StragglerDetector(hosts, device().type), []
+            self.timeline = Timeline(folder.path)
+            self.timeline.start(folder.metrics, first_step, hosts)
+            self.wandb = WandB(config, resolved, folder.path)
+            self.metrics = MetricsFile(folder.metrics, first_step)
+            self.tensorboard = TensorBoard(config, folder.path, first_step)
+            self.screen = ProgressLog(config, first_step)
+            self.outputs = [self.metrics, self.screen, self.wandb, self.tensorboard]
+
+        on_first_rank(open_outputs)
 
     def write(self, record: dict) -> None:
         """Write a record of metrics.jsonl to all outputs."""

@@ -14,7 +14,7 @@ from inplace_ttt.data.packed import PACKING
 from inplace_ttt.files import read_yaml, user_path, write_yaml
 from inplace_ttt.hf.auxiliary_files import save_auxiliary_files
 from inplace_ttt.megatron.checkpoint import read_progress, remove_abandoned, whole_checkpoints
-from inplace_ttt.megatron.runtime import raise_on_all_ranks
+from inplace_ttt.megatron.runtime import on_first_rank
 from inplace_ttt.resilience.checksums import corruption
 from inplace_ttt.resilience.lock import Lock
 
@@ -76,19 +76,19 @@ class RunFolder:
 
     def _first_rank(self, action: Callable):
         """Run ``action`` on rank 0 and return its result on all ranks; raise its errors on all ranks as UserError."""
-        result, error = [None], None
-        if dist.get_rank() == 0:
+        result = [None]
+
+        def run() -> None:
             try:
-                result = [action()]
-            except UserError as caught:
-                error = caught
-            except OSError as caught:
-                where = "" if caught.filename is None else f"'{caught.filename}': "
-                error = UserError(
-                    f"run.dir='{self.path}' cannot be written ({where}{caught.strerror}): "
+                result[0] = action()
+            except OSError as error:
+                where = "" if error.filename is None else f"'{error.filename}': "
+                raise UserError(
+                    f"run.dir='{self.path}' cannot be written ({where}{error.strerror}): "
                     f"choose a writable folder with space for checkpoints"
-                )
-        raise_on_all_ranks(error)
+                ) from error
+
+        on_first_rank(run)
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
